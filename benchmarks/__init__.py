@@ -1,0 +1,1 @@
+"""Measurement: latency tables, the quality each latency costs, and their reports."""

@@ -1,0 +1,151 @@
+"""The ``cachemoe`` command."""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cachemoe.offload.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback()
+def about():
+    """Mixture-of-Experts inference where only some experts fit in fast memory.
+
+    Experts live as pages in a store; a pool of slots caches some of them; the router knows which are resident and,
+    where the model would hardly notice, prefers them. Nothing is trained. After Skliar et al., "Mixture of
+    Cache-Conditional Experts for Efficient Mobile Device Inference" (arXiv 2412.00099).
+
+    Begin with [bold]cachemoe latency[/bold]: it needs no download and no GPU.
+    """
+
+
+@contextmanager
+def one_sentence():
+    """What a person can mend ends the program in one sentence, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("cachemoe: interrupted")
+        raise typer.Exit(130) from None
+    except (InputError, OSError) as error:
+        errors.print(f"cachemoe: {error}", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def show_progress(description: str, total: int):
+    """A bar on a terminal, a line elsewhere; gives the function that counts one step."""
+    if not errors.is_terminal:
+        errors.print(description, highlight=False)
+        yield lambda: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+@app.command()
+def latency(
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder of the routing model. [default: the built-in tinymoe]")
+    ] = None,
+    payload: Annotated[
+        str,
+        typer.Option(
+            help="Pages that move and compute: [bold]qwen1.5-moe[/bold], that model's geometry in int4 with random "
+            "weights, or [bold]native[/bold], the routing model's own."
+        ),
+    ] = "qwen1.5-moe",
+    capacity: Annotated[
+        list[str], typer.Option(help="Experts of each layer that fit, as 50% or as a number; repeatable.")
+    ] = ["25%", "50%", "75%"],  # noqa: B006 (typer copies it)
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original is always "
+            "run. [default: a few of each]"
+        ),
+    ] = None,
+    top_j: Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")] = 2,
+    eviction: Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")] = "lru",
+    tokens: Annotated[
+        int, typer.Option(min=6, help="Tokens decoded on the clock for each row, in three segments.")
+    ] = 96,
+    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens that quality is measured on.")] = 8192,
+    context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure on. [default: prose of the Python reference, held out]")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Pace the link to a phone's flash: phone-ufs3.1 or phone-ufs4.0.")
+    ] = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),
+    plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/latency.png"),
+):
+    """Latency table: what each routing strategy saves in time and costs in quality, at the same pool size.
+
+    The routing model reads real text. Quality is measured stepped, token by token, with the caches evolving; latency by
+    decoding token by token while the experts' pages really come off the disk (O_DIRECT, past the page cache).
+
+    Examples:
+
+      cachemoe latency
+
+      cachemoe latency --capacity 50% --strategy cache-prior:0.3 --payload native
+
+      cachemoe latency --profile phone-ufs4.0
+    """
+    with one_sentence():
+        from cachemoe.benchmarks.run_latency import LatencyOptions, run_latency
+
+        options = LatencyOptions(
+            model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile
+        )
+        for path in (json_path, plot_path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        report = run_latency(options, show_progress)
+        _print_latency(report)
+        _write_whole(json_path, json.dumps(report, indent=1))
+        from cachemoe.benchmarks.plot import plot_report
+
+        plot_report(report, plot_path)
+        console.print(f"[dim]Every figure: {json_path}. Picture: {plot_path}.[/dim]")
+
+
+def _print_latency(report: dict) -> None:
+    from cachemoe.benchmarks.report import notes, tables
+
+    for table in tables(report, console.width):
+        console.print(table)
+    for note in notes(report):
+        console.print(note)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that is either whole or not there."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

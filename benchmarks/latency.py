@@ -1,0 +1,150 @@
+"""The latency table: decode, token by token, with experts really moving, beside the quality that each setting costs."""
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from cachemoe.benchmarks.quality import Evaluation, Setting
+from cachemoe.kernels.reference import route
+from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.swap import Swap
+from cachemoe.offload.engine import Counters, OffloadEngine, ResidentEngine
+from cachemoe.offload.residency import Residency
+
+RESIDENT = "resident"
+FREE_MISSES = "free misses"
+DECODE_EXPERTS = "batched_mm"
+ORIGINAL = Strategy("original")
+
+
+@dataclass
+class Decode:
+    """One row's decode: what is timed, in which engine, and what came of it.
+
+    Args:
+        name: the row.
+        setting: its strategy and capacity.
+        engine: where its experts run.
+        state: its caches between segments, ``[L]``.
+        seconds: of each token, a list for each segment.
+        counters: of all segments together.
+    """
+
+    name: str
+    setting: Setting
+    engine: OffloadEngine | ResidentEngine
+    state: Residency
+    seconds: list[list[float]] = field(default_factory=list)
+    counters: Counters = field(default_factory=Counters)
+    route_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How decode is measured.
+
+    Args:
+        windows: ``[segments, tokens]``: of each segment, ``prefix`` tokens of context and then the tokens timed.
+        prefix: tokens run in one forward before the clock starts.
+        top_j: J.
+        evict: eviction policy.
+        native: whether the engine's experts are the model's own, or a payload beside them.
+    """
+
+    windows: torch.Tensor
+    prefix: int
+    top_j: int
+    evict: Callable[[Residency], torch.Tensor]
+    native: bool
+
+
+def rows_at(
+    capacity: int,
+    settings: Sequence[Setting],
+    evaluation: Evaluation,
+    offload: OffloadEngine,
+    resident: ResidentEngine,
+    shape: MoeShape,
+) -> list[Decode]:
+    """The rows of one capacity: the references, then the settings with the caches that the quality pass left."""
+    full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
+    full.slot_of.copy_(torch.arange(shape.experts).expand_as(full.slot_of))
+    full.expert_of.copy_(full.slot_of)
+    here = [(s, q) for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity]
+    original = next(q for s, q in here if s.strategy == ORIGINAL)
+    return [
+        Decode(RESIDENT, Setting(ORIGINAL, shape.experts), resident, full),
+        Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, _trimmed(original.state, capacity)),
+        *(Decode(str(s.strategy), s, offload, _trimmed(q.state, capacity)) for s, q in here),
+    ]
+
+
+@torch.inference_mode()
+def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan, progress: Callable[[], None]) -> None:
+    """Decode every segment with every row, rows interleaved in a new order each segment; fills in ``rows``.
+
+    Raises:
+        OSError: if a page cannot be read.
+    """
+    order = list(rows)
+    shuffle = random.Random(0).shuffle
+    for window in plan.windows:
+        shuffle(order)
+        for row in order:
+            _decode_segment(model, shape, row, window, plan)
+            progress()
+
+
+def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
+    engine, strategy = row.engine, row.setting.strategy
+    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
+    engine.state = row.state
+    payload_input = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
+    payload_input = payload_input.to(engine.page_format.compute_dtype)
+    route_s = 0.0
+
+    def route_layer(layer, logits):
+        return route(logits[None], engine.state[layer : layer + 1], plan.evict, k, bias, shape.renormalise)
+
+    def route_timed(layer, logits):
+        nonlocal route_s
+        start = perf_counter()
+        routing = route_layer(layer, logits)
+        route_s += perf_counter() - start
+        return routing
+
+    def route_and_move(layer, logits):
+        routing = route_timed(layer, logits)
+        engine.forward(layer, payload_input, routing)
+        return routing
+
+    with Swap(model, route_layer):
+        past = model(window[None, : plan.prefix], use_cache=True).past_key_values
+    if isinstance(engine, OffloadEngine):
+        engine.fill()
+    engine.counters = row.counters
+    seconds = []
+    model.set_experts_implementation(DECODE_EXPERTS)
+    with ExitStack() as stack:
+        if plan.native:
+            stack.enter_context(Swap(model, route_timed, engine.forward))
+        else:
+            stack.enter_context(Swap(model, route_and_move))
+        for token in window[plan.prefix :]:
+            start = perf_counter()
+            model(token[None, None], past_key_values=past, use_cache=True)
+            seconds.append(perf_counter() - start)
+    row.seconds.append(seconds)
+    row.route_s += route_s
+
+
+def _trimmed(state: Residency, capacity: int) -> Residency:
+    """The state with ``capacity`` slots; it came from a batch whose largest capacity was higher."""
+    trimmed = state.clone()
+    trimmed.expert_of = trimmed.expert_of[..., :capacity].contiguous()
+    return trimmed

@@ -1,0 +1,90 @@
+"""What the engine moves and computes: the model's own pages, or pages of a larger model's geometry."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cachemoe.benchmarks.progress import Progress
+from cachemoe.kernels.formats import PageFormat, int4_packing
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
+
+NATIVE = "native"
+# Geometry of a real model's experts: its pages hold random weights, one page for each of the routing model's experts.
+GEOMETRIES = {"qwen1.5-moe": PageFormat("int4", hidden=2048, intermediate=1408, group=64)}
+PAYLOADS = (NATIVE, *GEOMETRIES)
+
+
+def cache_directory() -> Path:
+    """Where stores are kept: ``$CACHEMOE_CACHE``, else ``$XDG_CACHE_HOME/cachemoe``, else ``~/.cache/cachemoe``."""
+    if chosen := os.environ.get("CACHEMOE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemoe"
+
+
+def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> ExpertStore:
+    """The payload's store, made in the cache directory if it is not there.
+
+    Args:
+        name: one of ``PAYLOADS``.
+        checkpoint: the routing model.
+        progress: shows the making of the store.
+
+    Raises:
+        InputError: for an unknown payload, too little free space, or a store that cannot be written or opened.
+    """
+    if name not in PAYLOADS:
+        raise InputError(f"unknown payload {name!r}: choose among {', '.join(PAYLOADS)}")
+    shape = checkpoint.shape
+    if name == NATIVE:
+        layout = checkpoint.layout("bf16")
+        pages = checkpoint.pages(layout.page_format)
+    else:
+        layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, GEOMETRIES[name])
+        pages = random_pages(layout)
+    count = layout.layers * layout.experts
+    packing = f"-{int4_packing()}" if layout.page_format.kind == "int4" else ""
+    path = (
+        cache_directory()
+        / f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}{packing}.safetensors"
+    )
+    if not path.exists():
+        _check_space(path.parent, count * layout.page_format.page_bytes)
+        with progress(f"making the {name} store", count) as advance:
+            write_store(path, layout, pages, advance)
+    return ExpertStore(path, expected=layout)
+
+
+def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
+    """int4 pages of random weights, the same at every call, of a size that keeps activations finite."""
+    page_format = layout.page_format
+    size = page_format.page_bytes
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (2 * size,), dtype=torch.uint8, generator=generator)
+    for index in range(layout.layers * layout.experts):
+        start = index * 7919 % size  # another stretch of the noise for each page: drawing it anew would take minutes
+        page = noise[start : start + size].clone()
+        for view in page_format.views(page):
+            if view.dtype == torch.bfloat16:  # scales and zeros
+                view[..., 0] = page_format.hidden**-0.5 / 4
+                view[..., 1] = 0.0
+        yield page
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise InputError(
+            f"the cache directory {directory} cannot be made ({error.strerror}): set CACHEMOE_CACHE to one that can"
+        ) from error
+    if free < needed * 1.05:
+        raise InputError(
+            f"the store needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free: make room, or set "
+            "CACHEMOE_CACHE to another disk"
+        )

@@ -1,0 +1,135 @@
+"""What a routing strategy costs in quality: one batched forward a window, caches stepping token by token inside it.
+
+With a cache for each layer, a layer's residency depends only on that layer's own past, so the batched forward routes
+exactly as token-by-token decode would. All settings ride in one batch, each with its own caches.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cachemoe.kernels.reference import route
+from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.swap import Swap
+from cachemoe.offload.residency import Residency
+
+NATS_PER_BIT = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a table: a strategy at a capacity (slots of each layer)."""
+
+    strategy: Strategy
+    capacity: int
+
+
+@dataclass
+class Quality:
+    """Sums over the text for one setting; compared with the unmodified model token by token.
+
+    Args:
+        state: the caches after the text, ``[L]``.
+        nats: ``[windows]`` negative log-likelihood of the scored tokens.
+    """
+
+    state: Residency
+    nats: list[float] = field(default_factory=list)
+    tokens: int = 0
+    selections: int = 0
+    misses: int = 0
+    kl: float = 0.0
+    agreements: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.nats) / self.tokens / NATS_PER_BIT
+
+    @property
+    def perplexity(self) -> float:
+        return float(torch.tensor(sum(self.nats) / self.tokens).exp())
+
+    @property
+    def miss_rate(self) -> float:
+        return self.misses / max(self.selections, 1)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Qualities of the settings, in their order; of the unmodified model; and its own selections.
+
+    Args:
+        original_ids: ``[L, T, K]`` what the unmodified model selected, for Belady.
+    """
+
+    settings: list[Quality]
+    unmodified: Quality
+    original_ids: torch.Tensor
+
+
+@torch.inference_mode()
+def evaluate(
+    model,
+    shape: MoeShape,
+    windows: torch.Tensor,
+    settings: Sequence[Setting],
+    top_j: int,
+    evict: Callable[[Residency], torch.Tensor],
+    progress: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Run the text through the unmodified model and through every setting.
+
+    Args:
+        model: the transformers model.
+        windows: ``[windows, context]`` tokens; attention starts afresh in each window, the caches live on.
+        settings: strategies and capacities.
+        top_j: J.
+        evict: eviction policy.
+        progress: called after each window.
+    """
+    layers = len(shape.layers)
+    unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
+    qualities: list[Quality | None] = [None] * len(settings)
+    batches = []
+    for k in {s.strategy.experts_used(shape.top_k): None for s in settings}:
+        members = [i for i, s in enumerate(settings) if s.strategy.experts_used(shape.top_k) == k]
+        capacity = torch.tensor([settings[i].capacity for i in members])
+        state = Residency.empty(capacity.expand(layers, -1), shape.experts)
+        bias = cache_bias([settings[i].strategy for i in members], top_j)
+        for row, i in enumerate(members):
+            qualities[i] = Quality(state[:, row])
+        batches.append((k, [qualities[i] for i in members], state, bias))
+
+    original_ids = []
+    for window in windows:
+        output = model(window[None], output_router_logits=True)
+        reference = output.logits[0, :-1].log_softmax(-1)
+        original_ids.append(torch.stack([z.topk(shape.top_k, dim=-1).indices for z in output.router_logits]))
+        _score([unmodified], reference[None], reference, window[1:])
+        for k, rows, state, bias in batches:
+            misses = torch.zeros(len(rows), dtype=torch.int64)
+
+            def route_layer(layer, logits, k=k, rows=rows, state=state, bias=bias, misses=misses):
+                routing = route(logits.unflatten(0, (len(rows), -1)), state[layer], evict, k, bias, shape.renormalise)
+                misses += (~routing.hits).sum((1, 2))
+                return routing
+
+            with Swap(model, route_layer):
+                logits = model(window.expand(len(rows), -1)).logits[:, :-1]
+            _score(rows, logits.log_softmax(-1), reference, window[1:])
+            for quality, missed in zip(rows, misses.tolist(), strict=True):
+                quality.misses += missed
+                quality.selections += layers * len(window) * k
+        progress()
+    return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
+
+
+def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> None:
+    """Add one window: ``[B, T, V]`` log-probabilities against the unmodified model's ``[T, V]``."""
+    for quality, log_p in zip(rows, log_probabilities, strict=True):
+        quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
+        quality.tokens += len(targets)
+        quality.kl += float((reference.exp() * (reference - log_p)).double().sum())
+        quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())

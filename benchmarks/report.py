@@ -1,0 +1,186 @@
+"""The latency report: every figure as a dictionary for JSON, and as tables in the terminal."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from rich import box
+from rich.table import Table
+
+from cachemoe.benchmarks.latency import FREE_MISSES, ORIGINAL, RESIDENT, Decode
+from cachemoe.benchmarks.payload import NATIVE
+from cachemoe.benchmarks.quality import Evaluation, Quality, Setting
+from cachemoe.offload.simulate import belady_misses
+
+TARGET_PERPLEXITY_CHANGE = 0.03
+
+
+def capacity_report(
+    capacity: int, experts: int, rows: Sequence[Decode], settings: Sequence[Setting], evaluation: Evaluation
+) -> dict:
+    """Everything measured at one capacity.
+
+    Args:
+        rows: as ``decode_rows`` left them.
+        settings: the evaluation's, in its order.
+    """
+    by_name = {row.name: row for row in rows}
+    lru, resident = by_name[str(ORIGINAL)], by_name[RESIDENT]
+    quality = {str(s.strategy): q for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity}
+    report = []
+    for row in rows:
+        entry = {"name": row.name, "label": row.setting.strategy.label} | _speed(row, lru, resident)
+        if row.name in quality:
+            entry |= _quality(quality[row.name], evaluation.unmodified)
+        report.append(entry)
+    selections = evaluation.original_ids.numel()
+    return {
+        "capacity": capacity,
+        "capacity_fraction": capacity / experts,
+        "belady_miss_rate": sum(belady_misses(ids, capacity) for ids in evaluation.original_ids) / selections,
+        "rows": report,
+    }
+
+
+def best_within_target(rows: Sequence[dict]) -> dict | None:
+    """The row with the fewest misses among those that raise perplexity by at most 3 %; None if there is none."""
+    allowed = [
+        row
+        for row in rows
+        if "miss_rate" in row and row["name"] != str(ORIGINAL) and row["perplexity_change"] <= TARGET_PERPLEXITY_CHANGE
+    ]
+    return min(allowed, key=lambda row: row["miss_rate"], default=None)
+
+
+def _speed(row: Decode, lru: Decode, resident: Decode) -> dict:
+    seconds = [s for segment in row.seconds for s in segment]
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+    counters = row.counters
+    speedups = _ratios(lru, row)
+    return {
+        "tokens": len(seconds),
+        "ms_per_token": {"p50": statistics.median(seconds) * 1e3, "p95": cuts[18] * 1e3},
+        "tokens_per_second": len(seconds) / sum(seconds),
+        "speedup_over_lru": {"median": statistics.median(speedups), "min": min(speedups), "max": max(speedups)},
+        "fraction_of_resident_speed": statistics.median(_ratios(resident, row)),
+        "bytes_per_token": counters.bytes_read / len(seconds),
+        "decode_miss_rate": counters.misses / counters.selections,
+        "us_per_layer": {
+            "engine": counters.engine_s / counters.calls * 1e6,
+            "compute": counters.compute_s / counters.calls * 1e6,
+            "stall": counters.stall_s / counters.calls * 1e6,
+            "route": row.route_s / counters.calls * 1e6,
+        },
+        "counters": asdict(counters),
+        "seconds": row.seconds,
+    }
+
+
+def _ratios(slow: Decode, fast: Decode) -> list[float]:
+    """How many times faster, segment by segment: both decoded the same tokens, one after the other."""
+    return [sum(a) / sum(b) for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+
+
+def _quality(quality: Quality, unmodified: Quality) -> dict:
+    changes = torch.tensor(quality.nats) - torch.tensor(unmodified.nats)
+    per_window = quality.tokens / len(quality.nats)
+    return {
+        "miss_rate": quality.miss_rate,
+        "bits_per_byte": quality.bits_per_byte,
+        "bits_per_byte_change": quality.bits_per_byte - unmodified.bits_per_byte,
+        "bits_per_byte_change_standard_error": float(
+            changes.std() / per_window / len(quality.nats) ** 0.5 / torch.tensor(2.0).log()
+        ),
+        "perplexity": quality.perplexity,
+        "perplexity_change": quality.perplexity / unmodified.perplexity - 1,
+        "kl_nats": quality.kl / quality.tokens,
+        "top1_agreement": quality.agreements / quality.tokens,
+    }
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+# (heading, text of a row, whether only rows with a measured quality have one)
+SPEED_COLUMNS = (
+    ("miss\n%", lambda r: _percent(r["miss_rate"]), True),
+    ("MB a\ntoken", lambda r: f"{r['bytes_per_token'] / 1e6:.1f}", False),
+    ("ms\np50", lambda r: f"{r['ms_per_token']['p50']:.1f}", False),
+    ("ms\np95", lambda r: f"{r['ms_per_token']['p95']:.1f}", False),
+    ("tokens\na s", lambda r: f"{r['tokens_per_second']:.1f}", False),
+    ("times LRU\n(spread)", lambda r: "{median:.2f} ({min:.2f}-{max:.2f})".format(**r["speedup_over_lru"]), False),
+    ("% of res-\nident", lambda r: f"{100 * r['fraction_of_resident_speed']:.0f}", False),
+)
+QUALITY_COLUMNS = (
+    ("bits\na byte", lambda r: f"{r['bits_per_byte']:.3f}", True),
+    ("change", lambda r: f"{r['bits_per_byte_change']:+.3f}", True),
+    ("perplex-\nity", lambda r: f"{r['perplexity']:.3f}", True),
+    ("change\n%", lambda r: f"{100 * r['perplexity_change']:+.1f}", True),
+    ("KL\nnats", lambda r: f"{r['kl_nats']:.4f}", True),
+    ("agree\n%", lambda r: _percent(r["top1_agreement"]), True),
+    ("label", lambda r: r["label"], False),
+)
+WIDE = 130  # columns of terminal below which speed and quality go into two tables
+
+
+def tables(report: dict, width: int) -> list[Table]:
+    """The report as tables, one a capacity, or two where the terminal is narrower than ``WIDE``."""
+    made = []
+    for capacity in report["capacities"]:
+        title = (
+            f"{capacity['capacity']} of {report['model']['experts']} experts resident in each layer "
+            f"({capacity['capacity_fraction']:.0%})\n"
+            f"Belady on the original routing misses {_percent(capacity['belady_miss_rate'])} %"
+        )
+        best = best_within_target(capacity["rows"])
+        for columns in [SPEED_COLUMNS + QUALITY_COLUMNS] if width >= WIDE else [SPEED_COLUMNS, QUALITY_COLUMNS]:
+            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+            table.add_column("strategy", no_wrap=True)
+            for heading, _, _ in columns:
+                table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
+            for row in capacity["rows"]:
+                style = "bold green" if row is best else "dim" if row["name"] in (RESIDENT, FREE_MISSES) else None
+                cells = (text(row) if "miss_rate" in row or not scored else "" for _, text, scored in columns)
+                table.add_row(row["name"], *cells, style=style)
+            made.append(table)
+            title = None
+    return made
+
+
+def notes(report: dict) -> list[str]:
+    """What must be said beside the tables: what was moved, read and compared, and what the figures are not."""
+    store, settings, speeds, unmodified = (report[name] for name in ("store", "settings", "machine", "unmodified"))
+    model, segments = report["model"]["name"], len(report["capacities"][0]["rows"][0]["seconds"])
+    disk = speeds["disk_bytes_per_second"]
+    said = [
+        f"Text: {settings['text']}, {unmodified['tokens']} tokens scored. The unmodified model has "
+        f"{unmodified['bits_per_byte']:.3f} bits a byte, perplexity {unmodified['perplexity']:.3f} a token.",
+        f"Machine: disk {disk / 1e9:.2f} GB/s bare, memory {speeds['memory_bytes_per_second'] / 1e9:.1f} GB/s, resident "
+        f"experts {speeds['resident_expert_bytes_per_second'] / 1e9:.1f} GB/s; {speeds['torch_threads']} threads.",
+    ]
+    if settings["payload"] != NATIVE:
+        said.append(
+            f"Payload: routing decisions and quality are {model}'s on the text; the pages that move and compute have "
+            f"{settings['payload']}'s geometry ({store['page_bytes'] / 1e6:.2f} MB each) and random weights, and what "
+            "they compute is discarded."
+        )
+    if not store["direct"]:
+        said.append("The file system refuses O_DIRECT: the page cache took part, and misses are faster than the disk.")
+    if phone := report["profile"]:
+        link = phone["link_bytes_per_second"]
+        said.append(f"Link paced to {link / 1e9:.2f} GB/s: {phone['name']}'s flash against its DRAM. {phone['source']}")
+        if link > disk:
+            said.append(
+                f"The disk's {disk / 1e9:.2f} GB/s are less than that: the times are the disk's, not the phone's."
+            )
+    said.append(
+        f"{ORIGINAL}: exact routing, {settings['eviction'].upper()} eviction. {RESIDENT}: every expert in memory. "
+        f"{FREE_MISSES}: the same with routing told of the pool, so that a miss is counted and costs nothing."
+    )
+    said.append(
+        "Green: fewest misses at no more than 3 % higher perplexity. Times LRU: the same text decoded one row after "
+        f"another in one process; median, least and most of {segments} segments."
+    )
+    return said

@@ -1,0 +1,154 @@
+"""One run of ``cachemoe latency``, from options to the report."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from cachemoe.benchmarks import machine
+from cachemoe.benchmarks.latency import ORIGINAL, DecodePlan, decode_rows, rows_at
+from cachemoe.benchmarks.payload import NATIVE, open_payload
+from cachemoe.benchmarks.progress import Progress
+from cachemoe.benchmarks.quality import Setting, evaluate
+from cachemoe.benchmarks.report import capacity_report
+from cachemoe.benchmarks.text import HELD_OUT, load_tokens
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.swap import load_model
+from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.profiles import profile
+from cachemoe.offload.residency import EVICTION_POLICIES
+
+SEGMENTS = 3
+PREFIX = 64
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """What ``cachemoe latency`` was asked for; the fields are its options."""
+
+    model: Path | None
+    payload: str
+    capacity: list[str]
+    strategy: list[str] | None
+    top_j: int
+    eviction: str
+    tokens: int
+    quality_tokens: int
+    context: int
+    text: Path | None
+    profile: str | None
+
+
+def run_latency(options: LatencyOptions, progress: Progress) -> dict:
+    """Measure, and report every figure.
+
+    Raises:
+        InputError: for options that cannot be, before anything slow begins.
+        OSError: if a page cannot be read.
+    """
+    checkpoint = Checkpoint(options.model or TINYMOE)
+    shape = checkpoint.shape
+    strategies, capacities = _check(options, shape)
+    phone = profile(options.profile) if options.profile else None
+    windows, segments = _tokens(options, shape)
+    evict = EVICTION_POLICIES[options.eviction]
+    settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
+
+    store = open_payload(options.payload, checkpoint, progress)
+    model = load_model(checkpoint.path)
+    with progress("quality, stepped through the text", len(windows)) as advance:
+        evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
+    with progress("reading every page for the resident rows", store.pages) as advance:
+        resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance)
+    speeds = {
+        "disk_bytes_per_second": machine.disk_bandwidth(store),
+        "memory_bytes_per_second": machine.memory_bandwidth(),
+        "resident_expert_bytes_per_second": machine.expert_bandwidth(resident, shape.experts, shape.top_k),
+    }
+    pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
+
+    plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)
+    reports = []
+    for capacity in capacities:
+        with OffloadEngine(store, [capacity] * len(shape.layers), pacing) as offload:
+            rows = rows_at(capacity, settings, evaluation, offload, resident, shape)
+            with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
+                decode_rows(model, shape, rows, plan, advance)
+        reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation))
+    return {
+        "command": "latency",
+        "settings": asdict(options) | {"model": str(checkpoint.path), "text": str(options.text or HELD_OUT)},
+        "machine": machine.describe() | speeds,
+        "model": {
+            "name": checkpoint.path.name,
+            "experts": shape.experts,
+            "layers": len(shape.layers),
+            "k": shape.top_k,
+        },
+        "store": {
+            "pages": store.pages,
+            "page_bytes": store.page_bytes,
+            "format": asdict(store.layout.page_format),
+            "direct": store.direct,
+        },
+        "profile": asdict(phone) | {"name": options.profile, "link_bytes_per_second": pacing.bytes_per_second}
+        if phone
+        else None,
+        "unmodified": {
+            "tokens": evaluation.unmodified.tokens,
+            "bits_per_byte": evaluation.unmodified.bits_per_byte,
+            "perplexity": evaluation.unmodified.perplexity,
+        },
+        "capacities": reports,
+    }
+
+
+def _check(options: LatencyOptions, shape: MoeShape) -> tuple[list[Strategy], list[int]]:
+    if options.eviction not in EVICTION_POLICIES:
+        raise InputError(f"unknown eviction policy {options.eviction!r}: choose among {', '.join(EVICTION_POLICIES)}")
+    if not 0 <= options.top_j <= shape.top_k:
+        raise InputError(f"--top-j must lie between 0 and the {shape.top_k} experts that a token uses")
+    texts = options.strategy or _default_strategies(shape)
+    parsed = [Strategy.parse(text, shape.experts, shape.top_k) for text in texts]
+    strategies = list(dict.fromkeys([ORIGINAL, *parsed]))
+    capacities = list(dict.fromkeys(_capacity(text, shape) for text in options.capacity))
+    return strategies, capacities
+
+
+def _default_strategies(shape: MoeShape) -> list[str]:
+    """A few settings of each strategy, the windows in proportion to K."""
+    pruning = [f"pruning:{shape.top_k - 1}"] if shape.top_k > 1 else []
+    windows = [f"max-rank:{min(factor * shape.top_k, shape.experts)}" for factor in (2, 4)]
+    return [*pruning, *windows, "cumsum:0.7", "cache-prior:0.1", "cache-prior:0.2", "cache-prior:0.5"]
+
+
+def _capacity(text: str, shape: MoeShape) -> int:
+    """Slots of a layer, from ``50%`` or ``30``."""
+    try:
+        slots = float(text.removesuffix("%")) / 100 * shape.experts if text.endswith("%") else int(text)
+        slots = round(slots)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"--capacity is a number of experts or a percentage such as 50%, not {text!r}") from error
+    if not shape.top_k <= slots <= shape.experts:
+        raise InputError(
+            f"--capacity {text} is {slots} experts a layer: it must lie between the {shape.top_k} that a token uses "
+            f"and the {shape.experts} there are"
+        )
+    return slots
+
+
+def _tokens(options: LatencyOptions, shape: MoeShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[windows, context]`` for quality, and ``[segments, prefix + tokens]`` for decode from the text after it."""
+    if options.context > shape.context:
+        raise InputError(f"--context {options.context} is more than the {shape.context} tokens that the model takes")
+    count = options.quality_tokens // options.context
+    if count < 1:
+        raise InputError(f"--quality-tokens {options.quality_tokens} is less than one --context of {options.context}")
+    length = PREFIX + -(-options.tokens // SEGMENTS)
+    if length > shape.context:
+        raise InputError(f"--tokens {options.tokens} needs contexts longer than the {shape.context} the model takes")
+    scored, decoded = count * options.context, SEGMENTS * length
+    tokens = load_tokens(options.text, shape.vocabulary, scored + decoded)
+    return tokens[:scored].view(count, options.context), tokens[scored:].view(SEGMENTS, length)

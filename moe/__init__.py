@@ -1,0 +1,1 @@
+"""Models: routing strategies, checkpoints, and the swap of router and experts in transformers models."""

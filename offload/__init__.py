@@ -1,0 +1,1 @@
+"""Where experts live and how they move: store, pool, residency, link, engine. Knows pages, not transformers."""

@@ -1,0 +1,47 @@
+"""ExpertPool: the slots, room for one page each, with a capacity for each layer."""
+
+from collections.abc import Sequence
+
+import torch
+
+from cachemoe.kernels.formats import PageFormat
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.store import aligned_buffer
+
+
+class ExpertPool:
+    """Slots in DRAM for the pages of all layers. Which expert is in which slot is ``Residency``'s to say.
+
+    Args:
+        capacity: slots of each layer.
+        page_format: layout of a page.
+
+    Raises:
+        InputError: if the memory cannot be had.
+    """
+
+    def __init__(self, capacity: Sequence[int], page_format: PageFormat):
+        self.page_format = page_format
+        size, slots = page_format.page_bytes, sum(capacity)
+        try:
+            self._memory = aligned_buffer(slots * size)
+        except MemoryError as error:
+            raise InputError(
+                f"a pool of {slots} slots needs {slots * size / 1e9:.2f} GB of memory: choose a smaller capacity"
+            ) from error
+        pages = torch.from_numpy(self._memory).view(slots, size)
+        views = [page_format.views(page) for page in pages]
+        buffers = [memoryview(page.numpy()) for page in pages]
+        self._weights, self._buffers, first = [], [], 0
+        for count in capacity:
+            self._weights.append(views[first : first + count])
+            self._buffers.append(buffers[first : first + count])
+            first += count
+
+    def weights(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """The page in a slot, as ``PageFormat.views``."""
+        return self._weights[layer][slot]
+
+    def buffer(self, layer: int, slot: int) -> memoryview:
+        """The slot's bytes, 4 KiB-aligned, for a read to fill."""
+        return self._buffers[layer][slot]

@@ -1,0 +1,101 @@
+"""Which experts are resident, and which leaves next: tensors, and eviction policies as functions of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass
+class Residency:
+    """State of the caches, one a layer or configuration; ``...`` are leading dimensions, absent or not.
+
+    ``route`` reads and writes a state of leading dimension ``[B]``; ``state[i]`` gives views along the first dimension.
+
+    Args:
+        slot_of: ``[..., E]`` int64, the page table: the expert's slot, -1 when absent.
+        expert_of: ``[..., C]`` int64, its inverse: the slot's expert, -1 when free. C is the largest capacity.
+        capacity: ``[...]`` int64, slots in use; slots from ``capacity`` on stay free.
+        last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
+        uses: ``[..., E]`` int64, touches.
+        clock: ``[...]`` int64, touches of all experts.
+        tokens: ``[...]`` int64, tokens routed.
+        range_sum: ``[...]`` float64, sum over those tokens of max(logits) - min(logits).
+    """
+
+    slot_of: torch.Tensor
+    expert_of: torch.Tensor
+    capacity: torch.Tensor
+    last_use: torch.Tensor
+    uses: torch.Tensor
+    clock: torch.Tensor
+    tokens: torch.Tensor
+    range_sum: torch.Tensor
+
+    @classmethod
+    def empty(cls, capacity: torch.Tensor, experts: int) -> Residency:
+        """Cold caches.
+
+        Args:
+            capacity: ``[...]`` int64, slots of each cache.
+            experts: E.
+
+        Raises:
+            ValueError: if a capacity is below 1 or above E.
+        """
+        capacity = torch.as_tensor(capacity, dtype=torch.int64)
+        low, high = int(capacity.min()), int(capacity.max())
+        if low < 1 or high > experts:
+            raise ValueError(f"a capacity must lie between 1 and the {experts} experts of a layer, not {low}..{high}")
+        shape = tuple(capacity.shape)
+        return cls(
+            slot_of=torch.full((*shape, experts), -1, dtype=torch.int64),
+            expert_of=torch.full((*shape, high), -1, dtype=torch.int64),
+            capacity=capacity.clone(),
+            last_use=torch.zeros((*shape, experts), dtype=torch.int64),
+            uses=torch.zeros((*shape, experts), dtype=torch.int64),
+            clock=torch.zeros(shape, dtype=torch.int64),
+            tokens=torch.zeros(shape, dtype=torch.int64),
+            range_sum=torch.zeros(shape, dtype=torch.float64),
+        )
+
+    def __getitem__(self, index) -> Residency:
+        return Residency(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def clone(self) -> Residency:
+        return Residency(*(getattr(self, field.name).clone() for field in fields(self)))
+
+    def copy_(self, other: Residency) -> None:
+        """Take over another state of the same shape, in place."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
+    def resident(self) -> torch.Tensor:
+        """``[..., E]`` bool: the experts that have a slot."""
+        return self.slot_of >= 0
+
+    def evict(self, expert: int) -> None:
+        """Mark one expert of an unbatched state absent and its slot free; nothing happens if it is absent already."""
+        slot = int(self.slot_of[expert])
+        if slot >= 0:
+            self.slot_of[expert] = -1
+            self.expert_of[slot] = -1
+
+
+def least_recently_used(state: Residency) -> torch.Tensor:
+    """``[..., E]`` int64: the expert touched longest ago leaves first (LRU, the paper's policy)."""
+    return state.last_use
+
+
+def least_frequently_used(state: Residency) -> torch.Tensor:
+    """``[..., E]`` int64: the expert with the fewest touches leaves first, the least recent among equals (LFU)."""
+    return state.uses * (1 << 40) + state.last_use
+
+
+EVICTION_POLICIES: dict[str, Callable[[Residency], torch.Tensor]] = {
+    "lru": least_recently_used,
+    "lfu": least_frequently_used,
+}
+"""An eviction policy gives each expert a key; among residents that the token does not need, the smallest leaves."""

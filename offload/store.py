@@ -1,0 +1,241 @@
+"""ExpertStore: every expert's page in one file on disk, read past the page cache.
+
+The file is plain safetensors: ``pages`` (``[L * E, page_bytes]`` uint8, starting at a multiple of 4 KiB so that
+O_DIRECT can read it), then ``crc32`` (``[L * E]`` uint32), and the layout in its metadata. No path is stored in it.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat, int4_packing
+from cachemoe.offload.errors import InputError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """What a store holds.
+
+    Args:
+        model: fingerprint of the checkpoint the pages come from.
+        layers: L, MoE layers.
+        experts: E, experts a layer.
+        page_format: layout of each page.
+    """
+
+    model: str
+    layers: int
+    experts: int
+    page_format: PageFormat
+
+    def metadata(self) -> dict[str, str]:
+        """The layout as safetensors metadata."""
+        fields = {"version": VERSION, "model": self.model, "layers": self.layers, "experts": self.experts}
+        fields |= asdict(self.page_format)
+        if self.page_format.kind == "int4":
+            fields["packing"] = int4_packing()
+        return {"cachemoe": json.dumps(fields)}
+
+    @classmethod
+    def parse(cls, path: Path, metadata: dict[str, str] | None) -> "StoreLayout":
+        """The layout of the store at ``path``, from its metadata.
+
+        Raises:
+            InputError: if it is no store, of another version, or packed for another processor.
+        """
+        try:
+            fields = json.loads((metadata or {})["cachemoe"])
+            version = fields.pop("version")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a cachemoe store: remove it, or give the path of one") from error
+        if version != VERSION:
+            raise InputError(f"{path} is a store of version {version}, and this is version {VERSION}: make it again")
+        packing = fields.pop("packing", None)
+        try:
+            layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} has a broken layout in its header: make it again") from error
+        if packing is not None and packing != int4_packing():
+            raise InputError(f"{path} was packed for another processor's int4 matmul: make it again on this machine")
+        return layout
+
+
+class ExpertStore:
+    """A store opened for reading; close it, or use it as a context manager.
+
+    Args:
+        path: the file.
+        expected: the layout it must have, if known.
+
+    Attributes:
+        layout: what it holds.
+        pages: number of pages, L * E.
+        page_bytes: bytes of each.
+        direct: whether reads bypass the page cache (O_DIRECT); False where the file system refuses.
+
+    Raises:
+        InputError: if the file is missing, cut short, or holds something else than ``expected``.
+    """
+
+    def __init__(self, path: str | os.PathLike, expected: StoreLayout | None = None):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="np") as file:  # checks the header against the file's size
+                self.layout = StoreLayout.parse(self.path, file.metadata())
+                shape = tuple(file.get_slice("pages").get_shape())
+                self._crc32 = file.get_tensor("crc32")
+        except FileNotFoundError as error:
+            raise InputError(f"there is no store at {self.path}: make it first") from error
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path} is cut short or damaged ({error}): remove it and make it again") from error
+        if expected is not None and self.layout != expected:
+            raise InputError(f"{self.path} holds pages of another model or format: remove it or choose another path")
+        self.pages = self.layout.layers * self.layout.experts
+        self.page_bytes = self.layout.page_format.page_bytes
+        with open(self.path, "rb") as file:
+            self._data_start = 8 + struct.unpack("<Q", file.read(8))[0]
+        if (
+            shape != (self.pages, self.page_bytes)
+            or self._data_start % PAGE_ALIGNMENT
+            or self._crc32.shape != (self.pages,)
+        ):
+            raise InputError(f"{self.path} does not hold what its layout says: remove it and make it again")
+        self._fd, self.direct = _open_for_reading(self.path, self._data_start)
+
+    def offset(self, layer: int, expert: int) -> int:
+        """First byte of a page in the file."""
+        return self._data_start + (layer * self.layout.experts + expert) * self.page_bytes
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Read ``len(buffer)`` bytes at ``offset``; both, and the buffer's address, are multiples of 4 KiB.
+
+        Raises:
+            OSError: if the read fails or ends early.
+        """
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            # A count that breaks the alignment is the end of the file: the next read could not be aligned.
+            if count == 0 or (count % PAGE_ALIGNMENT and done + count < len(buffer)):
+                raise OSError(f"{self.path} ended early: {done + count} of {len(buffer)} bytes read at {offset}")
+            done += count
+
+    def verify(self, advance: Callable[[], None] = lambda: None) -> None:
+        """Check every page against its checksum.
+
+        Args:
+            advance: called after each page.
+
+        Raises:
+            InputError: naming the first page that differs.
+        """
+        page = aligned_buffer(self.page_bytes)
+        for index, expected in enumerate(self._crc32.tolist()):
+            layer, expert = divmod(index, self.layout.experts)
+            self.read_into(memoryview(page), self.offset(layer, expert))
+            if zlib.crc32(page) != expected:
+                raise InputError(
+                    f"{self.path}: the page of layer {layer}, expert {expert} is damaged (its checksum differs): "
+                    "remove the file and make it again"
+                )
+            advance()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def write_store(
+    path: str | os.PathLike,
+    layout: StoreLayout,
+    pages: Iterable[torch.Tensor],
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Write a store by streaming; it appears under its name only when complete.
+
+    Args:
+        path: the file to make; replaced if it exists.
+        layout: what it will hold.
+        pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer.
+        advance: called after each page.
+
+    Raises:
+        InputError: if the disk is full or the directory cannot be written; no partial file is left.
+        ValueError: if ``pages`` are too few, too many, or of a wrong size.
+    """
+    path = Path(path)
+    count, size = layout.layers * layout.experts, layout.page_format.page_bytes
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(_header(layout, count, size))
+            checksums = []
+            for page in pages:
+                if page.numel() != size:
+                    raise ValueError(f"a page has {page.numel()} bytes, and the layout says {size}")
+                file.write(page.numpy())
+                checksums.append(zlib.crc32(page.numpy()))
+                advance()
+            if len(checksums) != count:
+                raise ValueError(f"{len(checksums)} pages given, and the layout says {count}")
+            file.write(np.array(checksums, dtype="<u4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        gigabytes = (count * size) / 1e9
+        raise InputError(f"cannot write the store {path} of {gigabytes:.2f} GB: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def aligned_buffer(size: int) -> np.ndarray:
+    """``[size]`` uint8 at a 4 KiB-aligned address, as O_DIRECT needs; size is rounded up to 4 KiB inside."""
+    buffer = np.empty(size + PAGE_ALIGNMENT, dtype=np.uint8)
+    start = -buffer.ctypes.data % PAGE_ALIGNMENT
+    return buffer[start : start + size]
+
+
+def _header(layout: StoreLayout, count: int, size: int) -> bytes:
+    pages_end = count * size
+    header = {
+        "__metadata__": layout.metadata(),
+        "pages": {"dtype": "U8", "shape": [count, size], "data_offsets": [0, pages_end]},
+        "crc32": {"dtype": "U32", "shape": [count], "data_offsets": [pages_end, pages_end + 4 * count]},
+    }
+    text = json.dumps(header).encode()
+    # safetensors allows trailing spaces in the header: they put the first page at a multiple of 4 KiB.
+    text += b" " * (-(8 + len(text)) % PAGE_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _open_for_reading(path: Path, probe_offset: int) -> tuple[int, bool]:
+    """A file descriptor, with O_DIRECT where a trial read works."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except (OSError, AttributeError):  # refused by the file system; or no such flag on this platform
+        return os.open(path, os.O_RDONLY), False
+    try:
+        os.preadv(fd, [memoryview(aligned_buffer(PAGE_ALIGNMENT))], probe_offset)
+    except OSError:
+        os.close(fd)
+        return os.open(path, os.O_RDONLY), False
+    return fd, True

@@ -1,0 +1,45 @@
+"""Packaging of cachemoe: the four folders at the top of the repository are the four packages of ``cachemoe``."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PACKAGES = ("kernels", "moe", "offload", "benchmarks")
+
+HF = ["transformers>=5.17"]
+BENCH = ["pytest-benchmark>=5", "matplotlib>=3.9"]
+TEST = [*HF, *BENCH, "pytest>=8.1", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77.0.3"]
+
+README = Path(__file__).with_name("README.md")
+
+setup(
+    name="cachemoe",
+    version="0.1.0",
+    description="Mixture-of-Experts offloading with cache-conditional routing, in PyTorch and Triton",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    # cachemoe itself is a namespace package: it has no folder of its own.
+    packages=[f"cachemoe.{name}" for name in PACKAGES],
+    package_dir={f"cachemoe.{name}": name for name in PACKAGES},
+    # One level deep on purpose: tinymoe/training stays in the repository.
+    package_data={"cachemoe.moe": ["tinymoe/*.json", "tinymoe/*.safetensors", "tinymoe/*.csv"]},
+    install_requires=[
+        "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    extras_require={"hf": HF, "bench": BENCH, "test": TEST},
+    entry_points={"console_scripts": ["cachemoe = cachemoe.benchmarks.cli:main"]},
+)

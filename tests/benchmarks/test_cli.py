@@ -1,0 +1,167 @@
+"""``cachemoe latency`` from the outside: what it writes, and how it refuses what cannot be."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typer.testing import CliRunner
+
+from cachemoe.benchmarks.cli import app
+
+QUICK = ("--context", "32", "--quality-tokens", "64", "--tokens", "9", "--payload", "native", "--top-j", "1")
+
+
+@pytest.fixture
+def command(tiny_checkpoint, tmp_path, monkeypatch):
+    """Runs ``cachemoe latency`` on the tiny model in an empty folder."""
+    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["latency", "--model", str(tiny_checkpoint), *QUICK, *arguments])
+
+    return run
+
+
+def assert_refused(result, *words):
+    assert result.exit_code == 2, result.output
+    message = " ".join(result.stderr.split())
+    assert all(word in message for word in words), message
+    assert message.startswith("cachemoe: ")
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def report(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    environment = {**os.environ, "CACHEMOE_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-m", "cachemoe.benchmarks.cli", "latency", "--model", str(tiny_checkpoint), *QUICK]
+    strategies = ["--strategy", "pruning:1", "--strategy", "max-rank:4", "--strategy", "cache-prior:0.5"]
+    finished = subprocess.run(
+        [*command, "--capacity", "50%", "--capacity", "7", *strategies],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout, json.loads((folder / "results" / "latency.json").read_text()), folder
+
+
+def test_the_report_has_every_row_at_every_capacity(report):
+    _, figures, _ = report
+    assert [c["capacity"] for c in figures["capacities"]] == [4, 7]
+    for capacity in figures["capacities"]:
+        names = [row["name"] for row in capacity["rows"]]
+        assert names == ["resident", "free misses", "original", "pruning:1", "max-rank:4", "cache-prior:0.5"]
+        assert 0 < capacity["belady_miss_rate"] < 1
+
+
+def test_the_figures_agree_with_each_other(report):
+    _, figures, _ = report
+    for row in (row for capacity in figures["capacities"] for row in capacity["rows"]):
+        counters = row["counters"]
+        assert counters["selections"] == counters["hits"] + counters["misses"]
+        assert row["tokens"] == 9 == sum(len(segment) for segment in row["seconds"])
+        assert counters["calls"] == 9 * figures["model"]["layers"]
+        moved = 0 if row["name"] in ("resident", "free misses") else counters["misses"]
+        assert counters["bytes_read"] == moved * figures["store"]["page_bytes"]
+    original = figures["capacities"][0]["rows"][2]
+    assert original["speedup_over_lru"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert original["label"] == "exact"
+    assert original["top1_agreement"] == 1.0
+    assert original["miss_rate"] >= figures["capacities"][0]["belady_miss_rate"]
+
+
+def test_the_tables_show_the_rows_and_say_what_was_measured(report):
+    output, _, _ = report
+    for words in ("cache-prior:0.5", "Belady", "label", "routing changed", "pydoc_data.topics", "GB/s"):
+        assert words in output
+
+
+def test_the_picture_is_written(report):
+    assert (report[2] / "results" / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_partial_file_is_left(report):
+    assert not list(report[2].rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--strategy", "fastest"), ("unknown strategy 'fastest'", "cache-prior")),
+        (("--strategy", "cache-prior:1.5"), ("lambda", "between 0.0 and 1.0", "1.5")),
+        (("--strategy", "cache-prior"), ("lambda", "cache-prior:1.0")),
+        (("--capacity", "1"), ("--capacity 1", "between the 2")),
+        (("--capacity", "9"), ("--capacity 9", "the 8 there are")),
+        (("--capacity", "half"), ("'half'", "50%")),
+        (("--capacity", "nan%"), ("'nan%'", "50%")),
+        (("--top-j", "3"), ("--top-j", "2 experts")),
+        (("--eviction", "fifo"), ("'fifo'", "lru")),
+        (("--context", "4096"), ("--context 4096", "128")),
+        (("--quality-tokens", "8"), ("--quality-tokens 8", "--context of 32")),
+        (("--tokens", "600"), ("--tokens 600", "128")),
+        (("--payload", "gpt-5"), ("'gpt-5'", "native")),
+        (("--profile", "phone-x"), ("'phone-x'", "phone-ufs4.0")),
+        (("--text", "absent.txt"), ("absent.txt", "cannot be read")),
+        (("--model", "absent"), ("absent", "config.json")),
+    ],
+)
+def test_bad_options_are_refused_in_a_sentence(command, arguments, words):
+    assert_refused(command(*arguments), *words)
+
+
+def test_a_short_text_is_refused(command, tmp_path):
+    (tmp_path / "short.txt").write_text("too short")
+    assert_refused(command("--text", "short.txt"), "short.txt", "9 bytes", "longer")
+
+
+def test_a_store_cut_short_is_refused(command, tmp_path):
+    assert command("--strategy", "original").exit_code == 0
+    (store,) = (tmp_path / "cache").glob("*.safetensors")
+    os.truncate(store, store.stat().st_size // 2)
+    assert_refused(command(), store.name, "cut short", "make it again")
+
+
+def test_a_store_of_another_model_is_refused(command, tmp_path):
+    assert command("--strategy", "original").exit_code == 0
+    (store,) = (tmp_path / "cache").glob("*.safetensors")
+    content = store.read_bytes()
+    fingerprint = store.name.split("-")[1].encode()
+    store.write_bytes(content.replace(fingerprint, b"0" * len(fingerprint)))
+    assert_refused(command(), store.name, "another model")
+
+
+def test_a_cache_directory_that_cannot_be_made_is_refused(command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "file" / "cache"))
+    assert_refused(command(), "CACHEMOE_CACHE", "cannot be made")
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    assert_refused(command(), "GB free", "make room")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing_partial(tiny_checkpoint, tmp_path):
+    environment = {**os.environ, "CACHEMOE_CACHE": str(tmp_path / "cache")}
+    long = ("--context", "32", "--quality-tokens", "100000", "--payload", "native")
+    command = [sys.executable, "-m", "cachemoe.benchmarks.cli", "latency", "--model", str(tiny_checkpoint), *long]
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while "quality" not in running.stderr.readline():
+        assert running.poll() is None
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".partial", ".json", ".png")]

@@ -1,0 +1,60 @@
+"""What every test shares: Hypothesis's profile, torch's threads, the GPU marker's skip, and data that may be absent."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of data that is not part of the repository; its README.md describes it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the shared data is not beside this checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """A folder with a random byte-level Qwen2-MoE: 2 layers, 8 experts, 2 used."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=256,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    model = transformers.Qwen2MoeForCausalLM(config).bfloat16()
+    for name, weight in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # transformers initialises routers to zero: all would tie
+            torch.nn.init.normal_(weight)
+    path = tmp_path_factory.mktemp("tiny") / "tiny"
+    model.save_pretrained(path)
+    return path
