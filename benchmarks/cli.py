@@ -1,7 +1,6 @@
 """The ``cachemoe`` command."""
 
 import json
-import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 console = Console()
@@ -108,20 +108,31 @@ def latency(
       cachemoe latency --profile phone-ufs4.0
     """
     with one_sentence():
+        # Imported here: torch, transformers and matplotlib take seconds that --help should not.
+        from cachemoe.benchmarks.plot import plot_report
         from cachemoe.benchmarks.run_latency import LatencyOptions, run_latency
 
         options = LatencyOptions(
             model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile
         )
-        for path in (json_path, plot_path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         report = run_latency(options, show_progress)
         _print_latency(report)
-        _write_whole(json_path, json.dumps(report, indent=1))
-        from cachemoe.benchmarks.plot import plot_report
-
-        plot_report(report, plot_path)
+        with whole_file(json_path) as partial:
+            partial.write_text(json.dumps(report, indent=1))
+        with whole_file(plot_path) as partial:
+            plot_report(report, partial)
         console.print(f"[dim]Every figure: {json_path}. Picture: {plot_path}.[/dim]")
+
+
+@app.command()
+def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
+    """Check every page of a store against its checksum."""
+    with one_sentence():
+        from cachemoe.offload.store import ExpertStore
+
+        with ExpertStore(store) as opened, show_progress("reading every page", opened.pages) as advance:
+            opened.verify(advance)
+        console.print(f"{store}: {opened.pages} pages, all as they were written.", highlight=False)
 
 
 def _print_latency(report: dict) -> None:
@@ -131,16 +142,6 @@ def _print_latency(report: dict) -> None:
         console.print(table)
     for note in notes(report):
         console.print(note)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from cachemoe.kernels.reference import Routing
-from cachemoe.offload.engine import Counters, ResidentEngine
+from cachemoe.offload.engine import Counters, OffloadEngine, ResidentEngine
 from cachemoe.offload.link import CHUNK_BYTES, DEPTH
 from cachemoe.offload.store import ExpertStore, aligned_buffer
 
@@ -53,6 +53,20 @@ def disk_bandwidth(store: ExpertStore, pages: int = 96) -> float:
         start = perf_counter()
         list(readers.map(read, chunks))
         return pages * size / (perf_counter() - start)
+
+
+def engine_bandwidth(store: ExpertStore, slots: int = 24) -> float:
+    """Bytes a second at which an engine fills its pool from the store, to be held against ``disk_bandwidth``."""
+    layers, experts = store.layout.layers, store.layout.experts
+    with OffloadEngine(store, [min(slots, experts)] * layers) as engine:
+        draw = random.Random(1)
+        for layer in range(layers):
+            ids = torch.tensor(draw.sample(range(experts), min(slots, experts)))
+            engine.state.expert_of[layer] = ids
+            engine.state.slot_of[layer, ids] = torch.arange(len(ids))
+        start = perf_counter()
+        engine.fill()
+        return layers * len(ids) * store.page_bytes / (perf_counter() - start)
 
 
 def memory_bandwidth(size: int = 1 << 29) -> float:

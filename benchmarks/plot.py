@@ -39,7 +39,7 @@ def plot_report(report: dict, path: Path) -> None:
         f"{report['model']['name']} routing {report['settings']['payload']} pages: what fewer misses cost in quality, "
         "and what they save in time"
     )
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
 
 

@@ -157,8 +157,9 @@ def notes(report: dict) -> list[str]:
     said = [
         f"Text: {settings['text']}, {unmodified['tokens']} tokens scored. The unmodified model has "
         f"{unmodified['bits_per_byte']:.3f} bits a byte, perplexity {unmodified['perplexity']:.3f} a token.",
-        f"Machine: disk {disk / 1e9:.2f} GB/s bare, memory {speeds['memory_bytes_per_second'] / 1e9:.1f} GB/s, resident "
-        f"experts {speeds['resident_expert_bytes_per_second'] / 1e9:.1f} GB/s; {speeds['torch_threads']} threads.",
+        f"Machine: disk {disk / 1e9:.2f} GB/s bare and {speeds['engine_disk_bytes_per_second'] / 1e9:.2f} through the "
+        f"engine, memory {speeds['memory_bytes_per_second'] / 1e9:.1f} GB/s, resident experts "
+        f"{speeds['resident_expert_bytes_per_second'] / 1e9:.1f} GB/s; {speeds['torch_threads']} threads.",
     ]
     if settings["payload"] != NATIVE:
         said.append(
@@ -173,7 +174,7 @@ def notes(report: dict) -> list[str]:
         said.append(f"Link paced to {link / 1e9:.2f} GB/s: {phone['name']}'s flash against its DRAM. {phone['source']}")
         if link > disk:
             said.append(
-                f"The disk's {disk / 1e9:.2f} GB/s are less than that: the times are the disk's, not the phone's."
+                f"The disk reads {disk / 1e9:.2f} GB/s, less than that: the times are the disk's, not the phone's."
             )
     said.append(
         f"{ORIGINAL}: exact routing, {settings['eviction'].upper()} eviction. {RESIDENT}: every expert in memory. "

@@ -64,6 +64,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance)
     speeds = {
         "disk_bytes_per_second": machine.disk_bandwidth(store),
+        "engine_disk_bytes_per_second": machine.engine_bandwidth(store),
         "memory_bytes_per_second": machine.memory_bandwidth(),
         "resident_expert_bytes_per_second": machine.expert_bandwidth(resident, shape.experts, shape.top_k),
     }

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat, int4_packing
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
 
 VERSION = 1
 
@@ -182,10 +183,8 @@ def write_store(
     """
     path = Path(path)
     count, size = layout.layers * layout.experts, layout.page_format.page_bytes
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with whole_file(path) as partial, open(partial, "wb") as file:
             file.write(_header(layout, count, size))
             checksums = []
             for page in pages:
@@ -199,12 +198,9 @@ def write_store(
             file.write(np.array(checksums, dtype="<u4").tobytes())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         gigabytes = (count * size) / 1e9
         raise InputError(f"cannot write the store {path} of {gigabytes:.2f} GB: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def aligned_buffer(size: int) -> np.ndarray:
