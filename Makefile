@@ -18,8 +18,8 @@ lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: ## micro-benchmarks (not yet)
-	@echo 'The micro-benchmarks are not part of this version yet.' >&2; exit 2
+bench: $(STAMP) ## micro-benchmarks of what decode does in a layer
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 
 gpu: ## measurements on a GPU (not yet)
 	@echo 'The GPU command is not part of this version yet.' >&2; exit 2

@@ -136,10 +136,11 @@ def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors
 
 
 def _print_latency(report: dict) -> None:
-    from cachemoe.benchmarks.report import notes, tables
+    from cachemoe.benchmarks.report import notes, summary, tables
 
     for table in tables(report, console.width):
         console.print(table)
+    console.print(summary(report))
     for note in notes(report):
         console.print(note)
 

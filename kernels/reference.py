@@ -3,6 +3,7 @@
 Shapes: B caches stepped side by side (configurations of an experiment; 1 in inference), T tokens, E experts, K used.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class CacheBias:
     """How much residency sways the selection; one number for all B caches, or ``[B]`` each. All zero: not at all.
 
     Args:
-        top_j: J, the best-ranked experts that are always kept.
+        top_j: J, the best-ranked experts that are always kept; all K where K is less.
         window: M, residents among the M best-ranked come before all others (max-rank, the paper's algorithm 1).
         mass: p, as ``window``, with M the fewest best-ranked experts whose probabilities sum to p (cumsum, its
             algorithm 2). p = 0 is no window.
@@ -45,26 +46,36 @@ class CacheBias:
     prior: float | torch.Tensor = 0.0
 
 
-def route(logits, state, evict, top_k, bias=CacheBias(), renormalise=False) -> Routing:
+NO_BIAS = CacheBias()
+
+
+def route(
+    logits: torch.Tensor, state, evict: Callable, top_k: int, bias: CacheBias = NO_BIAS, renormalise: bool = False
+) -> Routing:
     """Select experts token by token; each token sees the residency that the tokens before it left.
 
     Args:
         logits: ``[B, T, E]`` floating point router logits.
         state: ``Residency`` of B caches; updated in place.
         evict: eviction policy, ``state -> [B, E]`` keys, the smallest leaves.
-        top_k: K; each capacity must be at least K, since a slot needed by the same token is never a victim.
+        top_k: K.
         bias: the routing strategy, see ``CacheBias``.
         renormalise: whether the K gate weights are scaled to sum to 1, as the model was trained.
 
     Returns:
         The ``Routing``. Ties go to the lower expert id; misses take the free or evicted slots in order of gate weight.
+
+    Raises:
+        ValueError: if a capacity is below K, since a slot needed by the same token is never a victim.
     """
+    if int(state.capacity.min()) < top_k:
+        raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
     logits = logits.float()
     _, tokens, experts = logits.shape
     order = logits.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(experts, device=logits.device).expand_as(order))
     probabilities = logits.softmax(-1)
-    base, boost = _base_and_boost(logits, order, rank, probabilities, state, bias)
+    base, boost = _base_and_boost(logits, order, rank, probabilities, state, top_k, bias)
 
     ids, slots, hits = [], [], []
     for t in range(tokens):
@@ -84,7 +95,7 @@ def route(logits, state, evict, top_k, bias=CacheBias(), renormalise=False) -> R
     return Routing(ids, weights, torch.stack(slots, 1), torch.stack(hits, 1))
 
 
-def _base_and_boost(logits, order, rank, probabilities, state, bias):
+def _base_and_boost(logits, order, rank, probabilities, state, top_k, bias):
     """``[B, T, E]`` score of an absent expert, and what residency adds to it. Updates the mean logit range."""
 
     def per_cache(value):
@@ -102,7 +113,8 @@ def _base_and_boost(logits, order, rank, probabilities, state, bias):
     mass = per_cache(bias.mass)
     before = probabilities.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0
-    mass_window = ((before < mass[..., None]) & (mass[..., None] > 0)).sum(-1)
+    # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
+    mass_window = ((before < mass[..., None]) | (mass[..., None] >= 1)).sum(-1)
     window = torch.maximum(per_cache(bias.window), mass_window)  # [B, T]
 
     # Windowed strategies rank by position, exact in float32; cache-prior ranks by logit. Without bias both agree.
@@ -114,7 +126,7 @@ def _base_and_boost(logits, order, rank, probabilities, state, bias):
         (prior * mean_range)[..., None],
         torch.where(rank < window[..., None], float(experts), 0.0),
     )
-    always = rank < per_cache(bias.top_j)[..., None]
+    always = rank < per_cache(bias.top_j).clamp(max=top_k)[..., None]
     return base.masked_fill(always, torch.inf), boost
 
 
@@ -130,7 +142,7 @@ def _touch_and_place(chosen, state, evict):
     k = chosen.shape[1]
     slots = state.slot_of.gather(1, chosen)
     hits = slots >= 0
-    untouched = state.clock[:, None]
+    untouched = state.clock[:, None].clone()
     state.last_use.scatter_(1, chosen, untouched + torch.arange(k, 0, -1, device=chosen.device))
     state.uses.scatter_add_(1, chosen, torch.ones_like(chosen))
     state.clock += k
@@ -171,7 +183,7 @@ def experts(x, ids, weights, gate_up, down):
     Returns:
         ``[T, H]`` in x's dtype; accumulated in float32.
     """
-    y = torch.zeros(x.shape, dtype=torch.float32)
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for k in range(ids.shape[1]):
         gate, up = torch.einsum("th,tih->ti", x.float(), gate_up[ids[:, k]].float()).chunk(2, -1)
         y += weights[:, k, None].float() * torch.einsum("ti,thi->th", F.silu(gate) * up, down[ids[:, k]].float())

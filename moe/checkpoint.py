@@ -57,10 +57,9 @@ class Checkpoint:
             raise InputError(f"{self.path} is no checkpoint folder: its config.json cannot be read") from error
         except ValueError as error:
             raise InputError(f"{self.path / 'config.json'} is not valid JSON: get the checkpoint again") from error
-        if config.get("model_type") not in MODEL_TYPES:
-            raise InputError(
-                f"{self.path} is a {config.get('model_type')!r} model, and this version runs {', '.join(MODEL_TYPES)}"
-            )
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        if model_type not in MODEL_TYPES:
+            raise InputError(f"{self.path} is a {model_type!r} model, and this version runs {', '.join(MODEL_TYPES)}")
         try:
             self.shape = _shape(config)
         except (KeyError, TypeError) as error:

@@ -53,17 +53,19 @@ class Strategy:
             if colon:
                 raise InputError(f"{name} takes no value, and {text!r} gives one")
             return cls(name)
+        if name == "pruning" and top_k == 1:
+            raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
         low, high = {"K'": (1, top_k - 1), "M": (1, experts), "p": (0.0, 1.0), "lambda": (0.0, 1.0)}[parameter]
         try:
             value = number(value_text)
         except ValueError as error:
             raise InputError(f"{name} needs its {parameter}, as in {name}:{high}, not {text!r}") from error
-        if not low <= value <= high:
+        if not low <= value <= high or (parameter == "p" and value == 0):
             raise InputError(f"{parameter} of {name} must lie between {low} and {high}, not {value}")
         return cls(name, value)
 
     def __str__(self) -> str:
-        return self.name if self.value is None else f"{self.name}:{self.value:g}"
+        return self.name if self.value is None else f"{self.name}:{str(self.value).removesuffix('.0')}"
 
     @property
     def label(self) -> str:

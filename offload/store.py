@@ -64,6 +64,9 @@ class StoreLayout:
         packing = fields.pop("packing", None)
         try:
             layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
+            numbers = (layout.layers, layout.experts, layout.page_format.hidden, layout.page_format.intermediate)
+            if not all(type(number) is int and number > 0 for number in numbers):
+                raise ValueError(f"{numbers} are no dimensions")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
         if packing is not None and packing != int4_packing():
@@ -183,10 +186,11 @@ def write_store(
     """
     path = Path(path)
     count, size = layout.layers * layout.experts, layout.page_format.page_bytes
+
+    checksums = []
     try:
         with whole_file(path) as partial, open(partial, "wb") as file:
             file.write(_header(layout, count, size))
-            checksums = []
             for page in pages:
                 if page.numel() != size:
                     raise ValueError(f"a page has {page.numel()} bytes, and the layout says {size}")
@@ -199,8 +203,8 @@ def write_store(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        gigabytes = (count * size) / 1e9
-        raise InputError(f"cannot write the store {path} of {gigabytes:.2f} GB: {error.strerror}") from error
+        gigabytes = count * size / 1e9
+        raise InputError(f"cannot write the store {path} of {gigabytes:.2f} GB: {error.strerror or error}") from error
 
 
 def aligned_buffer(size: int) -> np.ndarray:

@@ -75,7 +75,6 @@ def test_a_bad_form_is_answered_with_a_sentence(text, message):
     assert len(str(caught.value).split()) > 4
 
 
-@pytest.mark.xfail(reason="the docstring says p in (0, 1], and parse takes 0", strict=True)
 def test_a_probability_of_zero_is_refused():
     with pytest.raises(InputError):
         parse("cumsum:0")
@@ -93,7 +92,6 @@ def test_what_is_printed_can_be_read_again(strategy):
     assert parse(str(strategy)) == strategy
 
 
-@pytest.mark.xfail(reason="str writes six digits", strict=True)
 def test_what_is_printed_can_be_read_again_to_the_last_digit():
     strategy = parse("cache-prior:0.1234567")
     assert parse(str(strategy)) == strategy

@@ -284,9 +284,6 @@ def test_metadata_of_something_else(stored, metadata):
     assert_one_sentence(caught.value)
 
 
-UNTYPED = pytest.mark.xfail(reason="StoreLayout.parse takes numbers of any type", raises=TypeError, strict=True)
-
-
 @pytest.mark.parametrize(
     "name, value",
     [
@@ -301,8 +298,8 @@ UNTYPED = pytest.mark.xfail(reason="StoreLayout.parse takes numbers of any type"
         ("group", 32),
         ("surplus", 1),
         ("layers", "2"),
-        pytest.param("experts", None, marks=UNTYPED),
-        pytest.param("hidden", 32.0, marks=UNTYPED),
+        ("experts", None),
+        ("hidden", 32.0),
     ],
 )
 def test_a_broken_layout_in_the_header(stored, name, value):
@@ -408,7 +405,6 @@ def test_pages_that_fail_half_way_leave_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="an OSError of the pages' reading is reported as one of the store's writing", strict=True)
 def test_pages_that_cannot_be_read_are_not_a_store_that_cannot_be_written(tmp_path):
     def failing():
         yield from PAGES[:3]
@@ -456,12 +452,7 @@ def test_a_folder_in_its_place(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
 
 
-UNLINK = pytest.mark.xfail(reason="removing the partial raises over the InputError", raises=OSError, strict=True)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param("file/store", marks=UNLINK), pytest.param("n" * 250, marks=UNLINK)], ids=["in a file", "long"]
-)
+@pytest.mark.parametrize("name", ["file/store", "n" * 250], ids=["in a file", "long"])
 def test_a_place_where_no_file_can_be(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write the store") as caught:

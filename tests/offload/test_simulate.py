@@ -1,0 +1,102 @@
+"""Belady's MIN against every possible choice, against LRU, and on real routing."""
+
+import json
+from functools import cache
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachemoe.kernels.reference import route
+from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.simulate import belady_misses
+
+QWEN_EXPERTS = 60
+
+
+def fewest_misses(ids, capacity):
+    """Try every set of experts that could leave, at every token."""
+
+    @cache
+    def from_here(t, resident):
+        if t == len(ids):
+            return 0
+        needed = frozenset(ids[t])
+        missing, others = needed - resident, resident - needed
+        leaving = max(0, len(resident | needed) - capacity)
+        rest = (from_here(t + 1, (resident | needed) - set(out)) for out in combinations(others, leaving))
+        return len(missing) + min(rest)
+
+    return from_here(0, frozenset())
+
+
+def lru_misses(ids, capacity):
+    order, misses = [], 0  # least recent first
+    for token in ids:
+        misses += sum(e not in order for e in token)
+        order = [e for e in order if e not in token] + token[::-1]
+        del order[: max(0, len(order) - capacity)]
+    return misses
+
+
+def traces(experts, tokens):
+    """(ids, capacity)"""
+
+    def of_width(k):
+        token = st.lists(st.integers(0, experts - 1), min_size=k, max_size=k, unique=True)
+        return st.tuples(st.lists(token, min_size=1, max_size=tokens), st.integers(k, experts))
+
+    return st.integers(1, 3).flatmap(of_width)
+
+
+@given(traces(experts=6, tokens=9))
+def test_belady_equals_the_best_of_all_choices(trace):
+    ids, capacity = trace
+    assert belady_misses(torch.tensor(ids), capacity) == fewest_misses(ids, capacity)
+
+
+@given(traces(experts=10, tokens=60))
+def test_belady_never_misses_more_than_lru(trace):
+    ids, capacity = trace
+    assert belady_misses(torch.tensor(ids), capacity) <= lru_misses(ids, capacity)
+
+
+@given(traces(experts=10, tokens=60))
+def test_with_room_for_all_only_first_uses_miss(trace):
+    ids, _ = trace
+    assert belady_misses(torch.tensor(ids), 10) == len({e for token in ids for e in token})
+
+
+def test_a_capacity_below_one_tokens_experts_is_refused():
+    with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):
+        belady_misses(torch.tensor([[0, 1, 2]]), 2)
+
+
+@pytest.fixture(scope="module")
+def real_routing(shared_data):
+    """``[2, T, K]`` ids of the layers 0 and 12 of Qwen1.5-MoE-A2.7B, the server's warm-up dropped."""
+    layers = []
+    for layer in (0, 12):
+        with open(shared_data / f"qwen1.5-moe-a2.7b-gsm8k-layer{layer}.jsonl") as file:
+            rows = [row["topk_ids"] for row in map(json.loads, file) if row["type"] == "route"]
+        warm_up = next(t for t, row in enumerate(rows) if row != rows[0])
+        layers.append(rows[warm_up:])
+    shortest = min(map(len, layers))
+    return torch.tensor([rows[:shortest] for rows in layers])
+
+
+def test_miss_rates_on_real_routing_at_half_the_experts(real_routing):
+    _, tokens, k = real_routing.shape
+    capacity = QWEN_EXPERTS // 2
+    gate = torch.arange(k, 0, -1.0).expand(real_routing.shape)
+    logits = torch.zeros(2, tokens, QWEN_EXPERTS).scatter_(2, real_routing, gate)
+    state = Residency.empty(torch.tensor([capacity] * 2), QWEN_EXPERTS)
+    routing = route(logits, state, least_recently_used, k)
+    assert torch.equal(routing.ids, real_routing)
+    for ids, hits in zip(real_routing, routing.hits, strict=True):
+        misses = int((~hits).sum())
+        assert misses == lru_misses(ids.tolist(), capacity)
+        assert 0.40 < misses / ids.numel() < 0.50
+        assert belady_misses(ids, capacity) < misses
