@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 console = Console()
 errors = Console(stderr=True)
 
@@ -26,7 +26,7 @@ def about():
     where the model would hardly notice, prefers them. Nothing is trained. After Skliar et al., "Mixture of
     Cache-Conditional Experts for Efficient Mobile Device Inference" (arXiv 2412.00099).
 
-    Begin with [bold]cachemoe latency[/bold]: it needs no download and no GPU.
+    Begin with **cachemoe latency**: it needs no download and no GPU.
     """
 
 
@@ -59,13 +59,14 @@ def show_progress(description: str, total: int):
 @app.command()
 def latency(
     model: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder of the routing model. [default: the built-in tinymoe]")
+        Path | None,
+        typer.Option(help="Checkpoint folder of the routing model.", show_default="the built-in tinymoe"),
     ] = None,
     payload: Annotated[
         str,
         typer.Option(
-            help="Pages that move and compute: [bold]qwen1.5-moe[/bold], that model's geometry in int4 with random "
-            "weights, or [bold]native[/bold], the routing model's own."
+            help="Pages that move and compute: **qwen1.5-moe**, that model's geometry in int4 with random weights, or "
+            "**native**, the routing model's own."
         ),
     ] = "qwen1.5-moe",
     capacity: Annotated[
@@ -74,8 +75,8 @@ def latency(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original is always "
-            "run. [default: a few of each]"
+            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original is always run.",
+            show_default="a few of each",
         ),
     ] = None,
     top_j: Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")] = 2,
@@ -86,7 +87,8 @@ def latency(
     quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens that quality is measured on.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     text: Annotated[
-        Path | None, typer.Option(help="Text to measure on. [default: prose of the Python reference, held out]")
+        Path | None,
+        typer.Option(help="Text to measure on.", show_default="prose of the Python language reference, held out"),
     ] = None,
     profile: Annotated[
         str | None, typer.Option(help="Pace the link to a phone's flash: phone-ufs3.1 or phone-ufs4.0.")
@@ -101,11 +103,11 @@ def latency(
 
     Examples:
 
-      cachemoe latency
+    - cachemoe latency
 
-      cachemoe latency --capacity 50% --strategy cache-prior:0.3 --payload native
+    - cachemoe latency --capacity 50% --strategy cache-prior:0.3 --payload native
 
-      cachemoe latency --profile phone-ufs4.0
+    - cachemoe latency --profile phone-ufs4.0
     """
     with one_sentence():
         # Imported here: torch, transformers and matplotlib take seconds that --help should not.

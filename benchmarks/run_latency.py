@@ -122,7 +122,9 @@ def _default_strategies(shape: MoeShape) -> list[str]:
     """A few settings of each strategy, the windows in proportion to K."""
     pruning = [f"pruning:{shape.top_k - 1}"] if shape.top_k > 1 else []
     windows = [f"max-rank:{min(factor * shape.top_k, shape.experts)}" for factor in (2, 4)]
-    return [*pruning, *windows, "cumsum:0.7", "cache-prior:0.1", "cache-prior:0.2", "cache-prior:0.5"]
+    sums = [f"cumsum:{p}" for p in (0.3, 0.5)]
+    priors = [f"cache-prior:{value}" for value in (0.05, 0.1, 0.2, 0.5)]
+    return [*pruning, *windows, *sums, *priors]
 
 
 def _capacity(text: str, shape: MoeShape) -> int:
