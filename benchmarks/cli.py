@@ -75,7 +75,7 @@ def latency(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original is always run.",
+            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original always runs.",
             show_default="a few of each",
         ),
     ] = None,
@@ -83,7 +83,7 @@ def latency(
     eviction: Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")] = "lru",
     tokens: Annotated[
         int, typer.Option(min=6, help="Tokens decoded on the clock for each row, in three segments.")
-    ] = 96,
+    ] = 72,
     quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens that quality is measured on.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     text: Annotated[
