@@ -3,7 +3,9 @@
 import json
 import sys
 from contextlib import contextmanager
+from errno import EISDIR
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -38,6 +40,11 @@ def one_sentence():
     except KeyboardInterrupt:
         errors.print("cachemoe: interrupted")
         raise typer.Exit(130) from None
+    except ModuleNotFoundError as error:
+        errors.print(
+            f"cachemoe: {error.name} is missing: pip install 'cachemoe[hf,bench]'", markup=False, highlight=False
+        )
+        raise typer.Exit(2) from None
     except (InputError, OSError) as error:
         errors.print(f"cachemoe: {error}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -117,13 +124,27 @@ def latency(
         options = LatencyOptions(
             model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile
         )
+        for path in (json_path, plot_path):
+            _check_destination(path)
         report = run_latency(options, show_progress)
         _print_latency(report)
         with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report, indent=1))
+            partial.write_text(json.dumps(report, indent=1, allow_nan=False))
         with whole_file(plot_path) as partial:
             plot_report(report, partial)
         console.print(f"[dim]Every figure: {json_path}. Picture: {plot_path}.[/dim]")
+
+
+def _check_destination(path: Path) -> None:
+    """Whether a result can be written, before the work that makes it."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, "it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 
 @app.command()

@@ -18,7 +18,7 @@ from cachemoe.offload.residency import Residency
 
 RESIDENT = "resident"
 FREE_MISSES = "free misses"
-DECODE_EXPERTS = "batched_mm"
+DECODE_EXPERTS = "batched_mm"  # transformers' own choice for one token at a time
 ORIGINAL = Strategy("original")
 
 
@@ -93,11 +93,16 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
     """
     order = list(rows)
     shuffle = random.Random(0).shuffle
-    for window in plan.windows:
-        shuffle(order)
-        for row in order:
-            _decode_segment(model, shape, row, window, plan)
-            progress()
+    prefill_experts = model.get_experts_implementation()
+    try:
+        for window in plan.windows:
+            shuffle(order)
+            for row in order:
+                model.set_experts_implementation(prefill_experts)
+                _decode_segment(model, shape, row, window, plan)
+                progress()
+    finally:
+        model.set_experts_implementation(prefill_experts)
 
 
 def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:

@@ -3,9 +3,10 @@
 import os
 import platform
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
@@ -23,7 +24,7 @@ def describe() -> dict:
     names = (
         [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
     )
-    packages = ("cachemoe", "torch", "transformers", "safetensors", "numpy")
+    packages = ("cachemoe", "torch", "triton", "transformers", "safetensors", "numpy", "matplotlib")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "processor": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
@@ -32,41 +33,51 @@ def describe() -> dict:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: _version(package) for package in packages},
     }
 
 
-def disk_bandwidth(store: ExpertStore, pages: int = 96) -> float:
-    """Bytes a second of bare reads of random pages at the link's queue depth and chunk size: the engine's bound."""
-    size = store.page_bytes
-    buffers = [memoryview(aligned_buffer(size)) for _ in range(DEPTH)]
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def disk_bandwidths(store: ExpertStore, slots: int = 12) -> dict[str, list[float]]:
+    """Bytes a second at which pages are read: bare, and by an engine that fills its pool; three times each, in turns.
+
+    Both read the same number of random pages at the link's queue depth and chunk size.
+    """
+    layers, experts, size = store.layout.layers, store.layout.experts, store.page_bytes
+    slots = min(slots, experts)
+    pages = layers * slots
     draw = random.Random(0)
-    layout = store.layout
-    offsets = [store.offset(draw.randrange(layout.layers), draw.randrange(layout.experts)) for _ in range(pages)]
-    chunks = [(i % DEPTH, offset, start) for i, offset in enumerate(offsets) for start in range(0, size, CHUNK_BYTES)]
+    measured: dict[str, list[float]] = {"bare": [], "engine": []}
+    memory = memoryview(aligned_buffer(pages * size))
+    with ThreadPoolExecutor(DEPTH) as readers, OffloadEngine(store, [slots] * layers) as engine:
+        list(readers.map(time.sleep, [0.01] * DEPTH))  # the threads start before the clock does
 
-    def read(chunk):
-        buffer, offset, start = chunk
-        store.read_into(buffers[buffer][start : start + CHUNK_BYTES], offset + start)
+        def read(chunk):
+            start, offset = chunk
+            store.read_into(memory[start : start + min(CHUNK_BYTES, size - start % size)], offset)
 
-    with ThreadPoolExecutor(DEPTH) as readers:
-        start = perf_counter()
-        list(readers.map(read, chunks))
-        return pages * size / (perf_counter() - start)
+        for _ in range(4):  # the first touches the memory, and does not count
+            chosen = [(layer, draw.sample(range(experts), slots)) for layer in range(layers)]
+            offsets = [store.offset(layer, e) for layer, ids in chosen for e in ids]
+            chunks = [(i * size + c, o + c) for i, o in enumerate(offsets) for c in range(0, size, CHUNK_BYTES)]
+            start = perf_counter()
+            list(readers.map(read, chunks))
+            measured["bare"].append(pages * size / (perf_counter() - start))
 
-
-def engine_bandwidth(store: ExpertStore, slots: int = 24) -> float:
-    """Bytes a second at which an engine fills its pool from the store, to be held against ``disk_bandwidth``."""
-    layers, experts = store.layout.layers, store.layout.experts
-    with OffloadEngine(store, [min(slots, experts)] * layers) as engine:
-        draw = random.Random(1)
-        for layer in range(layers):
-            ids = torch.tensor(draw.sample(range(experts), min(slots, experts)))
-            engine.state.expert_of[layer] = ids
-            engine.state.slot_of[layer, ids] = torch.arange(len(ids))
-        start = perf_counter()
-        engine.fill()
-        return layers * len(ids) * store.page_bytes / (perf_counter() - start)
+            engine.state.expert_of.fill_(-1)
+            engine.fill()  # empties the pool
+            for layer, ids in chosen:
+                engine.state.expert_of[layer] = torch.tensor(ids)
+            start = perf_counter()
+            engine.fill()
+            measured["engine"].append(pages * size / (perf_counter() - start))
+    return {name: values[1:] for name, values in measured.items()}
 
 
 def memory_bandwidth(size: int = 1 << 29) -> float:
@@ -86,8 +97,9 @@ def expert_bandwidth(engine: ResidentEngine, experts: int, top_k: int, calls: in
     draw = random.Random(0)
     x = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
     x = x.to(engine.page_format.compute_dtype)
-    engine.counters = Counters()
-    for call in range(calls):
+    for call in range(-calls, calls):  # the first half warms up
+        if call == 0:
+            engine.counters = Counters()
         ids = torch.tensor([[draw.sample(range(experts), top_k)]])
         routing = Routing(ids, torch.full(ids.shape, 1 / top_k), ids, torch.ones(ids.shape, dtype=torch.bool))
         engine.forward(call % layers, x, routing)

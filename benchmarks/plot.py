@@ -1,6 +1,5 @@
 """The latency report as a picture: misses against quality above, milliseconds a token below, a column a capacity."""
 
-from itertools import groupby
 from pathlib import Path
 
 import matplotlib
@@ -30,14 +29,14 @@ def plot_report(report: dict, path: Path) -> None:
         2, len(capacities), figsize=(5.2 * len(capacities), 9), squeeze=False, layout="constrained", sharey="row"
     )
     for (above, below), capacity in zip(axes.T, capacities, strict=True):
-        _pareto(above, capacity)
+        _pareto(above, capacity, report["settings"]["eviction"].upper())
         _bars(below, capacity)
     axes[0, 0].set_ylabel("perplexity against the unmodified model, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(capacities), frameon=False)
     figure.suptitle(
-        f"{report['model']['name']} routing {report['settings']['payload']} pages: what fewer misses cost in quality, "
-        "and what they save in time"
+        f"{report['model']['name']} routing {report['settings']['payload']} pages:\n"
+        "what fewer misses cost in quality, and save in time"
     )
     figure.savefig(path, dpi=130, format="png")
     plt.close(figure)
@@ -47,27 +46,24 @@ def _family(row: dict) -> str:
     return row["name"].partition(":")[0]
 
 
-def _pareto(axis, capacity: dict) -> None:
-    rows = [row for row in capacity["rows"] if "miss_rate" in row]
-    for family, members in groupby(rows, key=_family):
-        members = sorted(members, key=lambda row: row["miss_rate"])
-        axis.plot(
-            [100 * row["miss_rate"] for row in members],
-            [100 * row["perplexity_change"] for row in members],
-            marker="o",
-            color=COLOURS[family],
-            label="original + LRU" if family == str(ORIGINAL) else family,
-        )
-        for row in members:
+def _colour(family: str) -> str:
+    return COLOURS.get(family, "#9c755f")
+
+
+def _pareto(axis, capacity: dict, eviction: str) -> None:
+    families: dict[str, list[dict]] = {}
+    for row in capacity["rows"]:
+        if "miss_rate" in row:
+            families.setdefault(_family(row), []).append(row)
+    for family, members in families.items():
+        members.sort(key=lambda row: row["miss_rate"])
+        points = [(100 * row["miss_rate"], 100 * row["perplexity_change"]) for row in members]
+        label = f"{family} + {eviction}" if family == str(ORIGINAL) else family
+        axis.plot(*zip(*points, strict=True), marker="o", color=_colour(family), label=label)
+        for row, point in zip(members, points, strict=True):
             value = row["name"].partition(":")[2]
-            axis.annotate(
-                value,
-                (100 * row["miss_rate"], 100 * row["perplexity_change"]),
-                xytext=(4, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=COLOURS[family],
-            )
+            offset = {"xytext": (4, 4), "textcoords": "offset points"}
+            axis.annotate(value, point, **offset, fontsize=8, color=_colour(family))
     axis.axvline(100 * capacity["belady_miss_rate"], color="#888888", linestyle=":", label="Belady, original routing")
     axis.axhline(0, color="#cccccc", linewidth=0.8)
     axis.set_xlim(left=0)
@@ -79,7 +75,7 @@ def _bars(axis, capacity: dict) -> None:
     rows = list(reversed(capacity["rows"]))
     values = [row["ms_per_token"]["p50"] for row in rows]
     references = (RESIDENT, FREE_MISSES)
-    colours = ["#bbbbbb" if row["name"] in references else COLOURS[_family(row)] for row in rows]
+    colours = ["#bbbbbb" if row["name"] in references else _colour(_family(row)) for row in rows]
     bars = axis.barh([row["name"] for row in rows], values, color=colours)
     axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axis.set_xlabel("ms a token (median)")

@@ -33,6 +33,9 @@ class Quality:
     Args:
         state: the caches after the text, ``[L]``.
         nats: ``[windows]`` negative log-likelihood of the scored tokens.
+        tokens: scored tokens; a window's first token is not predicted.
+        selections: what the model itself selects, K experts a token and layer, pruned or not.
+        misses: pages that token-by-token decode would have fetched.
     """
 
     state: Residency
@@ -53,6 +56,7 @@ class Quality:
 
     @property
     def miss_rate(self) -> float:
+        """Misses a selection of the model's own: strategies that select fewer are held to the same measure."""
         return self.misses / max(self.selections, 1)
 
 
@@ -121,7 +125,7 @@ def evaluate(
             _score(rows, logits.log_softmax(-1), reference, window[1:])
             for quality, missed in zip(rows, misses.tolist(), strict=True):
                 quality.misses += missed
-                quality.selections += layers * len(window) * k
+                quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
 

@@ -1,5 +1,7 @@
 """One run of ``cachemoe latency``, from options to the report."""
 
+import hashlib
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import EVICTION_POLICIES
+from cachemoe.offload.store import ExpertStore
 
 SEGMENTS = 3
 PREFIX = 64
@@ -56,53 +59,67 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     evict = EVICTION_POLICIES[options.eviction]
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
-    store = open_payload(options.payload, checkpoint, progress)
     model = load_model(checkpoint.path)
-    with progress("quality, stepped through the text", len(windows)) as advance:
-        evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
-    with progress("reading every page for the resident rows", store.pages) as advance:
-        resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance)
-    speeds = {
-        "disk_bytes_per_second": machine.disk_bandwidth(store),
-        "engine_disk_bytes_per_second": machine.engine_bandwidth(store),
-        "memory_bytes_per_second": machine.memory_bandwidth(),
-        "resident_expert_bytes_per_second": machine.expert_bandwidth(resident, shape.experts, shape.top_k),
+    with open_payload(options.payload, checkpoint, progress) as store:
+        with progress("quality, stepped through the text", len(windows)) as advance:
+            evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
+        with progress("reading every page for the resident rows", store.pages) as advance:
+            resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance)
+        speeds = _speeds(store, resident, shape)
+        pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
+        plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)
+        reports = []
+        for capacity in capacities:
+            with OffloadEngine(store, [capacity] * len(shape.layers), pacing) as offload:
+                rows = rows_at(capacity, settings, evaluation, offload, resident, shape)
+                with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
+                    decode_rows(model, shape, rows, plan, advance)
+            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation))
+    # Names, not paths: a report is made to be shown.
+    names = {
+        "model": checkpoint.path.name,
+        "text": options.text.name if options.text else HELD_OUT,
+        "strategy": [str(strategy) for strategy in strategies],
     }
-    pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
-
-    plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)
-    reports = []
-    for capacity in capacities:
-        with OffloadEngine(store, [capacity] * len(shape.layers), pacing) as offload:
-            rows = rows_at(capacity, settings, evaluation, offload, resident, shape)
-            with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
-                decode_rows(model, shape, rows, plan, advance)
-        reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation))
+    text = bytes(torch.cat((windows.flatten(), segments.flatten())).tolist())
     return {
         "command": "latency",
-        "settings": asdict(options) | {"model": str(checkpoint.path), "text": str(options.text or HELD_OUT)},
+        "settings": asdict(options) | names | {"segments": SEGMENTS, "prefix": PREFIX},
         "machine": machine.describe() | speeds,
         "model": {
             "name": checkpoint.path.name,
+            "fingerprint": checkpoint.fingerprint(),
             "experts": shape.experts,
             "layers": len(shape.layers),
             "k": shape.top_k,
         },
+        "text_sha256": hashlib.sha256(text).hexdigest(),
         "store": {
+            "name": store.path.name,
             "pages": store.pages,
             "page_bytes": store.page_bytes,
             "format": asdict(store.layout.page_format),
             "direct": store.direct,
         },
-        "profile": asdict(phone) | {"name": options.profile, "link_bytes_per_second": pacing.bytes_per_second}
-        if phone
-        else None,
+        "profile": asdict(phone) | {"name": options.profile, "link": asdict(pacing)} if phone else None,
         "unmodified": {
             "tokens": evaluation.unmodified.tokens,
             "bits_per_byte": evaluation.unmodified.bits_per_byte,
             "perplexity": evaluation.unmodified.perplexity,
         },
         "capacities": reports,
+    }
+
+
+def _speeds(store: ExpertStore, resident: ResidentEngine, shape: MoeShape) -> dict:
+    disk = machine.disk_bandwidths(store)
+    ratios = [engine / bare for bare, engine in zip(disk["bare"], disk["engine"], strict=True)]
+    return {
+        "disk_bytes_per_second": statistics.median(disk["bare"]),
+        "engine_disk_bytes_per_second": statistics.median(disk["engine"]),
+        "engine_over_bare_disk": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "memory_bytes_per_second": machine.memory_bandwidth(),
+        "resident_expert_bytes_per_second": machine.expert_bandwidth(resident, shape.experts, shape.top_k),
     }
 
 

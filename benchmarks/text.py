@@ -12,7 +12,7 @@ HELD_OUT = "pydoc_data.topics"
 
 def held_out_text() -> bytes:
     """Prose of the Python language reference, from the standard library; tinymoe was not trained on any of it."""
-    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics)).encode()
+    return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics)).encode()
 
 
 def load_tokens(path: Path | None, vocabulary: int, needed: int) -> torch.Tensor:

@@ -49,6 +49,7 @@ class CacheBias:
 NO_BIAS = CacheBias()
 
 
+@torch.no_grad()
 def route(
     logits: torch.Tensor, state, evict: Callable, top_k: int, bias: CacheBias = NO_BIAS, renormalise: bool = False
 ) -> Routing:

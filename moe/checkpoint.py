@@ -62,26 +62,18 @@ class Checkpoint:
             raise InputError(f"{self.path} is a {model_type!r} model, and this version runs {', '.join(MODEL_TYPES)}")
         try:
             self.shape = _shape(config)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise InputError(f"{self.path / 'config.json'} lacks {error}: get the checkpoint again") from error
+        except (TypeError, ArithmeticError) as error:
+            raise InputError(f"{self.path / 'config.json'} has a value that cannot be ({error})") from error
         self._file_of = self._index()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, read from its file.
-
-        Raises:
-            InputError: if it is missing or its file is damaged.
-        """
-        if name not in self._file_of:
-            raise InputError(f"{self.path} has no tensor {name}: get the checkpoint again")
-        with _opened(self._file_of[name]) as file:
-            return file.get_tensor(name)
-
     def fingerprint(self) -> str:
-        """Digest of the shape and of every router's weights: it tells fine-tunes of one architecture apart."""
+        """Digest of the shape and of a row of each expert's matrices: it tells fine-tunes of one architecture apart."""
         digest = hashlib.sha256(repr(self.shape).encode())
-        for layer in self.shape.layers:
-            digest.update(self.tensor(f"model.layers.{layer}.mlp.gate.weight").contiguous().view(torch.uint8).numpy())
+        for names in self._experts():
+            for name in names:
+                digest.update(self._slice(name)[0].contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
     def layout(self, kind: str, group: int = 0) -> StoreLayout:
@@ -91,25 +83,39 @@ class Checkpoint:
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
         """Every expert's page, expert by expert, layer by layer; one expert in memory at a time."""
+        for names in self._experts():
+            gate, up, down = (self._slice(name)[:] for name in names)
+            yield page_format.pack(torch.cat((gate, up)), down)
+
+    def _experts(self) -> Iterator[tuple[str, str, str]]:
+        """Names of each expert's gate, up and down matrices, expert by expert, layer by layer."""
         for layer in self.shape.layers:
             for e in range(self.shape.experts):
                 prefix = f"model.layers.{layer}.mlp.experts.{e}"
-                gate, up, down = (self.tensor(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
-                yield page_format.pack(torch.cat((gate, up)), down)
+                yield tuple(f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
 
-    def _index(self) -> dict[str, Path]:
-        """Tensor name -> file, from the index of a sharded checkpoint or from the single file."""
+    def _slice(self, name: str):
+        """A tensor that is read when indexed.
+
+        Raises:
+            InputError: if it is missing.
+        """
+        if name not in self._file_of:
+            raise InputError(f"{self.path} has no tensor {name}: get the checkpoint again")
+        return self._file_of[name].get_slice(name)
+
+    def _index(self) -> dict:
+        """Tensor name -> the opened file that has it, of a sharded checkpoint or a single file."""
         index = self.path / "model.safetensors.index.json"
+        names = ["model.safetensors"]
         if index.exists():
             try:
-                names = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
+                # Only the last part of a name: an index cannot point outside its folder.
+                names = sorted({Path(file).name for file in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{index} is damaged: get the checkpoint again") from error
-            # Only the last part of a name: an index cannot point outside its folder.
-            return {name: self.path / Path(file).name for name, file in names.items()}
-        file = self.path / "model.safetensors"
-        with _opened(file) as opened:
-            return dict.fromkeys(opened.keys(), file)
+        files = [_opened(self.path / name) for name in names]
+        return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 def _opened(file: Path):

@@ -15,13 +15,14 @@ from cachemoe.offload.errors import InputError
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
 
-# name -> (the parameter as written in the paper, how to read it, field of CacheBias that it sets if any)
-_RULES = {
-    "original": (None, None, None),
-    "pruning": ("K'", int, None),
-    "max-rank": ("M", int, "window"),
-    "cumsum": ("p", float, "mass"),
-    "cache-prior": ("lambda", float, "prior"),
+# name -> (the parameter as written in the paper, how to read it, its range for E experts and K used, the field of
+# CacheBias that it sets if any)
+RULES = {
+    "original": (None, None, None, None),
+    "pruning": ("K'", int, lambda experts, top_k: (1, top_k - 1), None),
+    "max-rank": ("M", int, lambda experts, top_k: (1, experts), "window"),
+    "cumsum": ("p", float, lambda experts, top_k: (0.001, 1.0), "mass"),
+    "cache-prior": ("lambda", float, lambda experts, top_k: (0.0, 1.0), "prior"),
 }
 
 
@@ -31,7 +32,7 @@ class Strategy:
 
     Args:
         name: one of ``original``, ``pruning``, ``max-rank``, ``cumsum``, ``cache-prior``.
-        value: None for ``original``; K' < K experts a token for ``pruning``; M for ``max-rank``; p in (0, 1] for
+        value: None for ``original``; K' < K experts a token for ``pruning``; M for ``max-rank``; p in [0.001, 1] for
             ``cumsum``; lambda in [0, 1] for ``cache-prior``.
     """
 
@@ -46,21 +47,21 @@ class Strategy:
             InputError: for an unknown name or a value out of range.
         """
         name, colon, value_text = text.partition(":")
-        if name not in _RULES:
-            raise InputError(f"unknown strategy {name!r}: choose among {', '.join(_RULES)}")
-        parameter, number, _ = _RULES[name]
+        if name not in RULES:
+            raise InputError(f"unknown strategy {name!r}: choose among {', '.join(RULES)}")
+        parameter, number, bounds, _ = RULES[name]
         if parameter is None:
             if colon:
                 raise InputError(f"{name} takes no value, and {text!r} gives one")
             return cls(name)
         if name == "pruning" and top_k == 1:
             raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
-        low, high = {"K'": (1, top_k - 1), "M": (1, experts), "p": (0.0, 1.0), "lambda": (0.0, 1.0)}[parameter]
+        low, high = bounds(experts, top_k)
         try:
             value = number(value_text)
         except ValueError as error:
             raise InputError(f"{name} needs its {parameter}, as in {name}:{high}, not {text!r}") from error
-        if not low <= value <= high or (parameter == "p" and value == 0):
+        if not low <= value <= high:
             raise InputError(f"{parameter} of {name} must lie between {low} and {high}, not {value}")
         return cls(name, value)
 
@@ -84,8 +85,8 @@ def cache_bias(strategies: Sequence[Strategy], top_j: int) -> CacheBias:
         top_j: J, the best-ranked experts that every strategy keeps.
     """
     values = {
-        field: torch.tensor([s.value if _RULES[s.name][2] == field else 0 for s in strategies])
-        for _, _, field in _RULES.values()
+        field: torch.tensor([s.value if RULES[s.name][-1] == field else 0 for s in strategies])
+        for *_, field in RULES.values()
         if field
     }
     return CacheBias(top_j=top_j, **values)

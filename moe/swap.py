@@ -8,6 +8,7 @@ from types import MethodType
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from transformers.integrations.moe import ExpertsInterface
 
 from cachemoe.kernels.reference import Routing
@@ -26,21 +27,26 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32):
     """A causal language model from a local folder of safetensors, for inference on the CPU.
 
     Raises:
-        InputError: if transformers cannot load it.
+        InputError: if transformers cannot load it, or a tensor is missing.
     """
     transformers.utils.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
+            output_loading_info=True,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             experts_implementation=RESIDENT_EXPERTS,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
-    return model.eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"transformers cannot load {path}: {reason}") from error
+    # transformers fills what is missing with random numbers and goes on.
+    if absent := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
+        raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first: get it again")
+    return model.eval().requires_grad_(False)
 
 
 class Swap:

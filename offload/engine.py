@@ -25,7 +25,8 @@ class Counters:
 
     A selection is one expert chosen by one token. It is a miss if the engine had to ask for its page, a hit otherwise:
     in a call of many tokens an expert misses at most once. ``stall_s`` is time spent waiting for pages with nothing
-    left to compute, ``compute_s`` time in the experts' matmuls, ``engine_s`` all time in the engine, both included.
+    left to compute, ``compute_s`` time in the experts' matmuls, ``link_s`` time with pages under way, ``engine_s`` all
+    time in the engine.
     """
 
     calls: int = 0
@@ -36,15 +37,17 @@ class Counters:
     bytes_read: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
+    link_s: float = 0.0
     engine_s: float = 0.0
 
-    def count_call(self, selections: int, misses: int, seconds: float) -> None:
+    def count_call(self, selections: int, misses: int, compute_s: float, engine_s: float) -> None:
         """Add one call."""
         self.calls += 1
+        self.compute_s += compute_s
         self.selections += selections
         self.hits += selections - misses
         self.misses += misses
-        self.engine_s += seconds
+        self.engine_s += engine_s
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def plan_waves(held: Sequence[int], needed: Sequence[int], final: set[int]) -> l
         Waves, to be run one after another. A wave's loads never overwrite a page that the wave computes with. An expert
         is loaded at most once, but for one that must give up its slot where every slot holds an expert that stays.
     """
-    here = [(held_expert, slot) for slot, held_expert in enumerate(held) if held_expert in set(needed)]
+    here = [(e, slot) for slot, e in enumerate(held) if e in needed]
     passing = [e for e in needed if e not in held and e not in final]
     staying = [e for e in needed if e not in held and e in final]
     free = [slot for slot, e in enumerate(held) if e not in final and e not in needed]
@@ -87,11 +90,12 @@ def plan_waves(held: Sequence[int], needed: Sequence[int], final: set[int]) -> l
 
 
 class _Call:
-    """The inputs and outputs of one call, expert by expert."""
+    """The inputs and outputs of one call, expert by expert, and the seconds its matmuls took."""
 
     def __init__(self, x: torch.Tensor, routing: Routing):
         ids, self._weights = routing.ids[0], routing.weights[0]
         self._x = x
+        self.compute_s = 0.0
         self._outputs = x.new_empty((*ids.shape, x.shape[1]))
         if len(ids) == 1:
             self._rows = {e: (0, k) for k, e in enumerate(ids[0].tolist())}
@@ -107,7 +111,10 @@ class _Call:
         """Run one pending expert on the tokens that chose it."""
         token, k = self._rows.pop(e)
         x = self._x if len(self._x) == 1 else self._x[token]
-        self._outputs[token, k] = expert(x, weights, page_format)
+        start = perf_counter()
+        y = expert(x, weights, page_format)
+        self.compute_s += perf_counter() - start
+        self._outputs[token, k] = y
 
     def output(self) -> torch.Tensor:
         """``[T, H]``: the sum over k weighted by the gate, in float32, in the routing's order."""
@@ -135,19 +142,20 @@ class ResidentEngine:
         self.page_format = layout.page_format
         self._pool = ExpertPool([layout.experts] * layout.layers, layout.page_format)
         pages = [(layer, e) for layer in range(layout.layers) for e in range(layout.experts)]
-        with Link(store) as link, link.fetch((*page, self._pool.buffer(*page), page) for page in pages) as arrivals:
+        requests = [(*page, self._pool.buffer(*page), page) for page in pages]
+        with Link(store) as link, link.fetch(requests) as arrivals:
             for _ in arrivals:
                 advance()
 
+    @torch.no_grad()
     def forward(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """As ``OffloadEngine.forward``."""
         start = perf_counter()
         call = _Call(x, routing)
         for e in call.pending:
             call.compute(e, self._pool.weights(layer, e), self._pool.page_format)
-        self.counters.compute_s += perf_counter() - start
-        y = call.output()
-        self.counters.count_call(routing.ids.numel(), int((~routing.hits).sum()), perf_counter() - start)
+        y, misses = call.output(), int((~routing.hits).sum())
+        self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
         return y
 
 
@@ -175,6 +183,7 @@ class OffloadEngine:
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
         self._link = Link(store, pacing)
 
+    @torch.no_grad()
     def forward(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """Run the experts that ``route`` chose for this layer, fetching what is missing.
 
@@ -207,24 +216,28 @@ class OffloadEngine:
             if len(x) > 1 or call.pending:
                 self._settle(layer)
         y = call.output()
-        self.counters.count_call(routing.ids.numel(), misses, perf_counter() - start)
+        self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
         return y
 
     def fill(self) -> None:
-        """Fetch every page that ``state`` says is resident and the pool does not hold.
+        """Fetch, at the machine's own speed, every page that ``state`` says is resident and the pool does not hold.
+
+        Pages that the pool holds stay in their slots: which slot an expert has may change, which are resident not.
 
         Raises:
             OSError: as ``forward``.
         """
         requests = []
         for layer, held in enumerate(self._held):
-            for slot, e in enumerate(self.state.expert_of[layer, : len(held)].tolist()):
-                if e != held[slot]:
+            wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
+            missing = iter([e for e in wanted if e not in held])
+            for slot, e in enumerate(held):
+                if e not in wanted:
                     held[slot] = -1
-                if e >= 0 and held[slot] < 0:
-                    requests.append((layer, e, self._pool.buffer(layer, slot), (layer, e, slot)))
+                    if (new := next(missing, None)) is not None:
+                        requests.append((layer, new, self._pool.buffer(layer, slot), (layer, new, slot)))
         try:
-            with self._link.fetch(requests) as arrivals:
+            with self._link.fetch(requests, paced=False) as arrivals:
                 for layer, e, slot in arrivals:
                     self._held[layer][slot] = e
         finally:
@@ -247,12 +260,11 @@ class OffloadEngine:
         for _, slot in wave.loads:
             held[slot] = -1
         requests = [(layer, e, self._pool.buffer(layer, slot), (e, slot)) for e, slot in wave.loads]
-        start = perf_counter()
+        asked = landed = perf_counter()
         with self._link.fetch(requests) as arrivals:
             for e, slot in wave.resident:
                 call.compute(e, self._pool.weights(layer, slot), page_format)
             waiting = perf_counter()
-            counters.compute_s += waiting - start
             for e, slot in arrivals:
                 held[slot] = e
                 landed = perf_counter()
@@ -262,7 +274,7 @@ class OffloadEngine:
                 if e in call.pending:  # not so where it only returns to the slot that it had to give up
                     call.compute(e, self._pool.weights(layer, slot), page_format)
                 waiting = perf_counter()
-                counters.compute_s += waiting - landed
+        counters.link_s += landed - asked
 
     def _settle(self, layer: int) -> None:
         """Make the page table say what the slots hold."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cachemoe.offload.store import ExpertStore
 
 CHUNK_BYTES = 1 << 20  # a page is read in chunks, so that a single miss keeps several requests in flight too
-DEPTH = 4  # reads in flight; the disk of the first measurements is saturated by two
+DEPTH = 4  # reads in flight
 
 
 @dataclass(frozen=True)
@@ -25,40 +25,14 @@ class Pacing:
     latency: float = 0.0
 
 
-class Arrivals:
-    """Pages under way, iterated in the order they land. Use it as a context manager: leaving waits for the rest.
-
-    Iterating gives the tag of each page that arrived, and raises in the caller what ended a read that failed. After the
-    context no read writes any of the slots; those whose page was not iterated hold nothing to rely on.
-    """
-
-    def __init__(self, landed: queue.SimpleQueue, count: int):
-        self._landed = landed
-        self._left = count
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        while self._left:
-            self._landed.get()
-            self._left -= 1
-
-    def __iter__(self) -> Iterator:
-        while self._left:
-            page = self._landed.get()
-            self._left -= 1
-            if page.error is not None:
-                raise page.error
-            yield page.tag
-
-
 class _Page:
     """One page on its way, chunk by chunk."""
 
     def __init__(self, tag, chunks: int, not_before: float, landed: queue.SimpleQueue):
         self.tag = tag
         self.error: BaseException | None = None
+        self.cancelled = False
+        self.ended = threading.Event()  # no reader writes the buffer any more
         self._chunks_left = chunks
         self._not_before = not_before
         self._landed = landed
@@ -71,8 +45,43 @@ class _Page:
             self.error = self.error or error
             last = self._chunks_left == 0
         if last:
-            time.sleep(max(0.0, self._not_before - time.monotonic()))
+            if not self.cancelled:
+                time.sleep(max(0.0, self._not_before - time.monotonic()))
+            self.ended.set()
             self._landed.put(self)
+
+
+class Arrivals:
+    """Pages under way, iterated in the order they land. Use it as a context manager: leaving waits for the readers.
+
+    Iterating gives the tag of each page that arrived, and raises in the caller what ended a read that failed. After the
+    context no read writes any of the slots; those whose page was not iterated hold nothing to rely on.
+    """
+
+    def __init__(self, link: "Link", landed: queue.SimpleQueue, pages: list[_Page]):
+        self._link = link
+        self._landed = landed
+        self._pages = pages
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        try:
+            for page in self._pages:
+                page.cancelled = True
+            for page in self._pages:
+                page.ended.wait()
+        except BaseException:  # a second Ctrl-C: readers may still be writing, so nothing may be fetched again
+            self._link.broken = True
+            raise
+
+    def __iter__(self) -> Iterator:
+        for _ in self._pages:
+            page = self._landed.get()
+            if page.error is not None:
+                raise page.error
+            yield page.tag
 
 
 class Link:
@@ -82,11 +91,15 @@ class Link:
         store: where pages come from.
         pacing: None for the machine's own speed.
         depth: reads in flight.
+
+    Attributes:
+        broken: set when an interrupt left reads that nobody waits for; the link then refuses to fetch.
     """
 
     def __init__(self, store: ExpertStore, pacing: Pacing | None = None, depth: int = DEPTH):
         self.store = store
         self.pacing = pacing
+        self.broken = False
         self._free_at = 0.0
         self._chunks: queue.SimpleQueue = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._read, name=f"cachemoe-read-{i}") for i in range(depth)]
@@ -94,23 +107,35 @@ class Link:
             thread.daemon = True  # Ctrl-C between start and close must not hang the interpreter's exit
             thread.start()
 
-    def fetch(self, requests: Iterable[tuple[int, int, memoryview, Hashable]]) -> Arrivals:
+    def fetch(self, requests: Iterable[tuple[int, int, memoryview, Hashable]], paced: bool = True) -> Arrivals:
         """Ask for pages; returns at once.
 
         Args:
             requests: (layer, expert, the slot's bytes, tag) of each page. The bytes belong to the readers until the
                 page has been iterated or the ``Arrivals`` left; the tag is what iterating gives.
+            paced: False for pages that are not part of what is measured.
+
+        Raises:
+            RuntimeError: if an interrupt broke the link.
         """
+        if self.broken:
+            raise RuntimeError("an interrupt left reads under way on this link: make a new engine")
         landed: queue.SimpleQueue = queue.SimpleQueue()
-        count = 0
-        for layer, expert, buffer, tag in requests:
-            offset = self.store.offset(layer, expert)
-            starts = range(0, len(buffer), CHUNK_BYTES)
-            page = _Page(tag, len(starts), self._reserve(len(buffer)), landed)
-            for start in starts:
-                self._chunks.put((page, buffer[start : start + CHUNK_BYTES], offset + start))
-            count += 1
-        return Arrivals(landed, count)
+        pages: list[_Page] = []
+        try:
+            for layer, expert, buffer, tag in requests:
+                offset = self.store.offset(layer, expert)
+                starts = range(0, len(buffer), CHUNK_BYTES)
+                page = _Page(tag, len(starts), self._reserve(len(buffer)) if paced else 0.0, landed)
+                pages.append(page)
+                for start in starts:
+                    self._chunks.put((page, buffer[start : start + CHUNK_BYTES], offset + start))
+        except BaseException:  # Ctrl-C in the middle: what has been asked for is not known to the caller
+            self.broken = True
+            for page in pages:
+                page.cancelled = True
+            raise
+        return Arrivals(self, landed, pages)
 
     def close(self) -> None:
         """End the threads after the reads already asked for; a second call does nothing."""
@@ -137,9 +162,10 @@ class Link:
     def _read(self) -> None:
         while (request := self._chunks.get()) is not None:
             page, buffer, offset = request
+            error = None
             try:
-                self.store.read_into(buffer, offset)
-                error = None
+                if not page.cancelled:
+                    self.store.read_into(buffer, offset)
             except BaseException as failure:  # handed to the caller, who raises it
                 error = failure
             page.chunk_ended(error)

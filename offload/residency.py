@@ -67,21 +67,9 @@ class Residency:
     def clone(self) -> Residency:
         return Residency(*(getattr(self, field.name).clone() for field in fields(self)))
 
-    def copy_(self, other: Residency) -> None:
-        """Take over another state of the same shape, in place."""
-        for field in fields(self):
-            getattr(self, field.name).copy_(getattr(other, field.name))
-
     def resident(self) -> torch.Tensor:
         """``[..., E]`` bool: the experts that have a slot."""
         return self.slot_of >= 0
-
-    def evict(self, expert: int) -> None:
-        """Mark one expert of an unbatched state absent and its slot free; nothing happens if it is absent already."""
-        slot = int(self.slot_of[expert])
-        if slot >= 0:
-            self.slot_of[expert] = -1
-            self.expert_of[slot] = -1
 
 
 def least_recently_used(state: Residency) -> torch.Tensor:

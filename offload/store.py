@@ -58,7 +58,7 @@ class StoreLayout:
             fields = json.loads((metadata or {})["cachemoe"])
             version = fields.pop("version")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a cachemoe store: remove it, or give the path of one") from error
+            raise InputError(f"{path} is not a cachemoe store: give the path of one") from error
         if version != VERSION:
             raise InputError(f"{path} is a store of version {version}, and this is version {VERSION}: make it again")
         packing = fields.pop("packing", None)

@@ -12,6 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cachemoe.benchmarks.cli import app
+from cachemoe.benchmarks.payload import PAYLOADS
+from cachemoe.moe.strategies import RULES
+from cachemoe.offload.profiles import PROFILES
+from cachemoe.offload.residency import EVICTION_POLICIES
 
 QUICK = ("--context", "32", "--quality-tokens", "64", "--tokens", "9", "--payload", "native", "--top-j", "1")
 
@@ -73,7 +77,7 @@ def test_the_figures_agree_with_each_other(report):
         moved = 0 if row["name"] in ("resident", "free misses") else counters["misses"]
         assert counters["bytes_read"] == moved * figures["store"]["page_bytes"]
     original = figures["capacities"][0]["rows"][2]
-    assert original["speedup_over_lru"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert original["speedup_over_original"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert original["label"] == "exact"
     assert original["top1_agreement"] == 1.0
     assert original["miss_rate"] >= figures["capacities"][0]["belady_miss_rate"]
@@ -179,4 +183,24 @@ def test_verify_finds_a_flipped_byte(command, tmp_path):
 
 def test_a_result_that_cannot_be_written_is_refused(command, tmp_path):
     (tmp_path / "file").write_text("")
-    assert_refused(command("--strategy", "original", "--json", "file/latency.json"), "file")
+    assert_refused(command("--json", "file/latency.json"), "file/latency.json", "cannot be written")
+    assert_refused(command("--plot", str(tmp_path)), "cannot be written", "folder")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_one_window_writes_valid_json(command, tmp_path):
+    assert command("--strategy", "original", "--quality-tokens", "32").exit_code == 0
+    figures = json.loads((tmp_path / "results" / "latency.json").read_text(), parse_constant=pytest.fail)
+    assert figures["capacities"][0]["rows"][2]["bits_per_byte_change_standard_error"] is None
+
+
+def test_lfu_is_called_lfu(command):
+    output = command("--strategy", "original", "--eviction", "lfu").output
+    assert "LFU" in output
+    assert "LRU" not in output
+
+
+def test_the_help_names_every_policy_phone_and_payload():
+    output = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["latency", "--help"]).output
+    for name in (*EVICTION_POLICIES, *PROFILES, *PAYLOADS, *RULES):
+        assert name in output, name

@@ -63,9 +63,9 @@ def test_a_sharded_checkpoint_gives_the_same_pages(tiny_checkpoint, folder):
     assert whole.fingerprint() == sharded.fingerprint()
 
 
-def test_another_router_is_another_model(tiny_checkpoint, folder):
+def test_other_experts_are_another_model(tiny_checkpoint, folder):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.gate.weight"][0, 0] += 1
+    tensors["model.layers.1.mlp.experts.5.up_proj.weight"] *= 2
     save_file(tensors, folder / "model.safetensors")
     assert Checkpoint(tiny_checkpoint).fingerprint() != Checkpoint(folder).fingerprint()
 
@@ -99,3 +99,11 @@ def test_a_missing_expert_is_refused(folder):
     checkpoint = Checkpoint(folder)
     with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.experts\.7\.up_proj\.weight"):
         list(checkpoint.pages(checkpoint.layout("bf16").page_format))
+
+
+def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of the model's tensors, .*q_proj"):
+        load_model(folder)

@@ -168,8 +168,39 @@ def test_fill_brings_what_the_state_says(store, weights):
         engine.state[0].slot_of[torch.tensor([2, 6])] = torch.tensor([3, 0])
         engine.state[0].expert_of[torch.tensor([3, 0])] = torch.tensor([2, 6])
         engine.fill()
-        assert engine._held[0] == [6, -1, -1, 2]
+        assert sorted(engine._held[0]) == [-1, -1, 2, 6]
         assert_consistent(engine)
+
+
+def test_fill_keeps_the_pages_it_has(store, weights):
+    with engines.OffloadEngine(store, [4, 4]) as engine:
+        reads = []
+        fetch = engine._link.fetch
+        engine._link.fetch = lambda requests, **paced: (
+            reads.append([r[1] for r in requests]) or fetch(requests, **paced)
+        )
+        for experts in ([0, 1, 2, 3], [3, 2, 1, 5]):
+            engine.state.slot_of[0] = -1
+            engine.state.slot_of[0, torch.tensor(experts)] = torch.arange(4)
+            engine.state.expert_of[0] = torch.tensor(experts)
+            engine.fill()
+            assert sorted(engine._held[0]) == sorted(experts)
+            assert_consistent(engine)
+        assert reads == [[0, 1, 2, 3], [5]]
+
+
+def test_an_interrupt_while_waiting_poisons_nothing(store, weights):
+    with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [TOP_K] * LAYERS) as engine:
+        original = engines.expert
+        engines.expert = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                step(engine, weights, 0, 0, 1)
+        finally:
+            engines.expert = original
+        assert_consistent(engine)
+        y, expected = step(engine, weights, 0, 1, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_closing_twice_leaves_no_thread(store):

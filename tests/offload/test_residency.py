@@ -144,26 +144,3 @@ def test_a_clone_is_independent():
         if field.name != "capacity":
             assert not torch.equal(getattr(state, field.name), getattr(clone, field.name)), field.name
     assert not clone.resident().any()
-
-
-def test_copy_takes_over_every_field_in_place():
-    source, target = (Residency.empty(torch.tensor([capacity, 3]), EXPERTS) for capacity in (2, 1))
-    replay([[4, 1]], source[:1], least_recently_used)
-    before = {field.name: getattr(target, field.name) for field in fields(Residency)}
-    target.copy_(source)
-    for field in fields(Residency):
-        assert getattr(target, field.name) is before[field.name]
-        assert torch.equal(before[field.name], getattr(source, field.name)), field.name
-    replay([[5, 6]], source[:1], least_recently_used)
-    assert residents(target) == {4, 1}
-
-
-def test_evict_frees_the_slot_for_the_next_miss():
-    state = Residency.empty(torch.tensor([3]), EXPERTS)
-    replay([[0], [1], [2]], state, least_recently_used)
-    state[0].evict(1)
-    state[0].evict(7)  # absent already
-    assert residents(state) == {0, 2}
-    assert state.expert_of[0].tolist() == [0, -1, 2]
-    replay([[5]], state, least_recently_used)
-    assert state.expert_of[0].tolist() == [0, 5, 2]

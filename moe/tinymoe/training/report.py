@@ -1,0 +1,161 @@
+"""Measure that tinymoe is worth measuring on: its quality, what its router knows, and how hard its routing is to cache.
+
+    python report.py --wikitext wikitext2-valid.txt     # writes ../report.json
+
+Everything is measured on text the model was not trained on. Random choices have fixed seeds.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cachemoe.benchmarks.machine import describe
+from cachemoe.benchmarks.quality import NATS_PER_BIT, Setting, evaluate
+from cachemoe.benchmarks.text import HELD_OUT, held_out_text, load_tokens
+from cachemoe.kernels.reference import Routing, route
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.swap import Swap, load_model
+from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.simulate import belady_misses
+
+FOLDER = Path(__file__).resolve().parent.parent
+CONTEXT, TOKENS, BATCH = 512, 65536, 16
+CAPACITIES = (0.25, 0.5, 0.75)
+
+
+@torch.inference_mode()
+def bits_per_byte(model, windows: torch.Tensor) -> float:
+    """Mean over the predicted bytes of ``[windows, context]``."""
+    nats = 0.0
+    for batch in windows.split(BATCH):
+        log_p = model(batch).logits[:, :-1].log_softmax(-1)
+        nats -= float(log_p.gather(-1, batch[:, 1:, None]).double().sum())
+    return nats / windows[:, 1:].numel() / NATS_PER_BIT
+
+
+class Altered:
+    """The model's own routing with ids altered; records what it saw."""
+
+    def __init__(self, shape, alter):
+        self.shape, self.alter = shape, alter
+        self.ids, self.weights = [[] for _ in shape.layers], [[] for _ in shape.layers]
+
+    def __call__(self, layer: int, logits: torch.Tensor) -> Routing:
+        everything = Residency.empty(torch.tensor([self.shape.experts]), self.shape.experts)
+        routing = route(
+            logits[None], everything, least_recently_used, self.shape.top_k, renormalise=self.shape.renormalise
+        )
+        self.ids[layer].append(routing.ids[0])
+        self.weights[layer].append(routing.weights[0])
+        return Routing(self.alter(routing.ids), routing.weights, routing.slots, routing.hits)
+
+
+def random_ids(generator: torch.Generator, experts: int, ids: torch.Tensor) -> torch.Tensor:
+    """K distinct experts at random."""
+    return torch.rand(*ids.shape[:-1], experts, generator=generator).argsort(-1)[..., : ids.shape[-1]]
+
+
+def replace_rank(generator: torch.Generator, experts: int, rank: int, ids: torch.Tensor) -> torch.Tensor:
+    """The expert of one rank, and its gate weight, given to an expert that was not selected."""
+    draw = torch.rand(*ids.shape[:-1], experts, generator=generator).scatter(-1, ids, -1.0)
+    ids = ids.clone()
+    ids[..., rank] = draw.argmax(-1)
+    return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser.add_argument("--wikitext", type=Path, help="WikiText-2 validation text, a second, out-of-domain measurement")
+    parser.add_argument("--out", type=Path, default=FOLDER / "report.json")
+    arguments = parser.parse_args()
+
+    checkpoint, model = Checkpoint(arguments.model), load_model(arguments.model)
+    shape = checkpoint.shape
+    windows = load_tokens(None, shape.vocabulary, TOKENS).view(-1, CONTEXT)
+    everything = load_tokens(None, shape.vocabulary, len(held_out_text()) // CONTEXT * CONTEXT).view(-1, CONTEXT)
+
+    own = Altered(shape, lambda ids: ids)
+    with Swap(model, own):
+        base = bits_per_byte(model, windows)
+    costs = {}
+    alterations = {"random routing": random_ids} | {
+        f"rank {rank + 1} replaced": lambda generator, experts, ids, rank=rank: replace_rank(
+            generator, experts, rank, ids
+        )
+        for rank in range(shape.top_k)
+    }
+    for name, alter in track(alterations.items(), "altering the routing"):
+        generator = torch.Generator().manual_seed(0)
+        with Swap(model, Altered(shape, lambda ids, f=alter, g=generator: f(g, shape.experts, ids))):
+            costs[name] = bits_per_byte(model, windows) - base
+
+    ids = torch.stack([torch.cat(layer) for layer in own.ids])
+    weights = torch.stack([torch.cat(layer) for layer in own.weights])
+    share = torch.stack([layer.flatten().bincount(minlength=shape.experts) / layer.numel() for layer in ids])
+
+    capacities = [round(fraction * shape.experts) for fraction in CAPACITIES]
+    settings = [Setting(Strategy("original"), capacity) for capacity in capacities]
+    stepped = evaluate(model, shape, windows[:32], settings, 0, least_recently_used)
+    belady = [sum(belady_misses(layer, c) for layer in stepped.original_ids) for c in capacities]
+    report = {
+        "machine": describe(),
+        "model": {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "bytes": (arguments.model / "model.safetensors").stat().st_size,
+            "layers": len(shape.layers),
+            "experts": shape.experts,
+            "k": shape.top_k,
+            "hidden": shape.hidden,
+            "intermediate": shape.intermediate,
+            "renormalised_gates": shape.renormalise,
+        },
+        "held_out": {
+            "text": HELD_OUT,
+            "context": CONTEXT,
+            "whole_text_bytes": everything.numel(),
+            "whole_text_bits_per_byte": bits_per_byte(model, everything),
+            "first_bytes": TOKENS,
+            "first_bytes_bits_per_byte": base,
+        },
+        "bits_per_byte_lost": costs,
+        "gate_weight_by_rank": weights.mean((0, 1)).tolist(),
+        "gate_weight_by_rank_and_layer": weights.mean(1).tolist(),
+        "expert_share": {
+            "even": 1 / shape.experts,
+            "least": float(share.min()),
+            "most": float(share.max()),
+            "least_by_layer": share.amin(1).tolist(),
+            "unused": int((share == 0).sum()),
+        },
+        "original_routing_misses": [
+            {"capacity": c, "lru": q.miss_rate, "belady": b / stepped.original_ids.numel()}
+            for c, q, b in zip(capacities, stepped.settings, belady, strict=True)
+        ],
+    }
+    if arguments.wikitext:
+        tokens = load_tokens(arguments.wikitext, shape.vocabulary, 4 * TOKENS).view(-1, CONTEXT)
+        report["wikitext2_validation"] = {"bytes": tokens.numel(), "bits_per_byte": bits_per_byte(model, tokens)}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    table = Table("measured", "value", title="tinymoe")
+    table.add_row("bits a byte, held-out prose", f"{report['held_out']['whole_text_bits_per_byte']:.3f}")
+    if arguments.wikitext:
+        table.add_row("bits a byte, WikiText-2", f"{report['wikitext2_validation']['bits_per_byte']:.3f}")
+    for name, cost in costs.items():
+        table.add_row(f"{name}, bits a byte lost", f"{cost:+.3f}")
+    table.add_row("gate weight by rank", " ".join(f"{w:.2f}" for w in report["gate_weight_by_rank"]))
+    table.add_row("least used expert, of an even share", f"{float(share.min()) * shape.experts:.2f}")
+    for row in report["original_routing_misses"]:
+        table.add_row(f"misses with {row['capacity']} slots: LRU, Belady", f"{row['lru']:.1%}, {row['belady']:.1%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
