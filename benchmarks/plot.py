@@ -33,7 +33,7 @@ def plot_report(report: dict, path: Path) -> None:
         _bars(below, capacity)
     axes[0, 0].set_ylabel("perplexity against the unmodified model, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2 * len(capacities), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 * len(capacities), frameon=False)
     figure.suptitle(
         f"{report['model']['name']} routing {report['settings']['payload']} pages:\n"
         "what fewer misses cost in quality, and save in time"

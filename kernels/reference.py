@@ -111,24 +111,28 @@ def _base_and_boost(logits, order, rank, probabilities, state, top_k, bias):
     state.range_sum.copy_(range_sum[:, -1])
     state.tokens += tokens
 
-    mass = per_cache(bias.mass)
-    before = probabilities.gather(-1, order).cumsum(-1).roll(1, -1)
-    before[..., 0] = 0.0
-    # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
-    mass_window = ((before < mass[..., None]) | (mass[..., None] >= 1)).sum(-1)
-    window = torch.maximum(per_cache(bias.window), mass_window)  # [B, T]
-
     # Windowed strategies rank by position, exact in float32; cache-prior ranks by logit. Without bias both agree.
-    prior = per_cache(bias.prior)
-    by_logit = (prior > 0)[..., None]
-    base = torch.where(by_logit, logits, -rank.float())
-    boost = torch.where(
-        by_logit,
-        (prior * mean_range)[..., None],
-        torch.where(rank < window[..., None], float(experts), 0.0),
-    )
+    base, boost = -rank.float(), logits.new_zeros(1, 1, 1)
+    if _in_use(bias.window) or _in_use(bias.mass):
+        mass = per_cache(bias.mass)
+        before = probabilities.gather(-1, order).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0.0
+        # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
+        mass_window = ((before < mass[..., None]) | (mass[..., None] >= 1)).sum(-1)
+        window = torch.maximum(per_cache(bias.window), mass_window)  # [B, T]
+        boost = torch.where(rank < window[..., None], float(experts), 0.0)
+    if _in_use(bias.prior):
+        prior = per_cache(bias.prior)
+        by_logit = (prior > 0)[..., None]
+        base = torch.where(by_logit, logits, base)
+        boost = torch.where(by_logit, (prior * mean_range)[..., None], boost)
     always = rank < per_cache(bias.top_j).clamp(max=top_k)[..., None]
-    return base.masked_fill(always, torch.inf), boost
+    return base.masked_fill(always, torch.inf), boost.expand_as(base)
+
+
+def _in_use(parameter):
+    """Whether a parameter of ``CacheBias`` can matter: decode is spared what no cache asks for."""
+    return isinstance(parameter, torch.Tensor) or parameter != 0
 
 
 def _touch_and_place(chosen, state, evict):

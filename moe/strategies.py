@@ -84,9 +84,8 @@ def cache_bias(strategies: Sequence[Strategy], top_j: int) -> CacheBias:
     Args:
         top_j: J, the best-ranked experts that every strategy keeps.
     """
-    values = {
-        field: torch.tensor([s.value if RULES[s.name][-1] == field else 0 for s in strategies])
-        for *_, field in RULES.values()
-        if field
-    }
+    values = {}
+    for *_, field in RULES.values():
+        if field and any(RULES[s.name][-1] == field for s in strategies):
+            values[field] = torch.tensor([s.value if RULES[s.name][-1] == field else 0 for s in strategies])
     return CacheBias(top_j=top_j, **values)
