@@ -96,10 +96,12 @@ class _Call:
         ids, self._weights = routing.ids[0], routing.weights[0]
         self._x = x
         self.compute_s = 0.0
-        self._outputs = x.new_empty((*ids.shape, x.shape[1]))
-        if len(ids) == 1:
-            self._rows = {e: (0, k) for k, e in enumerate(ids[0].tolist())}
+        self._decode = ids.shape[0] == 1
+        if self._decode:  # one row an expert: a list is filled faster than a tensor
+            self._outputs = [None] * ids.shape[1]
+            self._rows = {e: k for k, e in enumerate(ids[0].tolist())}
         else:
+            self._outputs = x.new_empty((*ids.shape, x.shape[1]))
             self._rows = {e: torch.nonzero(ids == e, as_tuple=True) for e in dict.fromkeys(ids.flatten().tolist())}
 
     @property
@@ -109,16 +111,17 @@ class _Call:
 
     def compute(self, e: int, weights: tuple[torch.Tensor, ...], page_format: PageFormat) -> None:
         """Run one pending expert on the tokens that chose it."""
-        token, k = self._rows.pop(e)
-        x = self._x if len(self._x) == 1 else self._x[token]
+        rows = self._rows.pop(e)
+        x = self._x if self._decode else self._x[rows[0]]
         start = perf_counter()
         y = expert(x, weights, page_format)
         self.compute_s += perf_counter() - start
-        self._outputs[token, k] = y
+        self._outputs[rows] = y
 
     def output(self) -> torch.Tensor:
         """``[T, H]``: the sum over k weighted by the gate, in float32, in the routing's order."""
-        return torch.bmm(self._weights[:, None], self._outputs.float())[:, 0].to(self._x.dtype)
+        outputs = torch.cat(self._outputs)[None] if self._decode else self._outputs
+        return torch.bmm(self._weights[:, None], outputs.float())[:, 0].to(self._x.dtype)
 
 
 class ResidentEngine:
@@ -199,7 +202,7 @@ class OffloadEngine:
         """
         start = perf_counter()
         call = _Call(x, routing)
-        if len(x) == 1:
+        if x.shape[0] == 1:
             placed = list(zip(routing.ids.flatten().tolist(), routing.slots.flatten().tolist(), strict=True))
             held = self._held[layer]
             waves = [Wave([p for p in placed if held[p[1]] == p[0]], [p for p in placed if held[p[1]] != p[0]])]
@@ -213,7 +216,7 @@ class OffloadEngine:
                 self._run(layer, wave, call)
         finally:
             # After many tokens, a failure or Ctrl-C the pages decide which expert is in which slot.
-            if len(x) > 1 or call.pending:
+            if x.shape[0] > 1 or call.pending:
                 self._settle(layer)
         y = call.output()
         self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)

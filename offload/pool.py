@@ -1,6 +1,7 @@
 """ExpertPool: the slots, room for one page each, with a capacity for each layer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,18 +18,18 @@ class ExpertPool:
         page_format: layout of a page.
 
     Raises:
-        InputError: if the memory cannot be had.
+        InputError: if the machine has less memory available than that.
     """
 
     def __init__(self, capacity: Sequence[int], page_format: PageFormat):
         self.page_format = page_format
         size, slots = page_format.page_bytes, sum(capacity)
-        try:
-            self._memory = aligned_buffer(slots * size)
-        except MemoryError as error:
+        if slots * size > _available_memory():
             raise InputError(
-                f"a pool of {slots} slots needs {slots * size / 1e9:.2f} GB of memory: choose a smaller capacity"
-            ) from error
+                f"a pool of {slots} slots needs {slots * size / 1e9:.2f} GB of memory, and "
+                f"{_available_memory() / 1e9:.2f} GB are available: choose a smaller capacity or payload"
+            )
+        self._memory = aligned_buffer(slots * size)
         pages = torch.from_numpy(self._memory).view(slots, size)
         views = [page_format.views(page) for page in pages]
         buffers = [memoryview(page.numpy()) for page in pages]
@@ -45,3 +46,15 @@ class ExpertPool:
     def buffer(self, layer: int, slot: int) -> memoryview:
         """The slot's bytes, 4 KiB-aligned, for a read to fill."""
         return self._buffers[layer][slot]
+
+
+def _available_memory() -> float:
+    """Bytes that can be had without swapping; infinite where the system does not say.
+
+    An allocation that is too large would succeed and the process be killed when it fills it.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return float("inf")
+    (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024

@@ -1,7 +1,7 @@
 """Train tinymoe, a byte-level Qwen2MoeForCausalLM (the architecture of Qwen1.5-MoE-A2.7B), on a CPU.
 
-    python train.py --corpus /tmp/tinymoe/corpus.bin --run /tmp/tinymoe/run --minutes 85
-    python train.py --run /tmp/tinymoe/run --export ../tinymoe          # the final bfloat16 folder
+    python train.py --corpus /tmp/tinymoe/corpus.bin --run /tmp/tinymoe/run --minutes 65
+    python train.py --run /tmp/tinymoe/run --export ..                   # the final bfloat16 folder
 
 The first command, given again, continues an interrupted run from its last checkpoint. One single-threaded process a
 core shares each batch: on small matrices that beats one process with many threads by a wide margin. The learning
@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import Progress
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.integrations.moe import ExpertsInterface
@@ -202,14 +204,18 @@ class Run:
         others = [p for p in params if all(p is not m for m in matrices)]
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
-        self.step, self.seconds, self.budget, self.checkpoint = 0, 0.0, budget, folder / "checkpoint.pt"
+        self.step, self.seconds, self.budget, self.checkpoint = 0, 0.0, budget, folder / "checkpoint.safetensors"
         if self.checkpoint.exists():
-            saved = torch.load(self.checkpoint, weights_only=True)
+            saved, counts = read_checkpoint(self.checkpoint)
             self.model.load_state_dict(saved["model"])
-            self.adam.load_state_dict(saved["adam"])
-            for mine, stored in zip(self.muon.momentum, saved["muon"], strict=True):
-                mine.copy_(stored)
-            self.step, self.seconds = saved["step"], saved["seconds"]
+            adam = self.adam.state_dict()
+            for name, tensor in saved["adam"].items():
+                index, part = name.split(".")
+                adam["state"].setdefault(int(index), {})[part] = tensor
+            self.adam.load_state_dict(adam)
+            for i, mine in enumerate(self.muon.momentum):
+                mine.copy_(saved["muon"][str(i)])
+            self.step, self.seconds = int(counts["step"]), float(counts["seconds"])
 
     @property
     def fade(self) -> float:
@@ -217,8 +223,12 @@ class Run:
         return min(1, max(0, 1 - self.seconds / self.budget) / DECAY_SHARE)
 
     def save(self) -> None:
-        state = {"model": self.model.state_dict(), "adam": self.adam.state_dict(), "muon": self.muon.momentum}
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, self.checkpoint.with_suffix(".new"))
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, state in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam/{index}.{part}": tensor for part, tensor in state.items()}
+        tensors |= {f"muon/{i}": momentum for i, momentum in enumerate(self.muon.momentum)}
+        counts = {"step": str(self.step), "seconds": str(self.seconds)}
+        save_file(tensors, self.checkpoint.with_suffix(".new"), counts)
         self.checkpoint.with_suffix(".new").replace(self.checkpoint)  # a kill leaves the old file or the new one
 
     def bits(self, batch: Tensor) -> Tensor:
@@ -309,9 +319,19 @@ def worker(rank: int, world: int, meeting: str, args: argparse.Namespace) -> Non
     dist.destroy_process_group()
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """Its tensors as {"model": {name: tensor}, "adam": ..., "muon": ...}, and the run's step and seconds."""
+    saved: dict[str, dict[str, Tensor]] = {"model": {}, "adam": {}, "muon": {}}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (no mapping)
+            part, name = key.split("/")
+            saved[part][name] = file.get_tensor(key)
+        return saved, file.metadata()
+
+
 def export(run: Path, folder: Path) -> None:
     model = Qwen2MoeForCausalLM(configuration())
-    model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
+    model.load_state_dict(read_checkpoint(run / "checkpoint.safetensors")[0]["model"])
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
@@ -319,8 +339,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", type=Path, help="corpus.bin, as corpus.py writes it")
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and loss.csv")
-    parser.add_argument("--minutes", type=float, default=85, help="training time")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="one a core")
+    parser.add_argument("--minutes", type=float, default=65, help="training time")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 2), help="two made tinymoe")
     parser.add_argument("--export", type=Path, help="write the run's checkpoint here instead of training")
     args = parser.parse_args()
     if args.export:
