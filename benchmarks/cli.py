@@ -91,7 +91,9 @@ def latency(
     tokens: Annotated[
         int, typer.Option(min=6, help="Tokens decoded on the clock for each row, in three segments.")
     ] = 72,
-    quality_tokens: Annotated[int, typer.Option(min=1, help="Tokens that quality is measured on.")] = 8192,
+    quality_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that quality is measured on, at least one --context.")
+    ] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     text: Annotated[
         Path | None,

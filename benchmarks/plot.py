@@ -26,7 +26,13 @@ def plot_report(report: dict, path: Path) -> None:
     """
     capacities = report["capacities"]
     figure, axes = plt.subplots(
-        2, len(capacities), figsize=(5.2 * len(capacities), 9), squeeze=False, layout="constrained", sharey="row"
+        2,
+        len(capacities),
+        figsize=(5.2 * len(capacities), 9),
+        squeeze=False,
+        layout="constrained",
+        sharex="row",
+        sharey="row",
     )
     for (above, below), capacity in zip(axes.T, capacities, strict=True):
         _pareto(above, capacity, report["settings"]["eviction"].upper())
