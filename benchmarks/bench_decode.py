@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.payload import GEOMETRIES, random_pages
-from cachemoe.kernels.experts import expert
+from cachemoe.kernels.experts_cpu import expert
 from cachemoe.kernels.reference import Routing, route
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.offload.engine import OffloadEngine
