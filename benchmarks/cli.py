@@ -160,6 +160,36 @@ def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors
         console.print(f"{store}: {opened.pages} pages, all as they were written.", highlight=False)
 
 
+@app.command("compile")
+def compile_kernels(
+    capability: Annotated[
+        list[int] | None, typer.Option(help="Compute capability, once for each.", show_default="80, 90 and 100")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where every figure goes.")] = None,
+):
+    """Compile every kernel configuration for GPUs that need not be there, and show what each uses.
+
+    The exit code is 1 if one spills registers, asks for too much shared memory, or lacks the wide loads or the
+    pipeline that it claims.
+    """
+    with one_sentence():
+        from cachemoe.benchmarks.run_compile import compile_table, run_compile
+
+        if json_path is not None:
+            _check_destination(json_path)
+        report = run_compile(capability or [80, 90, 100], show_progress)
+        console.print(compile_table(report))
+        if json_path is not None:
+            with whole_file(json_path) as partial:
+                partial.write_text(json.dumps(report, indent=1))
+        wrong = [row for row in report["rows"] if row["defects"]]
+        for row in wrong:
+            what = f"{row['kernel']} for {row['for']} on sm_{row['capability']}: {'; '.join(row['defects'])}"
+            errors.print(what, highlight=False, soft_wrap=True)
+        if wrong:
+            raise typer.Exit(1)
+
+
 def _print_latency(report: dict) -> None:
     from cachemoe.benchmarks.report import notes, summary, tables
 

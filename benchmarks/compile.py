@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from cachemoe.kernels.launch import Launch
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide, table 27)."""
+"""Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Resources:
         shared: bytes of shared memory of a block.
         stack: bytes of stack of a thread.
         spilled: bytes of a thread's registers that went to local memory.
-        wide_loads: global loads of 16 bytes a thread.
+        wide_loads: loads of 16 bytes a thread from global memory, into registers or shared memory.
         asynchronous: copies from global to shared memory that do not wait (cp.async, TMA).
         tensor_core: matrix instructions.
     """
@@ -64,10 +64,28 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         shared=compiled.metadata.shared,
         stack=found["STACK"],
         spilled=found["LOCAL"],
-        wide_loads=len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
         asynchronous=len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", sass)),
         tensor_core=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA)\b", sass)),
     )
+
+
+def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
+    """What is wrong with a compiled launch, in words; empty if nothing is.
+
+    No kernel may spill or ask for more shared memory than a block has. A kernel that streams pages loads 16 bytes a
+    thread, and one whose loops are to be pipelined copies asynchronously.
+    """
+    found = []
+    if resources.spilled or resources.stack:
+        found.append(f"{resources.spilled} bytes spilled, {resources.stack} bytes of stack")
+    if resources.shared > SHARED_MEMORY[capability]:
+        found.append(f"{resources.shared} bytes of shared memory, and a block has {SHARED_MEMORY[capability]}")
+    if launch.streams_pages and not resources.wide_loads:
+        found.append("no 16-byte loads")
+    if launch.pipelined and not resources.asynchronous:
+        found.append("not pipelined")
+    return found
 
 
 def _cuobjdump(option: str, path: Path) -> str:

@@ -190,11 +190,12 @@ def _decode_gate_up_kernel(
     scales_stride,
     bias_stride,
     one,
-    length,
+    chunks,
     I,
     K,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -203,6 +204,7 @@ def _decode_gate_up_kernel(
     STAGES: tl.constexpr,
 ):
     """h[pair] = act(gate(x)) * up(x). Grid: (blocks of I, T * K)."""
+    length = chunks * CHUNK
     pair = tl.program_id(1).to(tl.int64)
     if pending_ptr is not None:
         if tl.load(pending_ptr + pair) == 0:
@@ -246,11 +248,12 @@ def _decode_down_kernel(
     scales_stride,
     bias_stride,
     one,
-    length,
+    chunks,
     H,
     K,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
     PADDED_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -258,6 +261,7 @@ def _decode_down_kernel(
     FINISH: tl.constexpr,
 ):
     """y[t] = sum over k of gates[t, k] * down(h[t, k]), all K rows of an output at once. Grid: (blocks of H, T)."""
+    length = chunks * CHUNK
     k = tl.arange(0, PADDED_K)
     pair = tl.program_id(1).to(tl.int64) * K + k
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -326,6 +330,8 @@ def plan_decode(
             if source is not None:
                 from_store[:2] = from_store[0].view(torch.int32), as_words(from_store[1])
         matrices = triton.next_power_of_2(top_k) if name == "down" else 2 if page_format.gated else 1
+        # A row of int4 groups is a multiple of 16 bytes: given as their number, the compiler knows.
+        chunk = page_format.group // 8 if int4 else 1
         tiles = decode_tiles(weight.dtype, outputs, weight.shape[-1], matrices, page_format.group)
         arguments = {
             "x_ptr" if name == "gate_up" else "h_ptr": as_words(vectors) if int4 else vectors,
@@ -342,12 +348,13 @@ def plan_decode(
             "scales_stride": 0 if scales is None else scales.stride(0),
             "bias_stride": 0 if bias is None else bias.stride(0),
             "one": 0x3F800000,
-            "length": weight.shape[-1],
+            "chunks": weight.shape[-1] // chunk,
             "K": top_k,
         }
         constants = {
             "KIND": page_format.kind,
             "GROUP": page_format.group,
+            "CHUNK": chunk,
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,
             "STAGES": tiles.stages,
@@ -365,5 +372,7 @@ def plan_decode(
             constants |= {"PADDED_K": matrices, "FINISH": finish}
             second = tokens
         grid = (triton.cdiv(outputs, tiles.block_n), second)
-        launches.append(Launch(kernel, grid, arguments, constants, tiles.warps))
+        launches.append(
+            Launch(kernel, grid, arguments, constants, tiles.warps, streams_pages=True, pipelined=tiles.stages > 1)
+        )
     return launches

@@ -33,12 +33,14 @@ def _weight_tile(
         k = first // 2 + tl.arange(0, BLOCK_K // 2)
         at = weight + row[:, None] * (length // 2) + k[None, :]
         packed = tl.load(at, live[:, None] & (k < length // 2)[None, :], 0).to(tl.int32)
-        q = tl.reshape(tl.join(packed & 15, packed >> 4), [row.shape[0], BLOCK_K]).to(tl.float32)
-        tl.static_assert(GROUP % BLOCK_K == 0, "a tile lies in one group")
-        words = tl.load(scales + row * (length // GROUP) + first // GROUP, live, 0)
+        GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP)
+        q = tl.reshape(tl.join(packed & 15, packed >> 4), [row.shape[0], GROUPS, BLOCK_K // GROUPS]).to(tl.float32)
+        g = first // GROUP + tl.arange(0, GROUPS)
+        at = scales + row[:, None] * (length // GROUP) + g[None, :]
+        words = tl.load(at, live[:, None] & (g < length // GROUP)[None, :], 0)
         scale = (words << 16).to(tl.float32, bitcast=True)
         zero = (words & -65536).to(tl.float32, bitcast=True)
-        w = (q - 8.0) * scale[:, None] + zero[:, None]
+        w = tl.reshape((q - 8.0) * scale[:, :, None] + zero[:, :, None], [row.shape[0], BLOCK_K])
     else:
         k = first + tl.arange(0, BLOCK_K)
         w = tl.load(weight + row[:, None] * length + k[None, :], live[:, None] & (k < length)[None, :], 0)
@@ -190,7 +192,7 @@ def plan_prefill(
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         if page_format.kind == "int4":
             scales = scales.view(torch.int32)
-        tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], page_format.group)
+        tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1])
         if not launches:
             grouping = group_by_slot(slots, pending, count, tiles.block_m)
         order, tile_slot, tile_first, slot_end = grouping
@@ -224,7 +226,9 @@ def plan_prefill(
             "BLOCK_K": tiles.block_k,
         }
         grid = (triton.cdiv(y.shape[-1], tiles.block_n), tile_slot.shape[0])
-        launches.append(Launch(_grouped_kernel, grid, arguments, constants, tiles.warps, tiles.stages))
+        launches.append(
+            Launch(_grouped_kernel, grid, arguments, constants, tiles.warps, tiles.stages, True, tiles.stages > 1)
+        )
     if finish:
         hidden, block_n = page_format.hidden, 256
         arguments = {"pairs_ptr": pairs, "gates_ptr": gates, "y_ptr": out, "H": hidden, "K": top_k}

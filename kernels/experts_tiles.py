@@ -58,16 +58,15 @@ def decode_tiles(dtype: torch.dtype, outputs: int, length: int, matrices: int, g
     return DecodeTiles(min(block_n, _power_of_two(outputs)), block_k, 4, 3)
 
 
-def prefill_tiles(pairs: int, slots: int, outputs: int, length: int, group: int = 0) -> PrefillTiles:
+def prefill_tiles(pairs: int, slots: int, outputs: int, length: int) -> PrefillTiles:
     """Tiles for ``pairs`` spread over at most ``slots`` experts.
 
     Args:
         outputs: rows of each matrix.
         length: inputs of each row.
-        group: values that share a scale, for int4: a tile lies in one group.
     """
     each = pairs // max(1, min(pairs, slots))
     block_m = min(64, max(16, _power_of_two(each)))
     block_n = min(64, max(16, _power_of_two(outputs)))
-    block_k = min(64, group or 64, max(16, _power_of_two(length)))
+    block_k = min(64, max(16, _power_of_two(length)))
     return PrefillTiles(block_m, block_n, block_k, 4, 3)

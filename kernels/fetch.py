@@ -53,7 +53,7 @@ def plan_fetch(
         "store_stride": store.stride(0),
         "pool_stride": pool.stride(0),
     }
-    return Launch(_fetch_kernel, (PROGRAMS,), arguments, {"BLOCK": BLOCK_WORDS}, WARPS)
+    return Launch(_fetch_kernel, (PROGRAMS,), arguments, {"BLOCK": BLOCK_WORDS}, WARPS, streams_pages=True)
 
 
 @torch.library.custom_op("cachemoe::fetch", mutates_args=("pool",))

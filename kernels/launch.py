@@ -34,6 +34,8 @@ class Launch:
         constants: ``tl.constexpr`` parameters by name.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of loops around ``tl.dot``; other loops name their own.
+        streams_pages: claims that it reads pages 16 bytes a thread: a check of the compiled code holds it to that,
+        pipelined: and to this, that loads run ahead of the loop that needs them.
     """
 
     kernel: Any
@@ -42,6 +44,8 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    streams_pages: bool = False
+    pipelined: bool = False
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""

@@ -1,0 +1,74 @@
+"""Every launch that the kernels' heuristics choose for the geometries measured here, as data and without memory."""
+
+from collections.abc import Iterator
+
+import torch
+
+from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
+from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.experts_prefill import plan_prefill
+from cachemoe.kernels.fetch import plan_fetch
+from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
+from cachemoe.kernels.launch import Launch
+
+PREFILL_TOKENS = (128, 512, 2048)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _formats(geometry: Geometry) -> Iterator[tuple[str, PageFormat, torch.dtype]]:
+    """(name, page format, dtype of the tokens): the kinds that kernels read."""
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("int8", torch.bfloat16)):
+        yield kind, geometry.page_format(kind), dtype
+    for group in INT4_GROUPS:
+        if geometry.hidden % group == 0 and geometry.intermediate % group == 0:
+            options = dict(geometry.options)
+            page_format = PageFormat("int4", geometry.hidden, geometry.intermediate, group, **options)
+            yield f"int4 {group}", page_format, torch.bfloat16
+
+
+def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
+    for kind, page_format, dtype in _formats(geometry):
+        pool = _empty(geometry.experts, page_format.page_bytes, dtype=torch.uint8)
+        weights = page_format.views(pool)
+        for tokens in (1, *PREFILL_TOKENS):
+            pairs = (tokens, geometry.top_k)
+            x, h = _empty(tokens, geometry.hidden, dtype=dtype), _empty(*pairs, geometry.intermediate, dtype=dtype)
+            slots, gates = _empty(*pairs, dtype=torch.int64), _empty(*pairs, dtype=torch.float32)
+            results = _empty(*pairs, geometry.hidden, dtype=torch.float32)
+            pending = _empty(*pairs, dtype=torch.bool)
+            arguments = (x, slots, gates, weights, page_format, _empty(*x.shape, dtype=dtype), h.flatten(0, 1))
+            if tokens > 1:
+                for launch in plan_prefill(*arguments, results):
+                    yield f"{kind}, T = {tokens}", launch
+                continue
+            ways = {
+                "": {},
+                ", hits first": {"pending": pending, "partial": results, "finish": False},
+                ", misses later": {"pending": pending, "partial": results},
+                ", read through": {"source": slots, "source_weights": weights},
+            }
+            for way, more in ways.items():
+                for launch in plan_decode(*arguments, **more):
+                    yield f"{kind}, T = 1{way}", launch
+
+
+def _fetch() -> Iterator[tuple[str, Launch]]:
+    pool = _empty(64, 1 << 20, dtype=torch.uint8)
+    pages = _empty(8, dtype=torch.int64)
+    yield "any page", plan_fetch(pool, pool, pages, pages, pages[:1])
+
+
+def cases() -> Iterator[tuple[str, Launch]]:
+    """(what it is for, launch), each distinct compilation once, under the first geometry that needs it."""
+    seen = set()
+
+    def new(launch: Launch) -> bool:
+        key = (launch.kernel.__name__, repr(launch.signature()), launch.num_warps, launch.num_stages)
+        return key not in seen and not seen.add(key)
+
+    for geometry in GEOMETRIES.values():
+        yield from ((f"{geometry.title}, {what}", launch) for what, launch in _experts(geometry) if new(launch))
+    yield from ((what, launch) for what, launch in _fetch() if new(launch))

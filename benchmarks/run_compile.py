@@ -1,0 +1,75 @@
+"""The ``cachemoe compile`` command: every kernel configuration compiled for GPUs that need not be there."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+
+import triton
+from rich import box
+from rich.table import Table
+
+from cachemoe.benchmarks.compile import compile_launch, defects
+from cachemoe.benchmarks.compile_cases import cases
+from cachemoe.benchmarks.progress import Progress
+
+COLUMNS = ("registers", "shared", "stack", "spilled", "wide_loads", "asynchronous", "tensor_core")
+
+
+def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
+    """Compile every case for every compute capability, on all cores.
+
+    Returns:
+        For JSON: the Triton release, and a row for each compilation with its resources and its defects.
+    """
+    count = len(list(cases()))
+    jobs = [(index, capability) for capability in capabilities for index in range(count)]
+    rows = []
+    with (
+        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        progress(f"compiling {count} kernel configurations", len(jobs)) as advance,
+    ):
+        for row in pool.map(_compile, jobs, chunksize=4):
+            rows.append(row)
+            advance()
+    return {"triton": triton.__version__, "rows": rows}
+
+
+_CASES: list = []
+
+
+def _compile(job: tuple[int, int]) -> dict:
+    """One job in a worker: launches hold kernels, which do not travel between processes, so cases go by number."""
+    if not _CASES:
+        _CASES.extend(cases())
+    index, capability = job
+    what, launch = _CASES[index]
+    resources = compile_launch(launch, capability)
+    return {
+        "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        "for": what,
+        "capability": capability,
+        "constants": {name: str(value) for name, value in launch.constants.items()},
+        "warps": launch.num_warps,
+        **asdict(resources),
+        "defects": defects(launch, resources, capability),
+    }
+
+
+def compile_table(report: dict) -> Table:
+    """A row for each kernel and capability: how many configurations, and the most or the fewest of each resource."""
+    table = Table(title=f"Compiled ahead of time with Triton {report['triton']}", box=box.SIMPLE_HEAD)
+    headings = ("kernel", "sm", "configurations", "registers", "shared bytes", "stack", "spilled", "16-byte loads")
+    for heading in (*headings, "async copies", "tensor core", "defects"):
+        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for row in report["rows"]:
+        groups.setdefault((row["kernel"], row["capability"]), []).append(row)
+    for (kernel, capability), rows in groups.items():
+        ranges = []
+        for column in COLUMNS:
+            low, high = min(row[column] for row in rows), max(row[column] for row in rows)
+            ranges.append(str(low) if low == high else f"{low}-{high}")
+        wrong = sum(bool(row["defects"]) for row in rows)
+        table.add_row(kernel, str(capability), str(len(rows)), *ranges, str(wrong))
+    return table

@@ -1,0 +1,71 @@
+"""Every kernel configuration compiles for GPUs that are not there, without spills, with the loads that it claims."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from cachemoe.benchmarks.compile import SHARED_MEMORY, Resources, compile_launch, defects
+from cachemoe.benchmarks.compile_cases import cases
+from cachemoe.kernels.launch import Launch
+
+FINE = Resources(
+    registers=64, shared=1024, stack=0, spilled=0, wide_loads=4, asynchronous=3, tensor_core=0
+)  # of a kernel that streams pages in a pipeline
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_configuration(capability, tmp_path, capsys):
+    # A process of its own: kernels defined under TRITON_INTERPRET cannot be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "cachemoe.benchmarks.cli", "compile", "--capability", str(capability)]
+    result = subprocess.run(
+        [*command, "--json", str(tmp_path / "report.json")],
+        env=environment | {"COLUMNS": "150"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    with capsys.disabled():
+        print("\n" + result.stdout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert len(rows) == len(list(cases()))
+    assert not [row for row in rows if row["defects"] or row["spilled"] or row["stack"]]
+
+
+def test_the_cases_cover_every_path_and_format():
+    names = [what for what, _ in cases()]
+    for part in ("bf16", "fp16", "int8", "int4 32", "int4 64", "int4 128", "hits first", "misses later"):
+        assert any(part in name for name in names), part
+    assert {launch.constants.get("BLOCK_M") for _, launch in cases()} >= {16, 32, 64}
+
+
+@pytest.mark.parametrize(
+    "changes, claims, word",
+    [
+        ({"spilled": 8}, {}, "spilled"),
+        ({"stack": 16}, {}, "stack"),
+        ({"shared": SHARED_MEMORY[80] + 1}, {}, "shared memory"),
+        ({"wide_loads": 0}, {"streams_pages": True}, "16-byte"),
+        ({"asynchronous": 0}, {"pipelined": True}, "pipelined"),
+    ],
+)
+def test_what_is_wrong_is_said(changes, claims, word):
+    launch = replace(Launch(None, (1,), {}), **claims)
+    assert defects(launch, FINE, 80) == []
+    (defect,) = defects(launch, replace(FINE, **changes), 80)
+    assert word in defect
+
+
+def test_no_claim_no_defect():
+    assert defects(Launch(None, (1,), {}), replace(FINE, wide_loads=0, asynchronous=0), 80) == []
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="on a GPU kernels are not interpreted")
+def test_an_interpreted_kernel_is_not_compiled():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compile_launch(next(launch for _, launch in cases()), 90)
