@@ -55,6 +55,11 @@ def half_resident(geometry, device) -> Residency:
     return Residency(**{field.name: getattr(state, field.name).to(device) for field in fields(state)})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def say_what_the_baseline_lacks(session):
+    session.notes.append("Eager selection is softmax, bias, top-k and gather alone: it keeps no residency, route does.")
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """Compiled once for all geometries and repetitions."""

@@ -132,9 +132,11 @@ def pytest_terminal_summary(terminalreporter, config):
         console.print(table)
     for note in micro_notes(report):
         console.print(note, highlight=False)
-    picture = session.path.with_suffix(".png")
+    written = f"Every figure: {session.path}."
     if any(row["bound_seconds"] for row in report["rows"]):
+        picture = session.path.with_suffix(".png")
         with whole_file(picture) as partial:
             plot_micro(report, partial)
-    console.print(f"Every figure: {session.path}. Picture: {picture}.", highlight=False)
+        written += f" Picture, of what has a bound: {picture}."
+    console.print(written, highlight=False)
     terminalreporter.write(console.file.getvalue())

@@ -23,7 +23,8 @@ def plot_micro(report: dict, path: Path) -> None:
             panels.setdefault((row["kernel"], row["tokens"], row["variant"]), []).append(row)
     if not panels:
         raise ValueError("nothing to draw: no row has a bound")
-    implementations = list(dict.fromkeys(row["implementation"] for rows in panels.values() for row in rows))
+    measured = (row["implementation"] for rows in panels.values() for row in rows)
+    implementations = list(dict.fromkeys(["cachemoe", *measured]))
     colours = dict(zip(implementations, plt.get_cmap("tab10").colors, strict=False))
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False, layout="constrained")
     for axis, (key, rows) in zip(axes[:, 0], panels.items(), strict=True):
