@@ -97,7 +97,7 @@ def reference(workload: Workload, x, slots, gates) -> torch.Tensor:
 
 
 def make_cachemoe(workload: Workload) -> Callable:
-    return partial(experts, weights=tuple(workload.weights.values()), page_format=workload.page_format)
+    return partial(experts, weights=workload.weights, page_format=workload.page_format)
 
 
 def make_eager_loop(workload: Workload) -> Callable:
@@ -212,31 +212,23 @@ def runs():
     return made
 
 
-@pytest.fixture(scope="module")
-def rounds():
-    """Rounds already planned, by case and implementation: compiling and capturing once is enough."""
-    return {}
-
-
 @pytest.fixture(scope="module", autouse=True)
 def say_what_is_missing(session):
     if CUDA and MISSING:
         session.notes.append(f"Not installed, and so not measured: {', '.join(MISSING)}.")
 
 
-@pytest.mark.parametrize(("workload", "repetition", "implementation"), runs(), indirect=["workload"])
-def test_experts(measure, workload, rounds, repetition, implementation):
+@pytest.mark.parametrize(("case", "repetition", "implementation"), runs())
+def test_experts(measure, device, one_at_a_time, case, repetition, implementation):
     how = IMPLEMENTATIONS[implementation]
-    case = workload.case
     with torch.inference_mode():
-        if rounds.get("case") != case:
-            rounds.clear()  # the graphs of the case before hold its memory
-            rounds["case"] = case
+        # Rounds are kept by implementation: compiling and capturing once is enough.
+        workload, rounds = one_at_a_time(case, lambda: (Workload(case, device), {}))
         if implementation not in rounds:
             run = how.make(workload)
             check(run(*workload.calls[0]), reference(workload, *workload.calls[0]))
             calls = [partial(run, *call) for call in workload.calls]
-            rounds[implementation] = plan_round(calls, workload.device, how.capturable)
+            rounds[implementation] = plan_round(calls, device, how.capturable)
         subject = Subject("experts", case.geometry, case.tokens, case.kind, implementation)
         measure(subject, Work(workload.bytes(), workload.flops()), repetition, rounds[implementation])
 

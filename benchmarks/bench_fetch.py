@@ -24,9 +24,9 @@ IMPLEMENTATIONS = ("cachemoe", "copy engine, page by page", "gathered on the hos
 
 
 def runs():
-    """(geometry and kind, repetition, implementation): every implementation of a geometry once, then all again."""
+    """(geometry, kind, repetition, implementation): every implementation of a geometry once, then all again."""
     return [
-        pytest.param((name, kind), repetition, how, id=f"{name}-{kind}-{repetition}-{how.replace(' ', '_')}")
+        pytest.param(name, kind, repetition, how, id=f"{name}-{kind}-{repetition}-{how.replace(' ', '_')}")
         for name in GEOMETRIES
         for kind in KINDS
         for repetition in REPETITIONS
@@ -34,17 +34,13 @@ def runs():
     ]
 
 
-@pytest.fixture(scope="module")
-def store(request):
-    """(geometry's name, kind, page format, store ``[CALLS * K, page_bytes]`` pinned, pool ``[K, page_bytes]``)."""
-    name, kind = request.param
-    geometry = GEOMETRIES[name]
-    page_format = geometry.page_format(kind)
-    size, k = page_format.page_bytes, geometry.top_k
+def make_pages(name: str, kind: str):
+    """Store ``[CALLS * K, page_bytes]`` uint8, pinned, and pool ``[K, page_bytes]`` on the GPU."""
+    size, k = GEOMETRIES[name].page_format(kind).page_bytes, GEOMETRIES[name].top_k
     pages = torch.empty(CALLS * k, size, dtype=torch.uint8, pin_memory=True)
     pages.copy_(torch.randint(0, 256, (1, size), dtype=torch.uint8).expand_as(pages))
     pages[:, 0] = torch.arange(CALLS * k)  # so that a page out of place is seen
-    yield name, kind, page_format, pages, torch.empty(k, size, dtype=torch.uint8, device="cuda")
+    return pages, torch.empty(k, size, dtype=torch.uint8, device="cuda")
 
 
 def fetch_calls(pages, pool):
@@ -81,13 +77,13 @@ def gather_calls(pages, pool):
 MAKERS = dict(zip(IMPLEMENTATIONS, (fetch_calls, copy_calls, gather_calls), strict=True))
 
 
-@pytest.mark.parametrize(("store", "repetition", "implementation"), runs(), indirect=["store"])
-def test_fetch(measure, device, store, repetition, implementation):
-    name, kind, page_format, pages, pool = store
+@pytest.mark.parametrize(("name", "kind", "repetition", "implementation"), runs())
+def test_fetch(measure, device, one_at_a_time, name, kind, repetition, implementation):
+    pages, pool = one_at_a_time((name, kind), partial(make_pages, name, kind))
     wanted, calls = MAKERS[implementation](pages, pool)
     pool.zero_()
     calls[0]()
     assert torch.equal(pool.cpu(), pages[wanted[0]])
     timed = plan_round(calls, device, capturable=implementation != "gathered on the host, one copy")
-    work = Work(len(pool) * page_format.page_bytes, link=PINNED)
+    work = Work(pool.numel(), link=PINNED)
     measure(Subject("fetch", name, 1, kind, implementation), work, repetition, timed)

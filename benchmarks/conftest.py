@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -21,7 +22,6 @@ from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subje
 from cachemoe.benchmarks.micro_plot import plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 from cachemoe.benchmarks.timing import Round
-from cachemoe.benchmarks.workload import Workload
 from cachemoe.offload.files import whole_file
 
 TEST_S = 0.2  # of rounds in one repetition
@@ -89,16 +89,27 @@ def session(pytestconfig, device):
 
 
 @pytest.fixture(scope="module")
-def workload(request, device):
-    """The case's data; pytest keeps the tests of one case together."""
-    with torch.inference_mode():
-        made = Workload(request.param, device)
-    yield made
-    # Compiled code and graphs hold memory, and torch gives up compiling one function for too many shapes.
-    torch.compiler.reset()
-    del made
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def one_at_a_time(device):
+    """The function (key, make) -> what ``make`` made for the key; what was made for the key before is let go first.
+
+    Not a parametrised fixture: pytest would make it anew for every repetition.
+    """
+    held = {}
+
+    def let_go():
+        held.clear()
+        torch.compiler.reset()  # compiled code holds memory, and torch compiles one function for a few shapes only
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def get(key, make: Callable[[], object]):
+        if key not in held:
+            let_go()
+            held[key] = make()
+        return held[key]
+
+    yield get
+    let_go()
 
 
 @pytest.fixture

@@ -33,13 +33,13 @@ def experts(
     x: torch.Tensor,
     slots: torch.Tensor,
     gates: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
+    weights: dict[str, torch.Tensor],
     page_format: PageFormat,
 ) -> torch.Tensor:
     """``[T, H]`` from x ``[T, H]``, slots and gates ``[T, K]`` and ``[S, ...]`` weights."""
     y = torch.zeros_like(x)
     for slot in slots.unique().tolist():
         token, k = torch.where(slots == slot)
-        out = expert(x[token], tuple(tensor[slot] for tensor in weights), page_format) * gates[token, k, None]
+        out = expert(x[token], tuple(tensor[slot] for tensor in weights.values()), page_format) * gates[token, k, None]
         y.index_add_(0, token, out.to(y.dtype))
     return y

@@ -50,7 +50,7 @@ class Workload:
 
     def __init__(self, case: Case, device: torch.device):
         geometry = GEOMETRIES[case.geometry]
-        self.case, self.geometry, self.device = case, geometry, device
+        self.case, self.geometry = case, geometry
         self.page_format = geometry.page_format(case.kind)
         k = geometry.top_k
         calls = max(2, ceil(WORKING_SET / (k * self.page_format.page_bytes))) if case.tokens == 1 else PREFILL_CALLS
