@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate, bound
 from cachemoe.benchmarks.micro_plot import plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
-from cachemoe.benchmarks.timing import plan_round
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEEDS = {MEMORY: 100e9, PINNED: 10e9, MATMUL: 1e12}
@@ -85,16 +83,6 @@ def test_the_report_shows_times_beside_their_bound(report):
 def test_the_picture_is_drawn(report, tmp_path):
     plot_micro(report, tmp_path / "micro.png")
     assert (tmp_path / "micro.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_round_on_the_cpu_takes_the_calls_in_turns():
-    made = []
-    planned = plan_round([lambda: made.append("a"), lambda: made.append("b")], torch.device("cpu"), capturable=True)
-    made.clear()
-    for _ in range(3):
-        planned.run()
-    assert planned.calls == 1
-    assert made == ["a", "b", "a"]
 
 
 def test_the_geometries_are_the_published_ones():
