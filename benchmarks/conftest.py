@@ -26,7 +26,7 @@ from cachemoe.offload.files import whole_file
 
 TEST_S = 0.2  # of rounds in one repetition
 LEAST_ROUNDS, MOST_ROUNDS = 3, 300
-WIDTH = 120  # columns that the tables need
+WIDTH = 80  # columns that the tables need
 
 
 @dataclass

@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 
+QUEUED = "queued"
 REPLAY_S = 5e-3  # a replay lasts about this long, so that its own launch and the wait for its end hardly count
 
 
@@ -49,7 +50,7 @@ def plan_round(calls: Sequence[Callable[[], object]], device: torch.device, capt
                 call()
             torch.cuda.synchronize()
 
-        return Round(queue, len(calls), "queued")
+        return Round(queue, len(calls), QUEUED)
     repeats = ceil(REPLAY_S / (_seconds(calls[0]) * len(calls)))
     graph = _capture(calls, repeats * len(calls))
 
