@@ -8,7 +8,7 @@ import torch
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.kernels.experts import expert
+from cachemoe.kernels.experts_cpu import expert
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store

@@ -15,22 +15,23 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
-from cachemoe.benchmarks.interim import FLOATS, INT4_CPU, NOT_YET, dequantized, experts
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.benchmarks.workload import Case, Workload
+from cachemoe.kernels.experts import experts
+from cachemoe.kernels.formats import FLOATS
 
 CUDA = torch.cuda.is_available()
 REPETITIONS = range(3)
 PREFILL = 512
-DECODE_KINDS = ("bf16", "int8", "int4") if CUDA else (INT4_CPU, "bf16")
+DECODE_KINDS = ("bf16", "int8", "int4") if CUDA else ("int4-cpu", "bf16")
 # A prompt keeps a CPU busy for a second a call: there, only two models' layers.
 PREFILL_GEOMETRIES = tuple(GEOMETRIES) if CUDA else ("olmoe", "qwen1.5-moe")
 # Compiling takes some 10 s: not for models whose shapes are nearly those of another.
 COMPILED_GEOMETRIES = ("qwen3-30b-a3b", "olmoe", "gpt-oss-20b", "mixtral-8x7b") if CUDA else ("qwen1.5-moe",)
 CASES = [
-    *(Case(geometry, kind, 1) for geometry in GEOMETRIES if geometry not in NOT_YET for kind in DECODE_KINDS),
-    *(Case(geometry, "bf16", PREFILL) for geometry in PREFILL_GEOMETRIES if geometry not in NOT_YET),
+    *(Case(geometry, kind, 1) for geometry in GEOMETRIES for kind in DECODE_KINDS),
+    *(Case(geometry, "bf16", PREFILL) for geometry in PREFILL_GEOMETRIES),
 ]
 TOLERANCE = 0.02  # root mean square of the error over that of the output; bfloat16 alone gives 0.005
 
@@ -75,23 +76,30 @@ def loop(workload: Workload, weights_of: Callable[[int], dict], x, slots, gates)
 
 def int4_loop(workload: Workload, x, slots, gates) -> torch.Tensor:
     """Expert by expert, through torch's own int4 matmul for CPUs."""
-    matmul, group = torch.ops.aten._weight_int4pack_mm_for_cpu, workload.page_format.group
+    group = workload.page_format.group
+
+    def linear(rows, w, name):
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, w[name], group, w[f"{name}_scales"])
+        return y + w[f"{name}_bias"].to(y.dtype) if f"{name}_bias" in w else y
+
     y = torch.zeros_like(x)
     for slot in slots.unique().tolist():
         token, k = torch.where(slots == slot)
-        gate_up, gate_up_scales, down, down_scales = (tensor[slot] for tensor in workload.weights.values())
-        h = apply_gate(matmul(x[token], gate_up, group, gate_up_scales), workload.geometry)
-        y.index_add_(0, token, (matmul(h, down, group, down_scales) * gates[token, k, None]).to(y.dtype))
+        w = {name: tensor[slot] for name, tensor in workload.weights.items()}
+        out = linear(apply_gate(linear(x[token], w, "gate_up"), workload.geometry), w, "down") * gates[token, k, None]
+        y.index_add_(0, token, out.to(y.dtype))
     return y
 
 
 def reference(workload: Workload, x, slots, gates) -> torch.Tensor:
     """``[T, H]`` in float32 arithmetic; int4-cpu pages, which only torch's matmul reads, in bfloat16."""
-    if workload.case.kind == INT4_CPU:
+    if workload.case.kind == "int4-cpu":
         return int4_loop(workload, x, slots, gates)
 
     def weights_of(slot):
-        return dequantized(workload.page_format, {name: tensor[slot] for name, tensor in workload.weights.items()})
+        stored = {name: tensor[slot] for name, tensor in workload.weights.items()}
+        floats = {name: workload.page_format.dequantized(stored, name) for name in ("gate_up", "down")}
+        return floats | {name: tensor for name, tensor in stored.items() if name.endswith("_bias")}
 
     return loop(workload, weights_of, x.float(), slots, gates)
 
@@ -101,7 +109,7 @@ def make_cachemoe(workload: Workload) -> Callable:
 
 
 def make_eager_loop(workload: Workload) -> Callable:
-    if workload.case.kind == INT4_CPU:
+    if workload.case.kind == "int4-cpu":
         return partial(int4_loop, workload)
     rounded = {name: tensor.to(workload.dtype) for name, tensor in workload.weights.items() if name.endswith("_bias")}
     weights = workload.weights | rounded
@@ -113,10 +121,10 @@ def make_indexed_einsum(workload: Workload) -> Callable:
     page_format, weights = workload.page_format, workload.weights
 
     def indexed(x, slots, gates):
-        w = dequantized(page_format, {name: tensor[slots[0]] for name, tensor in weights.items()})
-        gate_up = (w["gate_up"] * x.float()).sum(-1) + w.get("gate_up_bias", 0.0)  # [K, 2I]
+        w = {name: tensor[slots[0]] for name, tensor in weights.items()}
+        gate_up = (page_format.dequantized(w, "gate_up") * x.float()).sum(-1) + w.get("gate_up_bias", 0.0)  # [K, 2I]
         h = apply_gate(gate_up, workload.geometry)
-        down = (w["down"] * h[:, None]).sum(-1) + w.get("down_bias", 0.0)  # [K, H]
+        down = (page_format.dequantized(w, "down") * h[:, None]).sum(-1) + w.get("down_bias", 0.0)  # [K, H]
         return (down * gates[0, :, None]).sum(0, keepdim=True).to(x.dtype)
 
     return torch.compile(indexed, fullgraph=True, dynamic=False)
@@ -185,7 +193,7 @@ def swiglu_on_cuda(case: Case) -> bool:
 IMPLEMENTATIONS = {
     "cachemoe": Implementation(make_cachemoe, lambda case: True),
     "eager loop": Implementation(
-        make_eager_loop, lambda case: case.kind in FLOATS or case.kind == INT4_CPU, capturable=False
+        make_eager_loop, lambda case: case.kind in FLOATS or case.kind == "int4-cpu", capturable=False
     ),
     "transformers batched_mm": Implementation(partial(make_transformers, "batched_mm", False), bf16_decode),
     "transformers batched_mm, compiled": Implementation(
@@ -193,7 +201,7 @@ IMPLEMENTATIONS = {
     ),
     "transformers grouped_mm": Implementation(partial(make_transformers, "grouped_mm", False), bf16),
     "indexed einsum, compiled": Implementation(
-        make_indexed_einsum, lambda case: compiled_decode(case) and case.kind != INT4_CPU
+        make_indexed_einsum, lambda case: compiled_decode(case) and case.kind != "int4-cpu"
     ),
     "vLLM fused_experts": Implementation(make_vllm, swiglu_on_cuda, module="vllm"),
     "SGLang fused_experts": Implementation(make_sglang, swiglu_on_cuda, module="sglang"),

@@ -62,8 +62,9 @@ def micro_notes(report: dict) -> list[str]:
         f"bfloat16 matmul {speeds[MATMUL] / 1e12:.2f} TFLOP/s"
         + (f", pinned memory to the device {speeds[PINNED] / 1e9:.1f} GB/s." if PINNED in speeds else "."),
         "Times are the median of the repetitions' medians, with the least and the greatest; every implementation of a "
-        "variant ran once, then all again. The bound, which % is of, is the bytes of weights, or the matmuls' operations where those "
-        "take longer, at the speeds above. Calls of one token take turns over more experts than a cache holds.",
+        "table ran once, then all again. The bound, which % is of, is the bytes of weights, or the matmuls' operations "
+        "where those take longer, at the speeds above. Calls of one token take turns over more experts than a cache "
+        "holds.",
     ]
     if any(row["timing"] == QUEUED for row in report["rows"]):
         said.append("*: waits for the GPU, so no graph can hold it; queued call by call, launches included.")

@@ -9,14 +9,14 @@ import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.progress import Progress
-from cachemoe.kernels.formats import int4_packing
+from cachemoe.kernels.quantize import cpu_packing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
+from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 NATIVE = "native"
 # Pages of a real model's geometry hold random weights, one page for each of the routing model's experts.
-PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4")}
+PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4-cpu")}
 PAYLOADS = (NATIVE, *PAYLOAD_FORMATS)
 
 
@@ -48,10 +48,10 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
         layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
         pages = random_pages(layout)
     count = layout.layers * layout.experts
-    packing = f"-{int4_packing()}" if layout.page_format.kind == "int4" else ""
+    packing = f"-{cpu_packing()}" if layout.page_format.kind == "int4-cpu" else ""
     path = (
         cache_directory()
-        / f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}{packing}.safetensors"
+        / f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}{packing}-v{VERSION}.safetensors"
     )
     if not path.exists():
         _check_space(path.parent, count * layout.page_format.page_bytes)
@@ -61,7 +61,7 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
 
 
 def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
-    """int4 pages of random weights, the same at every call, of a size that keeps activations finite."""
+    """int4-cpu pages of random weights, the same at every call, of a size that keeps activations finite."""
     page_format = layout.page_format
     size = page_format.page_bytes
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
     for index in range(layout.layers * layout.experts):
         start = index * 7919 % size  # another stretch of the noise for each page: drawing it anew would take minutes
         page = noise[start : start + size].clone()
-        for view in page_format.views(page):
+        for view in page_format.views(page).values():
             if view.dtype == torch.bfloat16:  # scales and zeros
                 view[..., 0] = page_format.hidden**-0.5 / 4
                 view[..., 1] = 0.0

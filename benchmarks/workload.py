@@ -6,7 +6,6 @@ from math import ceil
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.interim import page_tensors
 
 WORKING_SET = 512 << 20  # bytes that the calls of one rotation read at least: several times any cache
 PREFILL_CALLS = 2
@@ -56,7 +55,7 @@ class Workload:
         calls = max(2, ceil(WORKING_SET / (k * self.page_format.page_bytes))) if case.tokens == 1 else PREFILL_CALLS
         slots = calls * k if case.tokens == 1 else geometry.experts
         self.pages = torch.empty(slots, self.page_format.page_bytes, dtype=torch.uint8, device=device)
-        self.weights = page_tensors(self.pages, self.page_format)
+        self.weights = self.page_format.views(self.pages)
         generator = torch.Generator(device).manual_seed(0)
         fill(self.weights, generator)
         chosen = (

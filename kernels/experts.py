@@ -1,35 +1,169 @@
-"""One expert's feed-forward over its page: y = down(SiLU(gate(x)) * up(x)), on the CPU.
+"""The experts of a layer over pool slots: y[t] = sum over k of gates[t, k] * down(act(gate(x[t])) * up(x[t])).
 
-The reference over dense weights is :func:`cachemoe.kernels.reference.experts`.
+Weights are read where they lie: ``slots`` is the page table's answer. Few pairs of token and expert go through
+``experts_decode``, many through ``experts_prefill``, CPU tensors through ``experts_cpu``. Products accumulate in
+float32. A pair's result is reduced before the sum over k, in an order that does not depend on which pairs are computed
+together: hits first and misses later gives the bits that all at once gives.
 """
 
 import torch
-import torch.nn.functional as F
 
+from cachemoe.kernels import experts_cpu
+from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.experts_prefill import plan_prefill
+from cachemoe.kernels.experts_tiles import DECODE_PAIRS
 from cachemoe.kernels.formats import PageFormat
 
 
-def expert(x: torch.Tensor, weights: tuple[torch.Tensor, ...], page_format: PageFormat) -> torch.Tensor:
-    """Apply one expert to the tokens that chose it.
+def experts(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    gates: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    page_format: PageFormat,
+    out: torch.Tensor | None = None,
+    pending: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
+    finish: bool = True,
+) -> torch.Tensor:
+    """Run each token's experts and sum their results weighted by the gates.
 
     Args:
-        x: ``[n, H]``; bfloat16 for int4 pages, bfloat16 or float32 for bf16 pages.
-        weights: ``PageFormat.views`` of the expert's page.
-        page_format: layout of that page.
+        x: ``[T, H]`` contiguous, float32, float16 or bfloat16.
+        slots: ``[T, K]`` int64, the slot of each expert.
+        gates: ``[T, K]`` float32.
+        weights: ``page_format.views`` of the pool's slots ``[S, page_bytes]``, or a model's own tensors by those names.
+        page_format: layout of the pages.
+        out: ``[T, H]`` in x's dtype, written; made if None.
+        pending: ``[T, K]`` bool, pairs to compute now; None: all. All pairs of a slot are pending together.
+        partial: ``[T, K, H]`` float32: results of pairs, written where pending and read where not; needed with
+            ``pending``.
+        finish: whether to sum and write ``out``; False leaves it as it is, for a call that computes the rest.
 
     Returns:
-        ``[n, H]`` in x's dtype.
+        ``out``.
 
     Raises:
-        TypeError: for int4 pages and an x that is not bfloat16 (torch's float32 path is some 30 times slower).
+        ValueError: if shapes or dtypes do not fit together.
     """
-    if page_format.kind == "bf16":
-        gate_up, down = weights
-        gate, up = F.linear(x, gate_up.to(x.dtype)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, down.to(x.dtype))
-    if x.dtype != torch.bfloat16:
-        raise TypeError(f"int4 pages compute in bfloat16, and x is {x.dtype}: convert it first")
-    matmul = torch.ops.aten._weight_int4pack_mm_for_cpu
-    gate_up, gate_up_scales_zeros, down, down_scales_zeros = weights
-    gate, up = matmul(x, gate_up, page_format.group, gate_up_scales_zeros).chunk(2, dim=-1)
-    return matmul(F.silu(gate) * up, down, page_format.group, down_scales_zeros)
+    out = torch.empty_like(x) if out is None else out
+    _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
+    run = torch.ops.cachemoe.experts if torch.compiler.is_compiling() else _run
+    run(x, slots, gates, list(weights.values()), page_format.encoded, out, pending, partial, finish)
+    return out
+
+
+def experts_read_through(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    gates: torch.Tensor,
+    pool: torch.Tensor,
+    store: torch.Tensor,
+    pages: torch.Tensor,
+    page_format: PageFormat,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``experts`` for one token, reading missing pages from the store and writing them into their slots in one pass.
+
+    Args:
+        x: ``[1, H]``.
+        slots: ``[1, K]`` int64, distinct.
+        gates: ``[1, K]`` float32.
+        pool: ``[S, page_bytes]`` uint8; the slots of misses are written.
+        store: ``[N, page_bytes]`` uint8 in memory that the pool's device can read: its own, or pinned on the host.
+        pages: ``[1, K]`` int64, the page to read through; -1: the slot holds it.
+        page_format: layout of the pages.
+        out: ``[1, H]`` in x's dtype, written; made if None.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: if there is more than one token (two that miss the same expert would race), shapes or dtypes do not
+            fit together, or a GPU could not read the store.
+    """
+    out = torch.empty_like(x) if out is None else out
+    if slots.shape[0] != 1 or pages.shape != slots.shape:
+        raise ValueError(f"reading through is for one token: slots {tuple(slots.shape)}, pages {tuple(pages.shape)}")
+    if pool.is_cuda and not (store.is_cuda or store.is_pinned()):
+        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
+    _check(x, slots, gates, page_format.views(pool), page_format, out, None, None, True)
+    run = torch.ops.cachemoe.experts_read_through if torch.compiler.is_compiling() else _run_through
+    run(x, slots, gates, pool, store, pages, page_format.encoded, out)
+    return out
+
+
+def _check(x, slots, gates, weights, page_format, out, pending, partial, finish):
+    tokens, hidden = x.shape
+    expected = {
+        "slots": (slots, slots.shape if slots.shape[0] == tokens else (tokens, -1), torch.int64),
+        "gates": (gates, slots.shape, torch.float32),
+        "out": (out, x.shape, x.dtype),
+        "pending": (pending, slots.shape, torch.bool),
+        "partial": (partial, (*slots.shape, hidden), torch.float32),
+    }
+    for name, _, _, dtype, shape in page_format.parts:
+        expected[name] = (weights[name], (weights[name].shape[0], *shape), dtype)
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}")
+    if hidden != page_format.hidden or not x.is_contiguous():
+        raise ValueError(f"x must be contiguous and {page_format.hidden} wide, not {tuple(x.shape)}")
+    if partial is None and (pending is not None or not finish):
+        raise ValueError("computing some pairs now needs `partial` to keep their results")
+
+
+def _run(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    gates: torch.Tensor,
+    weights: list[torch.Tensor],
+    page_format: str,
+    out: torch.Tensor,
+    pending: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    finish: bool,
+) -> None:
+    page_format = PageFormat.decode(page_format)
+    named = dict(zip((name for name, *_ in page_format.parts), weights, strict=True))
+    if not x.is_cuda:
+        experts_cpu.experts(x, slots, gates, named, page_format, out, pending, partial, finish)
+        return
+    h = x.new_empty(slots.numel(), page_format.intermediate)
+    if slots.numel() <= DECODE_PAIRS:
+        launches = plan_decode(x, slots, gates, named, page_format, out, h, pending, partial, finish)
+    else:
+        pairs = x.new_empty(*slots.shape, x.shape[1], dtype=torch.float32) if partial is None else partial
+        launches = plan_prefill(x, slots, gates, named, page_format, out, h, pairs, pending, finish)
+    for launch in launches:
+        launch.run()
+
+
+def _run_through(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    gates: torch.Tensor,
+    pool: torch.Tensor,
+    store: torch.Tensor,
+    pages: torch.Tensor,
+    page_format: str,
+    out: torch.Tensor,
+) -> None:
+    page_format = PageFormat.decode(page_format)
+    weights = page_format.views(pool)
+    if not x.is_cuda:
+        missing = pages >= 0
+        pool[slots[missing]] = store[pages[missing]]
+        experts_cpu.experts(x, slots, gates, weights, page_format, out)
+        return
+    h = x.new_empty(slots.numel(), page_format.intermediate)
+    source = page_format.views(store)
+    for launch in plan_decode(x, slots, gates, weights, page_format, out, h, source=pages, source_weights=source):
+        launch.run()
+
+
+# The operators are for torch.compile; eager calls spare their dispatch.
+torch.library.custom_op("cachemoe::experts", _run, mutates_args=("out", "partial")).register_fake(lambda *_: None)
+torch.library.custom_op("cachemoe::experts_read_through", _run_through, mutates_args=("pool", "out")).register_fake(
+    lambda *_: None
+)

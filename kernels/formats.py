@@ -1,76 +1,125 @@
-"""Page formats: how one expert's weights lie in one contiguous page of bytes.
+"""Page formats: how one expert's weights lie in one contiguous page of bytes, and what is computed with them.
 
-A page holds ``gate_up`` (``[2I, H]``, gate rows first) and then ``down`` (``[H, I]``), and ends at a multiple of 4 KiB
-so that O_DIRECT can read it. ``bf16`` stores both as they are. ``int4`` stores each matrix as torch's packed int4
-weight for the CPU (two values a byte, group-wise along the input dimension) followed by its bfloat16 scales and zeros:
-w = (q - 8) * scale + zero, the convention of ``torch.ops.aten._weight_int4pack_mm_for_cpu``.
+A page holds ``gate_up`` and then ``down``, each followed by its scales and its bias where it has them. Every part
+starts at a multiple of 16 bytes, for wide loads, and the page ends at a multiple of 4 KiB, for O_DIRECT.
+
+- ``bf16``, ``fp16``: as they are.
+- ``int8``: a float32 scale for each output channel.
+- ``int4``: two values a byte, consecutive along the input dimension, with a bfloat16 scale and zero for each group of
+  them; the kernels' format.
+- ``int4-cpu``: the same values as torch's int4 matmul on this processor wants them; the CPU's format.
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+import json
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 
 import torch
 
+from cachemoe.kernels.quantize import (
+    dequantize_int4,
+    dequantize_int8,
+    pack_for_cpu,
+    pack_nibbles,
+    quantize_int4,
+    quantize_int8,
+    unpack_nibbles,
+)
+
 PAGE_ALIGNMENT = 4096
-INT4_GROUPS = (32, 64)
+PART_ALIGNMENT = 16
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = (*FLOATS, "int8", "int4", "int4-cpu")
+INT4_GROUPS = (32, 64, 128)
+ACTIVATIONS = ("silu", "gelu", "relu", "clamped-swiglu")
 
 
 @dataclass(frozen=True)
 class PageFormat:
-    """Layout of one expert's page.
+    """Layout of one expert's page, and the expert: y = down(act(gate(x)) * up(x)), or y = down(act(up(x))).
 
     Args:
-        kind: ``"bf16"`` or ``"int4"``.
+        kind: one of ``KINDS``.
         hidden: H, the model dimension.
         intermediate: I, the expert's inner dimension.
-        group: values that share a scale and a zero along the input dimension; 0 for bf16.
+        group: values that share a scale and a zero along the input dimension; 0 for all but the int4 kinds.
+        gated: whether ``gate_up`` has 2I rows, gate and up, or I.
+        activation: one of ``ACTIVATIONS``; ``clamped-swiglu``, gated only, is gpt-oss's.
+        bias: whether each matrix has one, in float32.
+        interleaved: whether the gate rows are 0, 2, 4, ... and up 1, 3, 5, ..., as gpt-oss has them, or gate first.
 
     Raises:
-        ValueError: for an unknown kind, or for dimensions the kind cannot hold.
+        ValueError: for an unknown kind or activation, or for dimensions the kind cannot hold.
     """
 
     kind: str
     hidden: int
     intermediate: int
     group: int = 0
+    gated: bool = True
+    activation: str = "silu"
+    bias: bool = False
+    interleaved: bool = False
 
     def __post_init__(self):
-        if self.kind not in ("bf16", "int4"):
-            raise ValueError(f"unknown page format {self.kind!r}: use 'bf16' or 'int4'")
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown page format {self.kind!r}: use {', '.join(KINDS)}")
         if self.hidden < 1 or self.intermediate < 1:
             raise ValueError(f"a page needs positive dimensions, not H={self.hidden} and I={self.intermediate}")
-        if self.kind == "bf16" and self.group != 0:
-            raise ValueError("bf16 pages have no groups: leave group at 0")
-        if self.kind == "int4":
-            if self.group not in INT4_GROUPS:
-                raise ValueError(f"int4 pages have groups of {INT4_GROUPS}, not {self.group}")
-            # torch's packing works on blocks of 32 rows; its groups run along the input dimension.
-            if self.hidden % 32 or self.intermediate % 32 or self.hidden % self.group or self.intermediate % self.group:
-                raise ValueError(
-                    f"int4 pages need H and I divisible by 32 and by the group: H={self.hidden}, "
-                    f"I={self.intermediate}, group={self.group}"
-                )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}: use {', '.join(ACTIVATIONS)}")
+        if not self.gated and (self.activation == "clamped-swiglu" or self.interleaved):
+            raise ValueError("an expert without a gate can neither be interleaved nor use clamped-swiglu")
+        if not self.kind.startswith("int4"):
+            if self.group != 0:
+                raise ValueError(f"{self.kind} pages have no groups: leave group at 0")
+            return
+        if self.group not in INT4_GROUPS:
+            raise ValueError(f"int4 pages have groups of {INT4_GROUPS}, not {self.group}")
+        # torch's packing works on blocks of 32 rows, a divisor of every group; groups run along the input dimension.
+        if self.hidden % self.group or self.intermediate % self.group:
+            raise ValueError(
+                f"int4 pages need H and I divisible by the group: H={self.hidden}, I={self.intermediate}, "
+                f"group={self.group}"
+            )
+
+    @cached_property
+    def encoded(self) -> str:
+        """The format as text: what a ``torch.library`` operator can take, and a store's metadata hold."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @cache
+    def decode(text: str) -> "PageFormat":
+        """The format of ``encoded``."""
+        return PageFormat(**json.loads(text))
 
     @cached_property
     def parts(self) -> tuple[tuple[str, int, int, torch.dtype, tuple[int, ...]], ...]:
         """(name, first byte, bytes, dtype, shape) of each tensor in the page, in file order."""
         parts, start = [], 0
-        for name, rows, columns in (
-            ("gate_up", 2 * self.intermediate, self.hidden),
-            ("down", self.hidden, self.intermediate),
-        ):
-            if self.kind == "bf16":
-                tensors = [(name, torch.bfloat16, (rows, columns))]
+        for name, (rows, columns) in zip(("gate_up", "down"), self._matrices, strict=True):
+            if self.kind in FLOATS:
+                tensors = [(name, FLOATS[self.kind], (rows, columns))]
+            elif self.kind == "int8":
+                tensors = [(name, torch.int8, (rows, columns)), (f"{name}_scales", torch.float32, (rows,))]
             else:
-                tensors = [
-                    (name, torch.uint8, (rows, columns // 2)),
-                    (f"{name}_scales_zeros", torch.bfloat16, (columns // self.group, rows, 2)),
-                ]
+                groups = columns // self.group
+                scales = (rows, groups, 2) if self.kind == "int4" else (groups, rows, 2)
+                tensors = [(name, torch.uint8, (rows, columns // 2)), (f"{name}_scales", torch.bfloat16, scales)]
+            if self.bias:
+                tensors.append((f"{name}_bias", torch.float32, (rows,)))
             for part, dtype, shape in tensors:
                 size = torch.Size(shape).numel() * dtype.itemsize
                 parts.append((part, start, size, dtype, shape))
-                start += size
+                start = -(-(start + size) // PART_ALIGNMENT) * PART_ALIGNMENT
         return tuple(parts)
+
+    @property
+    def _matrices(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(rows, columns) of gate_up and of down."""
+        rows = (2 if self.gated else 1) * self.intermediate
+        return (rows, self.hidden), (self.hidden, self.intermediate)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -80,82 +129,83 @@ class PageFormat:
     @cached_property
     def page_bytes(self) -> int:
         """Bytes that fetching the expert moves: the weights rounded up to 4 KiB."""
-        return -(-self.weight_bytes // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
+        _, start, size, _, _ = self.parts[-1]
+        return -(-(start + size) // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that one token's input should have on the CPU."""
-        return torch.bfloat16 if self.kind == "int4" else torch.float32
+        return torch.bfloat16 if self.kind == "int4-cpu" else torch.float32
 
-    def views(self, page: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The page's tensors, without a copy, in the order of ``parts``.
+    def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The pages' tensors by name, without a copy, in the order of ``parts``.
 
         Args:
-            page: ``[page_bytes]`` uint8, starting at a multiple of 4 bytes.
-        """
-        return tuple(page[first : first + size].view(dtype).view(shape) for _, first, size, dtype, shape in self.parts)
+            pages: ``[..., page_bytes]`` uint8, each page starting at a multiple of 16 bytes.
 
-    def pack(self, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        Returns:
+            Tensors ``[..., *shape]``, strided by page.
+        """
+        return {
+            name: pages[..., first : first + size].view(dtype).unflatten(-1, shape)
+            for name, first, size, dtype, shape in self.parts
+        }
+
+    def pack(
+        self,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One expert's weights as a page.
 
         Args:
-            gate_up: ``[2I, H]`` floating point, gate rows first.
+            gate_up: ``[2I, H]`` (ungated: ``[I, H]``) floating point, rows in the format's order.
             down: ``[H, I]`` floating point.
+            gate_up_bias, down_bias: ``[rows]`` floating point, where the format has biases.
 
         Returns:
             ``[page_bytes]`` uint8.
 
         Raises:
-            ValueError: if a shape is not the format's.
+            ValueError: if a shape is not the format's, or biases are given or left out against it.
         """
-        expected = ((2 * self.intermediate, self.hidden), (self.hidden, self.intermediate))
-        if (tuple(gate_up.shape), tuple(down.shape)) != expected:
-            raise ValueError(f"the expert has shapes {tuple(gate_up.shape)}, {tuple(down.shape)}; expected {expected}")
+        shapes = (tuple(gate_up.shape), tuple(down.shape))
+        if shapes != self._matrices:
+            raise ValueError(f"the expert has shapes {shapes[0]}, {shapes[1]}; expected {self._matrices}")
+        if {gate_up_bias is not None, down_bias is not None} != {self.bias}:
+            raise ValueError(f"biases {'are missing' if self.bias else 'were given'}, and bias={self.bias}")
         page = torch.zeros(self.page_bytes, dtype=torch.uint8)
-        tensors = []
-        for weight in (gate_up, down):
-            tensors += [weight] if self.kind == "bf16" else _pack_int4(*quantize_int4(weight, self.group))
-        for view, tensor in zip(self.views(page), tensors, strict=True):
-            view.copy_(tensor)
+        tensors = {}
+        for name, weight, bias in (("gate_up", gate_up, gate_up_bias), ("down", down, down_bias)):
+            if self.kind in FLOATS:
+                tensors[name] = weight
+            elif self.kind == "int8":
+                tensors[name], tensors[f"{name}_scales"] = quantize_int8(weight)
+            else:
+                q, scale, zero = quantize_int4(weight, self.group)
+                scales = torch.stack((scale, zero), -1)
+                portable = self.kind == "int4"
+                tensors[name] = pack_nibbles(q) if portable else pack_for_cpu(q)
+                tensors[f"{name}_scales"] = scales if portable else scales.transpose(0, 1)
+            if bias is not None:
+                tensors[f"{name}_bias"] = bias
+        for name, view in self.views(page).items():
+            view.copy_(tensors[name])
         return page
 
+    def dequantized(self, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+        """float32 ``[..., rows, columns]`` of ``gate_up`` or ``down``, from ``views``.
 
-def quantize_int4(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Asymmetric round-to-nearest int4, a scale and a zero for each group along the input dimension.
-
-    Args:
-        weight: ``[N, K]`` floating point, K divisible by ``group``.
-
-    Returns:
-        ``q`` ``[N, K]`` int32 in 0..15, and ``scale`` and ``zero`` ``[N, K / group]`` bfloat16, with
-        weight ~ (q - 8) * scale + zero.
-    """
-    groups = weight.float().unflatten(1, (-1, group))
-    low, high = groups.amin(-1), groups.amax(-1)
-    scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
-    zero = (low + 8 * scale.float()).bfloat16()
-    # Rounding against the stored bfloat16 scale and zero, so that their own rounding is not added to the error.
-    q = ((groups - zero.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
-    return q.flatten(1).to(torch.int32), scale, zero
-
-
-def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """``[N, K]`` float32 weights from what ``quantize_int4`` returned."""
-    groups = q.float().unflatten(1, (scale.shape[1], -1))
-    return ((groups - 8) * scale.float()[..., None] + zero.float()[..., None]).flatten(1)
-
-
-def _pack_int4(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> list[torch.Tensor]:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    return [packed, torch.stack((scale.t(), zero.t()), dim=-1).contiguous()]
-
-
-def int4_packing() -> str:
-    """Name of this processor's int4 packing: torch interleaves rows by vector width, so pages are not portable.
-
-    Returns:
-        Hexadecimal digest of a known matrix as packed here; a store records it and refuses another one.
-    """
-    known = (torch.arange(64 * 64, dtype=torch.int32) * 7919 % 16).view(64, 64)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(known, 1)
-    return format(int((packed.long().flatten() * (torch.arange(packed.numel()) + 1)).sum()), "x")
+        Raises:
+            ValueError: for int4-cpu, whose packing only torch's matmul reads.
+        """
+        if self.kind == "int4-cpu":
+            raise ValueError("int4-cpu pages cannot be taken apart: make int4 pages of the same weights")
+        if self.kind in FLOATS:
+            return weights[name].float()
+        scales = weights[f"{name}_scales"]
+        if self.kind == "int8":
+            return dequantize_int8(weights[name], scales)
+        return dequantize_int4(unpack_nibbles(weights[name]), *scales.unbind(-1))

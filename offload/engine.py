@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.kernels.experts import expert
+from cachemoe.kernels.experts_cpu import expert
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.link import Link, Pacing
@@ -109,7 +109,7 @@ class _Call:
         """Experts not computed yet, in order of first use."""
         return list(self._rows)
 
-    def compute(self, e: int, weights: tuple[torch.Tensor, ...], page_format: PageFormat) -> None:
+    def compute(self, e: int, weights: dict[str, torch.Tensor], page_format: PageFormat) -> None:
         """Run one pending expert on the tokens that chose it."""
         rows = self._rows.pop(e)
         x = self._x if self._decode else self._x[rows[0]]

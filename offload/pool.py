@@ -39,7 +39,7 @@ class ExpertPool:
             self._buffers.append(buffers[first : first + count])
             first += count
 
-    def weights(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+    def weights(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
         """The page in a slot, as ``PageFormat.views``."""
         return self._weights[layer][slot]
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat, int4_packing
+from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat
+from cachemoe.kernels.quantize import cpu_packing
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class StoreLayout:
         """The layout as safetensors metadata."""
         fields = {"version": VERSION, "model": self.model, "layers": self.layers, "experts": self.experts}
         fields |= asdict(self.page_format)
-        if self.page_format.kind == "int4":
-            fields["packing"] = int4_packing()
+        if self.page_format.kind == "int4-cpu":
+            fields["packing"] = cpu_packing()
         return {"cachemoe": json.dumps(fields)}
 
     @classmethod
@@ -69,7 +70,7 @@ class StoreLayout:
                 raise ValueError(f"{numbers} are no dimensions")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
-        if packing is not None and packing != int4_packing():
+        if packing is not None and packing != cpu_packing():
             raise InputError(f"{path} was packed for another processor's int4 matmul: make it again on this machine")
         return layout
 

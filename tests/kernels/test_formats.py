@@ -5,7 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels.formats import PageFormat, dequantize_int4, int4_packing, quantize_int4
+from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.quantize import (
+    cpu_packing,
+    dequantize_int4,
+    dequantize_int8,
+    pack_nibbles,
+    quantize_int4,
+    quantize_int8,
+    unpack_nibbles,
+)
 
 BF16_ROUNDING = 2**-8  # of the value, with room: half a unit in the last of its 8 bits is 2**-9
 
@@ -15,6 +24,14 @@ dimensions = st.integers(1, 40)
 def random_expert(seed, hidden, inner):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2 * inner, hidden, generator=generator), torch.randn(hidden, inner, generator=generator)
+
+
+def random_page(seed, page_format):
+    gate_up, down = random_expert(seed, page_format.hidden, page_format.intermediate)
+    gate_up = gate_up if page_format.gated else gate_up[: page_format.intermediate]
+    generator = torch.Generator().manual_seed(seed)
+    biases = [torch.randn(len(matrix), generator=generator) for matrix in (gate_up, down)]
+    return page_format.pack(gate_up, down, *(biases if page_format.bias else []))
 
 
 def bits(tensor):
@@ -30,14 +47,14 @@ def test_bf16_comes_back_bit_by_bit(hidden, inner, seed):
         torch.randint(-(2**15), 2**15, shape, generator=generator).short().view(torch.bfloat16) for shape in shapes
     ]
     page_format = PageFormat("bf16", hidden, inner)
-    for view, weight in zip(page_format.views(page_format.pack(*weights)), weights, strict=True):
+    for view, weight in zip(page_format.views(page_format.pack(*weights)).values(), weights, strict=True):
         assert view.shape == weight.shape
         assert torch.equal(bits(view), bits(weight))
 
 
 def test_bf16_lies_row_by_row_gate_first():
-    gate_up, down = (weight.bfloat16() for weight in random_expert(1, 6, 5))
-    page = PageFormat("bf16", 6, 5).pack(gate_up, down)
+    gate_up, down = (weight.bfloat16() for weight in random_expert(1, 8, 5))
+    page = PageFormat("bf16", 8, 5).pack(gate_up, down)
     expected = [*bits(gate_up).flatten().tolist(), *bits(down).flatten().tolist()]
     assert page.view(torch.int16)[: len(expected)].tolist() == expected
     assert not page[2 * len(expected) :].any()
@@ -51,12 +68,18 @@ def test_bf16_lies_row_by_row_gate_first():
         (PageFormat("bf16", 32, 65), 12480, 16384),
         # Half a byte a value, and 4 bytes for each group's scale and zero.
         (PageFormat("int4", 64, 128, 32), 12288 + 768 * 4, 16384),
-        (PageFormat("int4", 64, 128, 64), 12288 + 384 * 4, 16384),
+        (PageFormat("int4-cpu", 64, 128, 64), 12288 + 384 * 4, 16384),
+        (PageFormat("int4", 128, 128, 128), 24576 + 384 * 4, 28672),
+        (PageFormat("fp16", 32, 64), 12288, 12288),
+        # One byte a value, and a float32 scale for each of the 2I + H rows.
+        (PageFormat("int8", 64, 128), 24576 + 320 * 4, 28672),
+        (PageFormat("int8", 64, 128, gated=False), 16384 + 192 * 4, 20480),
+        (PageFormat("bf16", 32, 64, bias=True), 12288 + 160 * 4, 16384),
     ],
 )
 def test_sizes(page_format, weight_bytes, page_bytes):
     assert (page_format.weight_bytes, page_format.page_bytes) == (weight_bytes, page_bytes)
-    page = page_format.pack(*random_expert(2, page_format.hidden, page_format.intermediate))
+    page = random_page(2, page_format)
     assert (page.dtype, page.numel()) == (torch.uint8, page_bytes)
 
 
@@ -64,14 +87,15 @@ def test_sizes(page_format, weight_bytes, page_bytes):
 def test_pages_are_the_fewest_whole_4_kib(hidden, inner):
     page_format = PageFormat("bf16", hidden, inner)
     assert page_format.page_bytes % 4096 == 0
-    assert 0 <= page_format.page_bytes - 6 * hidden * inner < 4096
+    padding = page_format.page_bytes - 6 * hidden * inner
+    assert 0 <= padding < 4096 + 16  # `down` may begin up to 15 bytes after `gate_up` ends
 
 
 def test_views_share_the_pages_memory():
     page_format = PageFormat("bf16", 4, 3)
     page = page_format.pack(*random_expert(2, 4, 3))
     page.zero_()
-    assert not any(view.any() for view in page_format.views(page))
+    assert not any(view.any() for view in page_format.views(page).values())
 
 
 @given(
@@ -109,20 +133,92 @@ def test_int4_keeps_sixteen_even_levels_exactly():
     assert torch.equal(dequantize_int4(q, scale, zero), weight)
 
 
-def test_int4_page_holds_the_scales_and_zeros_by_group():
+@pytest.mark.parametrize("kind", ["int4", "int4-cpu"])
+def test_int4_page_holds_the_scales_and_zeros_by_group(kind):
     gate_up, down = random_expert(3, 64, 32)
-    page_format = PageFormat("int4", 64, 32, 32)
-    _, gate_up_scales_zeros, _, down_scales_zeros = page_format.views(page_format.pack(gate_up, down))
-    for weight, stored in ((gate_up, gate_up_scales_zeros), (down, down_scales_zeros)):
+    page_format = PageFormat(kind, 64, 32, 32)
+    views = page_format.views(page_format.pack(gate_up, down))
+    for weight, stored in ((gate_up, views["gate_up_scales"]), (down, views["down_scales"])):
         for row, values in enumerate(weight.tolist()):
             for group in range(len(values) // 32):
                 part = values[32 * group : 32 * group + 32]
                 step = (max(part) - min(part)) / 15
                 expected = [step, min(part) + 8 * step]
-                assert stored[group, row].tolist() == pytest.approx(expected, rel=2 * BF16_ROUNDING, abs=0.01)
+                held = stored[row, group] if kind == "int4" else stored[group, row]
+                assert held.tolist() == pytest.approx(expected, rel=2 * BF16_ROUNDING, abs=0.01)
 
 
-@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int4", 32)])
+def test_int4_packs_two_consecutive_inputs_into_a_byte_the_first_in_its_low_half():
+    weight = torch.arange(32).remainder(16).sub(8.0).expand(64, 32)  # q is 0, 1, ..., 15, twice
+    page_format = PageFormat("int4", 32, 32, 32)
+    packed = page_format.views(page_format.pack(weight, weight[:32]))["gate_up"]
+    assert packed[5].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_nibbles_come_back(rows, pairs, seed):
+    q = torch.randint(0, 16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack_nibbles(pack_nibbles(q)).long(), q)
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.floats(1e-6, 1e6), st.integers(0, 2**32 - 1))
+def test_int8_error_is_half_a_step(rows, columns, spread, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * spread
+    q, scale = quantize_int8(weight)
+    assert q.dtype == torch.int8 and int(q.abs().max()) <= 127
+    error = (dequantize_int8(q, scale) - weight).abs()
+    assert bool((error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all())
+
+
+@pytest.mark.parametrize(
+    "page_format",
+    [
+        PageFormat("bf16", 64, 32),
+        PageFormat("fp16", 33, 7, bias=True),
+        PageFormat("int8", 33, 7),
+        PageFormat("int4", 64, 32, 32),
+        PageFormat("int4", 128, 256, 128, gated=False, activation="relu"),
+    ],
+)
+def test_a_page_taken_apart_is_near_what_it_was_made_of(page_format):
+    gate_up, down = random_expert(5, page_format.hidden, page_format.intermediate)
+    gate_up = gate_up if page_format.gated else gate_up[: page_format.intermediate]
+    biases = [torch.randn(len(gate_up)), torch.randn(len(down))] if page_format.bias else []
+    views = page_format.views(page_format.pack(gate_up, down, *biases))
+    steps = {"bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254, "int4": 1 / 15}
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        error = (page_format.dequantized(views, name) - weight).abs().max()
+        assert error <= weight.abs().max() * steps[page_format.kind] * 1.1
+    for name, bias in zip(("gate_up_bias", "down_bias"), biases, strict=False):
+        assert torch.equal(views[name], bias)
+
+
+def test_views_of_many_pages_are_the_pages_views():
+    page_format = PageFormat("int4", 64, 32, 32, bias=True)
+    pages = torch.stack([random_page(seed, page_format) for seed in range(6)]).view(2, 3, -1)
+    for name, views in page_format.views(pages).items():
+        for i in range(2):
+            for j in range(3):
+                assert torch.equal(views[i, j], page_format.views(pages[i, j])[name])
+
+
+@pytest.mark.parametrize("page_format", [PageFormat("int4", 64, 32, 32, bias=True), PageFormat("int8", 3, 5)])
+def test_a_format_survives_being_text(page_format):
+    assert PageFormat.decode(page_format.encoded) == page_format
+
+
+def test_every_part_can_be_loaded_16_bytes_at_a_time():
+    for page_format in (PageFormat("bf16", 3, 5, bias=True), PageFormat("int8", 7, 3, bias=True)):
+        assert all(first % 16 == 0 for _, first, *_ in page_format.parts)
+
+
+def test_the_cpus_packing_cannot_be_taken_apart():
+    page_format = PageFormat("int4-cpu", 64, 32, 32)
+    with pytest.raises(ValueError, match="make int4 pages"):
+        page_format.dequantized(page_format.views(random_page(1, page_format)), "down")
+
+
+@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int4", 32), ("int4-cpu", 32)])
 def test_strides_do_not_matter(kind, group):
     page_format = PageFormat(kind, 64, 32, group)
     gate_up, down = random_expert(4, 64, 32)
@@ -130,9 +226,9 @@ def test_strides_do_not_matter(kind, group):
     assert torch.equal(page_format.pack(*transposed), page_format.pack(gate_up, down))
 
 
-def test_int4_packing_names_the_processor_the_same_each_time():
-    assert int4_packing() == int4_packing()
-    assert int(int4_packing(), 16) > 0
+def test_cpu_packing_names_the_processor_the_same_each_time():
+    assert cpu_packing() == cpu_packing()
+    assert int(cpu_packing(), 16) > 0
 
 
 @pytest.mark.parametrize(
@@ -143,9 +239,15 @@ def test_int4_packing_names_the_processor_the_same_each_time():
         (("bf16", 64, -1), "positive dimensions"),
         (("bf16", 64, 64, 32), "no groups"),
         (("int4", 64, 64), "groups of"),
-        (("int4", 64, 64, 128), "groups of"),
+        (("int4", 64, 64, 16), "groups of"),
+        (("int4", 64, 64, 128), "divisible"),
         (("int4", 48, 64, 32), "divisible"),
         (("int4", 64, 48, 32), "divisible"),
+        (("int8", 64, 64, 64), "no groups"),
+        (("int4-cpu", 48, 64, 32), "divisible"),
+        (("bf16", 64, 64, 0, True, "tanh"), "unknown activation 'tanh'"),
+        (("bf16", 64, 64, 0, False, "clamped-swiglu"), "without a gate"),
+        (("bf16", 64, 64, 0, False, "silu", False, True), "without a gate"),
         (("int4", 96, 64, 64), "divisible"),
         (("int4", 64, 96, 64), "divisible"),
     ],
@@ -159,3 +261,9 @@ def test_a_format_that_cannot_be_is_refused(arguments, message):
 def test_weights_of_another_shape_are_refused(gate_up, down):
     with pytest.raises(ValueError, match=r"expected \(\(10, 6\), \(6, 5\)\)"):
         PageFormat("bf16", 6, 5).pack(torch.zeros(gate_up), torch.zeros(down))
+
+
+@pytest.mark.parametrize("bias, given, message", [(True, 0, "missing"), (False, 2, "were given"), (True, 1, "missing")])
+def test_biases_are_given_where_the_format_has_them(bias, given, message):
+    with pytest.raises(ValueError, match=message):
+        PageFormat("bf16", 6, 5, bias=bias).pack(torch.zeros(10, 6), torch.zeros(6, 5), *[torch.zeros(10)] * given)

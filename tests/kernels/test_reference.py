@@ -10,8 +10,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cachemoe.kernels.experts import expert
-from cachemoe.kernels.formats import PageFormat, dequantize_int4, quantize_int4
+from cachemoe.kernels.experts_cpu import expert
+from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
 from cachemoe.kernels.reference import CacheBias, experts, route
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
@@ -398,17 +399,22 @@ def test_experts_equal_a_loop_over_tokens(tokens, n, k, hidden, inner):
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(4))
     ids = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(t))[:k] for t in range(tokens)])
     weights = torch.rand(tokens, k, generator=torch.Generator().manual_seed(5))
+    dense = {"gate_up": gate_up, "down": down}
     expected = [[0.0] * hidden for _ in range(tokens)]
     for t in range(tokens):
         for e, weight in zip(ids[t].tolist(), weights[t].tolist(), strict=True):
             y = literal_expert(x[t].tolist(), gate_up[e].tolist(), down[e].tolist())
             expected[t] = [total + weight * value for total, value in zip(expected[t], y, strict=True)]
-    torch.testing.assert_close(experts(x, ids, weights, gate_up, down), torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        experts(x, ids, weights, dense, PageFormat("bf16", hidden, inner)), torch.tensor(expected), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_experts_give_back_the_inputs_dtype():
     gate_up, down = random_expert(3, 6, 5, 2)
-    y = experts(torch.ones(2, 6).bfloat16(), torch.tensor([[0], [1]]), torch.ones(2, 1), gate_up, down)
+    dense = {"gate_up": gate_up, "down": down}
+    ids = torch.tensor([[0], [1]])
+    y = experts(torch.ones(2, 6).bfloat16(), ids, torch.ones(2, 1), dense, PageFormat("bf16", 6, 5))
     assert (y.dtype, y.shape) == (torch.bfloat16, (2, 6))
 
 
@@ -426,7 +432,7 @@ def test_one_expert_from_a_bf16_page(tokens, hidden, inner):
 @pytest.mark.parametrize("hidden, inner, group", [(32, 32, 32), (64, 128, 32), (128, 64, 64), (96, 32, 32)])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_one_expert_from_an_int4_page(tokens, hidden, inner, group):
-    page_format = PageFormat("int4", hidden, inner, group)
+    page_format = PageFormat("int4-cpu", hidden, inner, group)
     gate_up, down = random_expert(8, hidden, inner)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9)).bfloat16()
     y = expert(x, page_format.views(page_format.pack(gate_up, down)), page_format)
@@ -437,7 +443,7 @@ def test_one_expert_from_an_int4_page(tokens, hidden, inner, group):
 
 
 def test_int4_pages_refuse_float32():
-    page_format = PageFormat("int4", 32, 32, 32)
+    page_format = PageFormat("int4-cpu", 32, 32, 32)
     page = page_format.pack(*random_expert(8, 32, 32))
     with pytest.raises(TypeError, match="bfloat16"):
         expert(torch.ones(1, 32), page_format.views(page), page_format)

@@ -40,7 +40,7 @@ def test_pages_hold_the_models_experts(tiny_checkpoint):
     pages = iter(checkpoint.pages(page_format))
     for layer in model.model.layers:
         for e in range(8):
-            gate_up, down = page_format.views(next(pages))
+            gate_up, down = page_format.views(next(pages)).values()
             assert torch.equal(gate_up, layer.mlp.experts.gate_up_proj[e])
             assert torch.equal(down, layer.mlp.experts.down_proj[e])
     assert next(pages, None) is None

@@ -66,7 +66,8 @@ def step(engine, weights, layer, seed, tokens, bias=reference.CacheBias()):  # n
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
     state = engine.state[layer : layer + 1]
     routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, bias)
-    expected = reference.experts(x, routing.ids[0], routing.weights[0], weights[0][layer], weights[1][layer])
+    dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
+    expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
     return engine.forward(layer, x, routing), expected
 
 

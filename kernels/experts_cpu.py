@@ -1,0 +1,62 @@
+"""Experts on the CPU, in PyTorch: one expert over its page, and the same call as the kernels make."""
+
+import torch
+import torch.nn.functional as F
+
+from cachemoe.kernels.activations import activate
+from cachemoe.kernels.formats import FLOATS, PageFormat
+
+
+def expert(x: torch.Tensor, weights: dict[str, torch.Tensor], page_format: PageFormat) -> torch.Tensor:
+    """Apply one expert to the tokens that chose it.
+
+    Args:
+        x: ``[n, H]`` floating point; bfloat16 for int4-cpu pages.
+        weights: ``PageFormat.views`` of the expert's page.
+        page_format: layout of that page. int4 pages, which are for GPUs, are taken apart at every call.
+
+    Returns:
+        ``[n, H]`` in x's dtype.
+
+    Raises:
+        TypeError: for int4-cpu pages and an x that is not bfloat16 (torch's float32 path is some 30 times slower).
+    """
+    if page_format.kind == "int4-cpu" and x.dtype != torch.bfloat16:
+        raise TypeError(f"int4-cpu pages compute in bfloat16, and x is {x.dtype}: convert it first")
+    return _linear(activate(_linear(x, weights, "gate_up", page_format), page_format), weights, "down", page_format)
+
+
+def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, page_format: PageFormat) -> torch.Tensor:
+    """``[n, rows]``: one of the page's matrices times x, with its bias."""
+    weight = weights[name]
+    if page_format.kind in FLOATS:
+        y = F.linear(x, weight.to(x.dtype))
+    elif page_format.kind == "int8":
+        y = torch.ops.aten._weight_int8pack_mm(x, weight, weights[f"{name}_scales"].to(x.dtype))
+    elif page_format.kind == "int4-cpu":
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, page_format.group, weights[f"{name}_scales"])
+    else:
+        y = F.linear(x, page_format.dequantized(weights, name).to(x.dtype))
+    return y + weights[f"{name}_bias"].to(y.dtype) if page_format.bias else y
+
+
+def experts(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    gates: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    page_format: PageFormat,
+    out: torch.Tensor,
+    pending: torch.Tensor | None = None,
+    partial: torch.Tensor | None = None,
+    finish: bool = True,
+) -> None:
+    """As ``cachemoe.kernels.experts.experts``, into ``out``."""
+    pairs = x.new_empty((*slots.shape, x.shape[1]), dtype=torch.float32) if partial is None else partial
+    wanted = slots if pending is None else slots.masked_fill(~pending, -1)
+    for slot in dict.fromkeys(wanted.flatten().tolist()):
+        if slot >= 0:
+            tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
+            pairs[tokens, ks] = expert(x[tokens], {n: w[slot] for n, w in weights.items()}, page_format).float()
+    if finish:
+        out.copy_(torch.bmm(gates[:, None], pairs)[:, 0])

@@ -1,0 +1,73 @@
+"""Tile sizes of the experts kernels: pure functions of the shapes, so that a test can ask them without a GPU."""
+
+from dataclasses import dataclass
+
+import torch
+
+DECODE_PAIRS = 64
+"""Pairs of token and expert up to which matrix-vector products win: beyond, tokens share weights."""
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """One launch of the decode path: a program computes ``block_n`` outputs, ``block_k`` stored elements at a time.
+
+    Args:
+        warps: warps of a program.
+        stages: depth of the load pipeline.
+    """
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class PrefillTiles:
+    """One launch of the prefill path: ``block_m`` pairs by ``block_n`` outputs, ``block_k`` inputs at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+def _power_of_two(value: int) -> int:
+    """The least power of two that is not below ``value``."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def decode_tiles(dtype: torch.dtype, outputs: int, length: int, matrices: int, group: int = 0) -> DecodeTiles:
+    """Tiles of about 8 KiB of weights, 64 bytes a thread of four warps, whatever the number of matrices side by side.
+
+    Args:
+        dtype: of the stored weights.
+        outputs: rows of each matrix.
+        length: stored elements of a row.
+        matrices: rows that one output needs: gate and up, or the experts of a token (a power of two).
+        group: values that share a scale, for int4.
+    """
+    elements = 8192 // dtype.itemsize
+    # A warp reads at least 128 consecutive bytes of a row, a thread 16.
+    block_n = max(1, min(8, 64 // matrices))
+    block_k = max(16, min(elements // (matrices * block_n), _power_of_two(length)))  # a thread's 16 bytes at least
+    if group:
+        block_k = max(block_k, group // 8)
+    return DecodeTiles(min(block_n, _power_of_two(outputs)), block_k, 4, 3)
+
+
+def prefill_tiles(pairs: int, slots: int, outputs: int, length: int, group: int = 0) -> PrefillTiles:
+    """Tiles for ``pairs`` spread over at most ``slots`` experts.
+
+    Args:
+        outputs: rows of each matrix.
+        length: inputs of each row.
+        group: values that share a scale, for int4: a tile lies in one group.
+    """
+    each = pairs // max(1, min(pairs, slots))
+    block_m = min(64, max(16, _power_of_two(each)))
+    block_n = min(64, max(16, _power_of_two(outputs)))
+    block_k = min(64, group or 64, max(16, _power_of_two(length)))
+    return PrefillTiles(block_m, block_n, block_k, 4, 3)

@@ -1,0 +1,391 @@
+"""The experts kernels against their reference: in Triton's interpreter on the CPU, and on a GPU where there is one."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachemoe.kernels import reference
+from cachemoe.kernels.experts import experts, experts_read_through
+from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.experts_prefill import group_by_slot, plan_prefill
+from cachemoe.kernels.formats import PageFormat
+
+pytestmark = pytest.mark.kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 arithmetic wrongly: there, bfloat16 is only ever loaded.
+FLOATS = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+# Of the largest output, for one product of rounded inputs and one rounding of the output.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+FORMATS = [
+    PageFormat("bf16", 48, 33),
+    PageFormat("bf16", 64, 40, gated=False, activation="relu"),
+    PageFormat("fp16", 17, 5, activation="gelu", bias=True),
+    PageFormat("fp16", 33, 64, activation="clamped-swiglu", bias=True, interleaved=True),
+    PageFormat("int8", 47, 33),
+    PageFormat("int8", 64, 32, activation="clamped-swiglu", bias=True, interleaved=True),
+    PageFormat("int4", 64, 32, 32, bias=True),
+    PageFormat("int4", 192, 64, 64, activation="gelu", interleaved=True),
+    PageFormat("int4", 128, 128, 128, gated=False),
+]
+
+
+def name_of(page_format):
+    fields = (page_format.kind, page_format.group or "", page_format.activation, page_format.gated or "ungated")
+    return "-".join(str(field) for field in fields if field not in ("", True))
+
+
+each_format = pytest.mark.parametrize("page_format", FORMATS, ids=name_of)
+some_formats = pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[5], FORMATS[6]], ids=name_of)
+each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+each_path = pytest.mark.parametrize("run", ["decode", "prefill"], indirect=True)
+
+
+class Case:
+    """A pool of random pages, of which ``unused`` slots hold NaN, and tokens that use the others."""
+
+    def __init__(self, page_format, tokens, top_k, slots, dtype, unused=1, seed=0):
+        torch.manual_seed(seed)
+        self.page_format = page_format
+        rows = page_format.parts[0][-1][0]
+        hidden, inner = page_format.hidden, page_format.intermediate
+        self.pool = torch.full((slots + unused, page_format.page_bytes), 0xFF, dtype=torch.uint8)
+        self.used = torch.randperm(slots + unused)[:slots]
+        for slot in self.used.tolist():
+            biases = [torch.randn(rows), torch.randn(hidden)] if page_format.bias else []
+            matrices = torch.randn(rows, hidden) * hidden**-0.5, torch.randn(hidden, inner) * inner**-0.5
+            self.pool[slot] = page_format.pack(*matrices, *biases)
+        self.pool = self.pool.to(DEVICE)
+        self.x = torch.randn(tokens, hidden).to(DEVICE, dtype)
+        chosen = [self.used[torch.randperm(slots)[:top_k]] for _ in range(tokens)]
+        self.slots = torch.stack(chosen).to(DEVICE)
+        self.gates = torch.rand(tokens, top_k).to(DEVICE)
+
+    @property
+    def weights(self):
+        return self.page_format.views(self.pool)
+
+    def expected(self):
+        weights = self.weights
+        dense = {
+            name: weights[name].float() if name.endswith("bias") else self.page_format.dequantized(weights, name)
+            for name in weights
+            if not name.endswith("scales")
+        }
+        return reference.experts(self.x, self.slots, self.gates, dense, self.page_format)
+
+    def arguments(self):
+        return self.x, self.slots, self.gates, self.weights, self.page_format
+
+
+def poisoned(*shape, dtype):
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+def launch(path, case, pending=None, results=None, finish=True, **source):
+    """Run the kernels themselves, whatever the device; scratch and outputs start as NaN."""
+    out = poisoned(*case.x.shape, dtype=case.x.dtype)
+    h = poisoned(case.slots.numel(), case.page_format.intermediate, dtype=case.x.dtype)
+    if path == "decode":
+        launches = plan_decode(*case.arguments(), out, h, pending, results, finish, **source)
+    else:
+        results = poisoned(*case.slots.shape, case.x.shape[1], dtype=torch.float32) if results is None else results
+        launches = plan_prefill(*case.arguments(), out, h, results, pending, finish)
+    for each in launches:
+        each.run()
+    return out
+
+
+@pytest.fixture
+def run(request):
+    return partial(launch, request.param)
+
+
+def assert_near(y, expected):
+    """The largest error, against the largest output, and the root mean square of both."""
+    assert y.dtype == expected.dtype
+    error, tolerance = (y.float() - expected.float()).abs(), TOLERANCE[y.dtype]
+    assert float(error.max()) <= tolerance * float(expected.float().abs().max())  # and so no NaN
+    assert float(error.square().mean()) <= tolerance**2 / 4 * float(expected.float().square().mean())
+
+
+# ------------------------------------------------------------------------------------------------ every combination
+
+
+@each_path
+@each_float
+@each_format
+def test_equal_to_the_reference(run, page_format, dtype):
+    case = Case(page_format, tokens=2, top_k=3, slots=4, dtype=dtype)
+    assert_near(run(case), case.expected())
+
+
+@each_path
+@pytest.mark.parametrize(
+    "tokens, top_k, slots",
+    [
+        (1, 1, 1),
+        (1, 16, 16),  # K = E
+        (1, 6, 13),  # K is no power of two
+        (2, 1, 512),
+        (19, 1, 1),  # more pairs of a slot than a tile has
+        (5, 2, 37),
+    ],
+)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=name_of)
+def test_awkward_shapes(run, page_format, tokens, top_k, slots):
+    case = Case(page_format, tokens, top_k, slots, torch.float32, unused=3)
+    assert_near(run(case), case.expected())
+
+
+@each_path
+@pytest.mark.parametrize("hidden, inner", [(1, 1), (3, 2), (7, 129), (257, 31), (1024, 3)])
+def test_any_width(run, hidden, inner):
+    case = Case(PageFormat("bf16", hidden, inner), 2, 2, 3, torch.float32)
+    assert_near(run(case), case.expected())
+
+
+# ----------------------------------------------------------------------------------------------------- the page table
+
+
+@each_path
+@some_formats
+def test_the_slot_a_page_is_in_does_not_change_a_bit(run, page_format):
+    case = Case(page_format, tokens=3, top_k=2, slots=5, dtype=torch.float32)
+    before = run(case)
+    moved = torch.randperm(case.pool.shape[0]).to(DEVICE)
+    case.pool = case.pool[moved.argsort()]
+    case.slots = moved[case.slots]
+    assert torch.equal(run(case), before)
+
+
+@each_path
+def test_offsets_beyond_32_bits(run):
+    page_format = PageFormat("int8", 32, 16)
+    case = Case(page_format, tokens=2, top_k=2, slots=4, dtype=torch.float32, unused=0)
+    near, stride = case.expected(), 2**30
+    memory = torch.empty(3 * stride + page_format.page_bytes, dtype=torch.uint8, device=DEVICE)  # hardly touched
+    far = memory.as_strided(case.pool.shape, (stride, 1))
+    far.copy_(case.pool)
+    case.pool = far
+    assert_near(run(case), near)
+
+
+# ------------------------------------------------------------------------------------------- some now, the rest later
+
+
+@each_path
+@some_formats
+def test_hits_first_and_misses_later_give_the_same_bits(run, page_format):
+    case = Case(page_format, tokens=2, top_k=3, slots=6, dtype=torch.float32)
+    at_once = run(case)
+    missing = case.used[::2].to(DEVICE)
+    pending = torch.isin(case.slots, missing)
+    assert pending.any() and not pending.all()
+    pages, results = case.pool[missing], poisoned(2, 3, page_format.hidden, dtype=torch.float32)
+    case.pool[missing] = 0xFF
+    assert run(case, ~pending, results, finish=False).isnan().all()
+    case.pool[missing] = pages
+    case.pool[case.used[1::2]] = 0xFF  # what was computed is not computed again
+    assert torch.equal(run(case, pending, results, finish=True), at_once)
+
+
+@each_path
+@pytest.mark.parametrize("value", [True, False])
+def test_all_and_none_are_some(run, value):
+    case = Case(FORMATS[0], tokens=3, top_k=2, slots=4, dtype=torch.float32)
+    pending, results = torch.full_like(case.slots, value, dtype=torch.bool), torch.rand(3, 2, 48, device=DEVICE)
+    y = run(case, pending, results.clone())
+    expected = run(case) if value else torch.einsum("tk,tkh->th", case.gates, results)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+
+
+@each_path
+def test_the_same_call_gives_the_same_bits(run):
+    case = Case(FORMATS[6], tokens=2, top_k=2, slots=5, dtype=torch.float16)
+    assert torch.equal(run(case), run(case))
+
+
+# ---------------------------------------------------------------------------------------------------- reading through
+
+
+@each_format
+@pytest.mark.parametrize("missing", [[1, 3], [0, 1, 2]])
+def test_reading_through_computes_and_fills_the_slots(page_format, missing):
+    case = Case(page_format, tokens=1, top_k=4, slots=6, dtype=torch.float32)
+    expected, full = launch("decode", case), case.pool.clone()
+    store = torch.full((9, page_format.page_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
+    pages = torch.full((1, 4), -1, device=DEVICE)
+    for page, k in zip((7, 2, 5, 0), missing, strict=False):
+        slot = int(case.slots[0, k])
+        pages[0, k], store[page], case.pool[slot] = page, full[slot], 0xFF
+    source = page_format.views(store)
+    assert torch.equal(launch("decode", case, source=pages, source_weights=source), expected)
+    views = case.weights
+    for slot in case.slots[0].tolist():
+        for name, view in page_format.views(full).items():
+            assert torch.equal(views[name][slot].view(torch.uint8), view[slot].view(torch.uint8)), name
+
+
+# --------------------------------------------------------------------------------------------------- grouping by slot
+
+
+@given(st.data())
+def test_tiles_hold_each_pair_once_with_its_slot(data):
+    tokens, top_k, count = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
+    block_m = data.draw(st.sampled_from([1, 4, 16]))
+    slots = torch.tensor(
+        data.draw(st.lists(st.integers(0, count - 1), min_size=tokens * top_k, max_size=tokens * top_k))
+    )
+    pending = data.draw(st.none() | st.lists(st.booleans(), min_size=tokens * top_k, max_size=tokens * top_k))
+    mask = None if pending is None else torch.tensor(pending).view(tokens, top_k)
+    order, tile_slot, tile_first, slot_end = group_by_slot(slots.view(tokens, top_k), mask, count, block_m)
+    found = []
+    for slot, first in zip(tile_slot.tolist(), tile_first.tolist(), strict=True):
+        if slot < count:
+            pairs = order[first : min(first + block_m, int(slot_end[slot]))].tolist()
+            assert pairs and all(slots[pair] == slot for pair in pairs)
+            found += pairs
+    expected = [pair for pair in range(tokens * top_k) if pending is None or pending[pair]]
+    assert sorted(found) == expected
+
+
+# ------------------------------------------------------------------------------------------------- the public function
+
+
+CPU_FORMATS = [*FORMATS, PageFormat("int4-cpu", 64, 128, 32), PageFormat("int4-cpu", 128, 128, 128, activation="gelu")]
+
+
+@pytest.mark.parametrize("page_format", CPU_FORMATS, ids=name_of)
+def test_on_the_cpu(page_format):
+    torch.manual_seed(0)
+    rows, hidden, inner = page_format.parts[0][-1][0], page_format.hidden, page_format.intermediate
+    # int4-cpu pages cannot be taken apart, int4 pages of the same weights hold the same numbers.
+    twin = replace(page_format, kind="int4") if page_format.kind == "int4-cpu" else page_format
+    pages, twins = [], []
+    for _ in range(3):
+        biases = [torch.randn(rows), torch.randn(hidden)] if page_format.bias else []
+        matrices = torch.randn(rows, hidden) * hidden**-0.5, torch.randn(hidden, inner) * inner**-0.5
+        pages.append(page_format.pack(*matrices, *biases))
+        twins.append(twin.pack(*matrices, *biases))
+    weights, dense = page_format.views(torch.stack(pages)), twin.views(torch.stack(twins))
+    dense = {n: w if n.endswith("bias") else twin.dequantized(dense, n) for n, w in dense.items() if n[-6:] != "scales"}
+    x = torch.randn(4, hidden).to(page_format.compute_dtype)
+    slots, gates = torch.stack([torch.randperm(3)[:2] for _ in range(4)]), torch.rand(4, 2)
+    y = experts(x, slots, gates, weights, page_format)
+    assert_near(y, reference.experts(x, slots, gates, dense, page_format))
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_on_the_cpu_pending_pairs_are_computed_and_others_taken_from_the_partial_results(finish):
+    case = Case(FORMATS[0], tokens=4, top_k=2, slots=3, dtype=torch.float32)
+    arguments = [each.cpu() for each in (case.x, case.slots, case.gates)]
+    weights = FORMATS[0].views(case.pool.cpu())
+    at_once = experts(*arguments, weights, FORMATS[0])
+    pending = arguments[1] == case.used[0]
+    results, out = torch.full((4, 2, 48), float("nan")), torch.full((4, 48), 7.0)
+    experts(*arguments, weights, FORMATS[0], out, ~pending, results, finish=False)
+    assert (out == 7).all()
+    experts(*arguments, weights, FORMATS[0], out, pending, results, finish)
+    assert torch.equal(out, at_once) if finish else (out == 7).all()
+
+
+def test_reading_through_on_the_cpu():
+    case = Case(FORMATS[0], tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    x, slots, gates, pool = (each.cpu() for each in (case.x, case.slots, case.gates, case.pool))
+    expected, store = experts(x, slots, gates, FORMATS[0].views(pool), FORMATS[0]), pool.flip(0).contiguous()
+    full, pages = pool.clone(), torch.tensor([[-1, len(pool) - 1 - int(slots[0, 1])]])
+    pool[slots[0, 1]] = 0xFF
+    assert torch.equal(experts_read_through(x, slots, gates, pool, store, pages, FORMATS[0]), expected)
+    assert torch.equal(pool, full)
+
+
+def test_torch_compile_takes_the_operators_whole():
+    case = Case(FORMATS[0], tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    pages = torch.full((1, 2), -1, device=DEVICE)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(x, slots, gates, pool):
+        y = experts(x * 2, slots, gates, FORMATS[0].views(pool), FORMATS[0])
+        return y + experts_read_through(x, slots, gates, pool, pool, pages, FORMATS[0])
+
+    once, twice = (experts(x, case.slots, case.gates, case.weights, FORMATS[0]) for x in (case.x, case.x * 2))
+    y = compiled(case.x, case.slots, case.gates, case.pool)
+    torch.testing.assert_close(y, once + twice, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 47), "out": torch.zeros(2, 47)}, "48 wide"),
+        ({"x": torch.zeros(48, 2).t()}, "contiguous"),
+        ({"slots": torch.zeros(2, 2, dtype=torch.int32)}, "slots is torch.int32"),
+        ({"slots": torch.zeros(3, 2, dtype=torch.int64)}, "slots is"),
+        ({"gates": torch.zeros(2, 2, dtype=torch.float16)}, "gates is torch.float16"),
+        ({"out": torch.zeros(2, 48, dtype=torch.float16)}, "out is torch.float16"),
+        ({"pending": torch.ones(2, 2, dtype=torch.bool)}, "needs `partial`"),
+        ({"finish": False}, "needs `partial`"),
+        ({"partial": torch.zeros(2, 2, 47)}, "partial is"),
+        ({"weights": FORMATS[1].views(torch.zeros(3, FORMATS[1].page_bytes, dtype=torch.uint8))}, "gate_up is"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, message):
+    case = Case(FORMATS[0], tokens=2, top_k=2, slots=3, dtype=torch.float32)
+    arguments = dict(zip(("x", "slots", "gates", "weights", "page_format"), case.arguments(), strict=True))
+    arguments = {n: a.cpu() if isinstance(a, torch.Tensor) else a for n, a in arguments.items()}
+    arguments["weights"] = {n: w.cpu() for n, w in arguments["weights"].items()}
+    with pytest.raises(ValueError, match=message):
+        experts(**(arguments | change))
+
+
+def test_reading_through_is_for_one_token():
+    case = Case(FORMATS[0], tokens=2, top_k=2, slots=3, dtype=torch.float32)
+    with pytest.raises(ValueError, match="one token"):
+        experts_read_through(case.x, case.slots, case.gates, case.pool, case.pool, case.slots, FORMATS[0])
+
+
+# -------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@each_format
+@each_float
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_the_public_function_on_a_gpu(page_format, dtype, tokens):
+    case = Case(page_format, tokens, top_k=3, slots=6, dtype=dtype)
+    assert_near(experts(*case.arguments()), case.expected())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_a_captured_graph_follows_the_page_table(tokens):
+    case = Case(FORMATS[6], tokens, top_k=3, slots=6, dtype=torch.bfloat16)
+    out = torch.empty_like(case.x)
+    experts(*case.arguments(), out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        experts(*case.arguments(), out)
+    for seed in range(3):
+        other = Case(FORMATS[6], tokens, top_k=3, slots=6, dtype=torch.bfloat16, seed=seed)
+        for name in ("pool", "x", "slots", "gates"):
+            getattr(case, name).copy_(getattr(other, name))
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, experts(*other.arguments()))
+
+
+@pytest.mark.gpu
+def test_reading_through_from_pinned_memory():
+    case = Case(PageFormat("bf16", 512, 256), tokens=1, top_k=4, slots=6, dtype=torch.bfloat16)
+    expected, full = experts(*case.arguments()), case.pool.clone()
+    store = case.pool.cpu().pin_memory()
+    pages = torch.where(torch.arange(4, device=DEVICE) < 2, case.slots, -1)
+    case.pool[case.slots[0, :2]] = 0xFF
+    y = experts_read_through(case.x, case.slots, case.gates, case.pool, store, pages, case.page_format)
+    assert torch.equal(y, expected) and torch.equal(case.pool, full)
