@@ -24,7 +24,7 @@ from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 from cachemoe.benchmarks.timing import Round
 from cachemoe.offload.files import whole_file
 
-TEST_S = 0.2  # of rounds in one repetition
+TEST_S = 0.15  # of rounds in one repetition
 LEAST_ROUNDS, MOST_ROUNDS = 3, 300
 WIDTH = 80  # columns that the tables need
 

@@ -69,13 +69,13 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
         Step(
             "microbenchmarks",
             (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
-            9,
+            10,
             lambda output: {"figures": read_json(figures), "tests": junit(micro) if micro.exists() else None},
         ),
         Step(
             "latency",
             (python, "-m", "cachemoe.benchmarks.cli", "latency", *LATENCY, f"--json={latency}", f"--plot={picture}"),
-            3,
+            2,
             lambda output: read_json(latency),
         ),
     ]
