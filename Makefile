@@ -18,11 +18,14 @@ lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP) ## micro-benchmarks of what decode does in a layer
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+bench: $(STAMP) ## microbenchmarks of the kernels (ARGS='...' goes to pytest)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-gpu: ## measurements on a GPU (not yet)
-	@echo 'The GPU command is not part of this version yet.' >&2; exit 2
+# On a machine that brings its own PyTorch, `make gpu` runs on that; where there is a .venv, on the .venv.
+gpu: GPU_PYTHON = $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+gpu: ## tests, microbenchmarks and tables on a GPU, into one JSON file (ARGS='...' goes to `cachemoe gpu`)
+	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	$(GPU_PYTHON) -m cachemoe.benchmarks.cli gpu $(ARGS)
 
 clean: ## remove the environment, build outputs and tool caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -150,6 +150,39 @@ def _check_destination(path: Path) -> None:
 
 
 @app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Where every figure goes; the pictures go beside it.")] = Path(
+        "results/gpu.json"
+    ),
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for all steps together.")] = 9.0,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run the same steps on the CPU.")] = False,
+):
+    """Everything that needs a GPU, in one run from a checkout: tests, microbenchmarks and tables, into one JSON file.
+
+    Each step is a process of its own; one that fails or hangs does not keep the others from running. Exits with 1 if
+    any step failed.
+    """
+    with one_sentence():
+        from cachemoe.benchmarks.run_gpu import run_gpu
+
+        _check_destination(out)
+        report = run_gpu(out, 60 * minutes, rehearse, show_progress)
+        _print_gpu(report)
+        console.print(f"[dim]Every figure: {out}.[/dim]")
+    if any(step["status"] != "passed" for step in report["steps"]):
+        raise typer.Exit(1)
+
+
+def _print_gpu(report: dict) -> None:
+    from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
+
+    for table in gpu_tables(report):
+        console.print(table)
+    for line in gpu_summary(report):
+        console.print(line, highlight=False, markup=False)
+
+
+@app.command()
 def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
     """Check every page of a store against its checksum."""
     with one_sentence():

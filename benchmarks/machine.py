@@ -1,8 +1,10 @@
-"""The machine that a figure comes from: what it is, and how fast its disk and memory read."""
+"""The machine that a figure comes from: what it is, and how fast its disk, memory, link and matmuls are."""
 
 import os
 import platform
 import random
+import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from cachemoe.offload.store import ExpertStore, aligned_buffer
 
 
 def describe() -> dict:
-    """Processor, memory, threads, versions and date."""
+    """Processor, memory, threads, GPU, versions and date."""
     cpuinfo = Path("/proc/cpuinfo")
     names = (
         [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
@@ -34,7 +36,37 @@ def describe() -> dict:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages},
+        "gpu": describe_gpu() if torch.cuda.is_available() else None,
     }
+
+
+def describe_gpu() -> dict:
+    """The current CUDA device; what only nvidia-smi knows is None without it.
+
+    Raises:
+        RuntimeError: without a CUDA device.
+    """
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": device.name,
+        "capability": f"{device.major}.{device.minor}",
+        "memory_bytes": device.total_memory,
+        "multiprocessors": device.multi_processor_count,
+        "l2_bytes": device.L2_cache_size,
+        "cuda": torch.version.cuda,
+    } | _nvidia_smi(device.uuid)
+
+
+def _nvidia_smi(uuid) -> dict[str, str | None]:
+    """Driver, clocks and power limit, in nvidia-smi's own words and units."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    if shutil.which("nvidia-smi") is None:
+        return dict.fromkeys(fields)
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if answer.returncode != 0:  # a part of a GPU has a name that this query does not take
+        return dict.fromkeys(fields) | {"nvidia_smi": (answer.stdout + answer.stderr).strip()}
+    return dict(zip(fields, (value.strip() for value in answer.stdout.split(",")), strict=True))
 
 
 def _version(package: str) -> str | None:
@@ -89,6 +121,43 @@ def memory_bandwidth(size: int = 1 << 29) -> float:
         values.sum()
         seconds.append(perf_counter() - start)
     return size / min(seconds)
+
+
+def device_copy_bandwidth(size: int = 1 << 30) -> float:
+    """Bytes a second, read and written both counted, of the best of ten copies of 1 GiB within the GPU's memory."""
+    source, target = (torch.ones(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2 * size / min(_copy_seconds(source, target) for _ in range(10))
+
+
+def pinned_copy_bandwidth(size: int = 1 << 29) -> float:
+    """Bytes a second of the best of ten linear copies of 512 MiB from pinned host memory to the GPU."""
+    source = torch.ones(size, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(size, dtype=torch.uint8, device="cuda")
+    return size / min(_copy_seconds(source, target) for _ in range(10))
+
+
+def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    target.copy_(source, non_blocking=True)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Operations a second, two for each multiplication, of the best of five bfloat16 matmuls of square matrices."""
+    side = 8192 if device.type == "cuda" else 2048
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=generator, device=device).bfloat16() for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first sets the library up, and does not count
+        start = perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(perf_counter() - start)
+    return 2 * side**3 / min(seconds[1:])
 
 
 def expert_bandwidth(engine: ResidentEngine, experts: int, top_k: int, calls: int = 60) -> float:

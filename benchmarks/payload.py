@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
+from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.progress import Progress
-from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.quantize import cpu_packing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 NATIVE = "native"
-# Geometry of a real model's experts: its pages hold random weights, one page for each of the routing model's experts.
-GEOMETRIES = {"qwen1.5-moe": PageFormat("int4-cpu", hidden=2048, intermediate=1408, group=64)}
-PAYLOADS = (NATIVE, *GEOMETRIES)
+# Pages of a real model's geometry hold random weights, one page for each of the routing model's experts.
+PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4-cpu")}
+PAYLOADS = (NATIVE, *PAYLOAD_FORMATS)
 
 
 def cache_directory() -> Path:
@@ -45,7 +45,7 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
         layout = checkpoint.layout("bf16")
         pages = checkpoint.pages(layout.page_format)
     else:
-        layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, GEOMETRIES[name])
+        layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
         pages = random_pages(layout)
     count = layout.layers * layout.experts
     packing = f"-{cpu_packing()}" if layout.page_format.kind == "int4-cpu" else ""

@@ -2,14 +2,14 @@
 
 import torch
 
-from cachemoe.benchmarks.payload import GEOMETRIES, random_pages
+from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.kernels.experts_cpu import expert
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.offload.store import StoreLayout
 
 
 def test_the_geometry_is_qwens():
-    page_format = GEOMETRIES["qwen1.5-moe"]
+    page_format = PAYLOAD_FORMATS["qwen1.5-moe"]
     assert (page_format.hidden, page_format.intermediate, page_format.kind) == (2048, 1408, "int4-cpu")
     assert 4.4e6 < page_format.page_bytes < 5e6
 

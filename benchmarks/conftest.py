@@ -1,0 +1,153 @@
+"""What the microbenchmarks share: the machine's speeds, the clock, and the report at the end of the session.
+
+pytest-benchmark times the rounds. Its own table is silent: it would show rounds, not calls, and each repetition apart.
+"""
+
+import io
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+import torch
+from rich.console import Console
+
+from cachemoe.benchmarks import machine
+from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
+from cachemoe.benchmarks.micro_plot import plot_micro
+from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
+from cachemoe.benchmarks.timing import Round
+from cachemoe.offload.files import whole_file
+
+TEST_S = 0.15  # of rounds in one repetition
+LEAST_ROUNDS, MOST_ROUNDS = 3, 300
+WIDTH = 80  # columns that the tables need
+
+
+@dataclass
+class Session:
+    """What the session has measured so far."""
+
+    path: Path
+    speeds: dict[str, float] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def report(self) -> dict:
+        return {
+            "command": "bench",
+            "machine": machine.describe(),
+            "speeds": self.speeds,
+            "notes": self.notes,
+            "rows": aggregate(self.measurements, self.speeds),
+        }
+
+    def write(self) -> None:
+        with whole_file(self.path) as partial:
+            partial.write_text(json.dumps(self.report(), indent=1, allow_nan=False))
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--bench-out",
+        type=Path,
+        default=Path(".benchmarks/micro.json"),
+        metavar="FILE",
+        help="where the microbenchmarks' figures go; the picture goes beside it",
+    )
+
+
+def pytest_configure(config):
+    config.option.benchmark_quiet = True
+    config.stash[SESSION] = Session(config.getoption("--bench-out"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def session(pytestconfig, device):
+    """The session, once the machine's speeds are known."""
+    session = pytestconfig.stash[SESSION]
+    if device.type == "cuda":
+        session.speeds[MEMORY] = machine.device_copy_bandwidth()
+        session.speeds[PINNED] = machine.pinned_copy_bandwidth()
+    else:
+        session.speeds[MEMORY] = machine.memory_bandwidth()
+    session.speeds[MATMUL] = machine.matmul_rate(device)
+    return session
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(device):
+    """The function (key, make) -> what ``make`` made for the key; what was made for the key before is let go first.
+
+    Not a parametrised fixture: pytest would make it anew for every repetition.
+    """
+    held = {}
+
+    def let_go():
+        held.clear()
+        torch.compiler.reset()  # compiled code holds memory, and torch compiles one function for a few shapes only
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def get(key, make: Callable[[], object]):
+        if key not in held:
+            let_go()
+            held[key] = make()
+        return held[key]
+
+    yield get
+    let_go()
+
+
+@pytest.fixture
+def measure(benchmark, session):
+    """The function that times rounds and notes what they came to."""
+
+    def run(subject: Subject, work: Work, repetition: int, timed: Round) -> None:
+        start = perf_counter()
+        timed.run()
+        rounds = min(max(ceil(TEST_S / (perf_counter() - start)), LEAST_ROUNDS), MOST_ROUNDS)
+        benchmark.group = f"{subject.kernel} {subject.geometry} T{subject.tokens} {subject.variant}"
+        benchmark.extra_info.update(implementation=subject.implementation, calls=timed.calls, bytes=work.bytes)
+        benchmark.pedantic(timed.run, rounds=rounds, warmup_rounds=1)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        seconds = statistics.median(benchmark.stats.stats.data) / timed.calls
+        session.measurements.append(Measurement(subject, work, repetition, seconds, rounds, timed.calls, timed.timing))
+        session.write()  # each time: an interruption leaves what was measured
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = config.stash[SESSION]
+    if not session.measurements:
+        return
+    report = session.report()
+    width = max(shutil.get_terminal_size().columns, WIDTH)
+    console = Console(file=io.StringIO(), force_terminal=terminalreporter.hasmarkup, width=width)
+    for table in micro_tables(report):
+        console.print(table)
+    for note in micro_notes(report):
+        console.print(note, highlight=False)
+    written = f"Every figure: {session.path}."
+    if any(row["bound_seconds"] for row in report["rows"]):
+        picture = session.path.with_suffix(".png")
+        with whole_file(picture) as partial:
+            plot_micro(report, partial)
+        written += f" Picture, of what has a bound: {picture}."
+    console.print(written, highlight=False)
+    terminalreporter.write(console.file.getvalue())

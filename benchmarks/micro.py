@@ -1,0 +1,107 @@
+"""Microbenchmarks' figures: what one repetition measured, and what the repetitions come to beside their bound."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+MEMORY = "memory_bytes_per_second"
+PINNED = "pinned_copy_bytes_per_second"
+MATMUL = "matmul_flops_per_second"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was measured; repetitions of the same subject are aggregated.
+
+    Args:
+        kernel: ``experts``, ``route``, ``fetch`` or ``engine``.
+        geometry: name in ``GEOMETRIES``.
+        tokens: T.
+        variant: page format, or routing strategy.
+        implementation: whose.
+    """
+
+    kernel: str
+    geometry: str
+    tokens: int
+    variant: str
+    implementation: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call cannot do without.
+
+    Args:
+        bytes: weights read or moved; 0 where what is moved is too little to bound the time.
+        flops: of the matmuls.
+        link: the machine's speed that bounds ``bytes``, ``MEMORY`` or ``PINNED``.
+    """
+
+    bytes: int = 0
+    flops: int = 0
+    link: str = MEMORY
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One repetition.
+
+    Args:
+        seconds: median seconds of a call.
+        rounds: rounds timed.
+        calls: calls in a round.
+        timing: ``Round.timing``.
+    """
+
+    subject: Subject
+    work: Work
+    repetition: int
+    seconds: float
+    rounds: int
+    calls: int
+    timing: str
+
+
+def bound(work: Work, speeds: Mapping[str, float]) -> tuple[float, str] | None:
+    """Seconds that the work takes at least at the machine's measured speeds, and which speed says so; None: unbounded.
+
+    Args:
+        work: of one call.
+        speeds: measured in the same run, by ``MEMORY``, ``PINNED`` and ``MATMUL``.
+    """
+    bounds = []
+    if work.bytes:
+        bounds.append((work.bytes / speeds[work.link], work.link))
+    if work.flops:
+        bounds.append((work.flops / speeds[MATMUL], MATMUL))
+    return max(bounds, default=None)
+
+
+def aggregate(measurements: Iterable[Measurement], speeds: Mapping[str, float]) -> list[dict]:
+    """A row for each subject, in the order first measured: median, least and greatest of its repetitions' medians."""
+    repetitions: dict[Subject, list[Measurement]] = {}
+    for measurement in measurements:
+        repetitions.setdefault(measurement.subject, []).append(measurement)
+    rows = []
+    for subject, members in repetitions.items():
+        seconds = [member.seconds for member in members]
+        median, work = statistics.median(seconds), members[0].work
+        limit = bound(work, speeds)
+        rows.append(
+            asdict(subject)
+            | {
+                "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+                "repetitions": len(members),
+                "rounds": [member.rounds for member in members],
+                "calls_a_round": members[0].calls,
+                "timing": members[0].timing,
+                "bytes": work.bytes,
+                "flops": work.flops,
+                "bytes_per_second": work.bytes / median,
+                "bound_seconds": limit and limit[0],
+                "bound_by": limit and limit[1],
+                "percent_of_bound": limit and 100 * limit[0] / median,
+            }
+        )
+    return rows

@@ -1,0 +1,219 @@
+"""One run of ``cachemoe gpu``: every check and measurement that needs a GPU, a subprocess each, in one JSON file.
+
+A step that fails or hangs does not take the others with it, and what has been measured is on disk after every step.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from xml.etree import ElementTree
+
+import torch
+
+from cachemoe.benchmarks.progress import Progress
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE_S = 10.0  # after the interrupt at a step's limit, for it to write what it has
+# A small part of the table: quality on a quarter of the text, one capacity, one strategy of each kind.
+LATENCY = ("--capacity=50%", "--quality-tokens=2048", "--strategy=max-rank:8", "--strategy=cache-prior:0.2")
+TAIL = 4000  # characters of output kept of a step that failed
+
+
+@dataclass(frozen=True)
+class Step:
+    """One subprocess.
+
+    Args:
+        name: for the report.
+        command: what runs, in the folder of the sources.
+        share: of the time that is left, against the shares of the steps after it.
+        collect: its result for the report, from what it wrote, whatever became of it; called with its output. A
+            ``complaint`` in the result makes the step fail.
+    """
+
+    name: str
+    command: Sequence[str]
+    share: float
+    collect: Callable[[str], dict] = field(default=lambda output: {})
+
+
+def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
+    """The steps, in order; what they write goes into ``folder``."""
+    python = sys.executable
+    describe = "import json; from cachemoe.benchmarks.machine import describe; print(json.dumps(describe()))"
+    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
+    figures, picture = folder / "micro.json", folder / "latency.png"
+
+    def tested(output: str) -> dict:
+        tests = junit(correctness)
+        if not rehearse and not tests["passed"]:
+            tests["complaint"] = "no GPU test passed"
+        return tests
+
+    return [
+        Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
+        Step("correctness", (*pytest, "tests", "-m", "gpu or kernel", f"--junit-xml={correctness}"), 6, tested),
+        Step(
+            "microbenchmarks",
+            (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
+            10,
+            lambda output: {"figures": read_json(figures), "tests": junit(micro) if micro.exists() else None},
+        ),
+        Step(
+            "latency",
+            (python, "-m", "cachemoe.benchmarks.cli", "latency", *LATENCY, f"--json={latency}", f"--plot={picture}"),
+            2,
+            lambda output: read_json(latency),
+        ),
+    ]
+
+
+def run_gpu(out: Path, seconds: float, rehearse: bool, progress: Progress) -> dict:
+    """Run every step; the report is written to ``out`` after each.
+
+    Args:
+        out: a JSON file; the steps' pictures go beside it.
+        seconds: of all steps together; time that a step leaves goes to those after it.
+        rehearse: run on the CPU what would run on a GPU.
+        progress: shows the steps.
+
+    Raises:
+        InputError: without a GPU, unless it is a rehearsal, or without the sources.
+    """
+    if not (ROOT / "tests").is_dir():
+        raise InputError("the tests are not beside the installed package: run this from a checkout, pip install -e .")
+    if not rehearse and not torch.cuda.is_available():
+        raise InputError(
+            "there is no CUDA GPU here. With one, this runs the GPU tests, the microbenchmarks of the kernels and the "
+            "latency table, and writes one JSON file; --rehearse runs the same steps on the CPU."
+        )
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        report = {
+            "command": "gpu",
+            "rehearsal": rehearse,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "budget_s": seconds,
+        }
+        # A rehearsal runs on the CPU even where there is a GPU.
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
+
+        def write():
+            with whole_file(out) as partial:
+                partial.write_text(json.dumps(report, indent=1))
+            for picture in folder.glob("*.png"):
+                shutil.copyfile(picture, out.with_name(f"{out.stem}-{picture.name}"))
+
+        run_steps(gpu_steps(folder, rehearse), seconds, environment, report, write, progress)
+    return report
+
+
+def run_steps(
+    steps: Sequence[Step],
+    seconds: float,
+    environment: dict[str, str],
+    report: dict,
+    write: Callable[[], None],
+    progress: Progress,
+) -> None:
+    """Run the steps one after another into ``report["steps"]``, calling ``write`` before the first and after each."""
+    report["steps"] = [{"name": step.name, "status": "not run"} for step in steps]
+    write()
+    end = monotonic() + seconds
+    for place, step in enumerate(steps):
+        limit = (end - monotonic()) * step.share / sum(later.share for later in steps[place:])
+        entry = report["steps"][place]
+        try:
+            if limit > 0:
+                with progress(f"{step.name}, at most {limit:.0f} s", 1) as advance:
+                    run_step(step, limit, environment, entry)
+                    advance()
+        finally:
+            write()
+
+
+def run_step(step: Step, limit: float, environment: dict[str, str], entry: dict) -> None:
+    """Run one step into ``entry``: status ``passed``, ``failed``, ``timed out`` or ``interrupted``.
+
+    At its limit the step's process group is interrupted, so that it can write what it has, and then killed.
+    """
+    start = monotonic()
+    with TemporaryDirectory() as name:
+        log = Path(name) / "output"
+        with log.open("wb") as sink:
+            running = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            status = None
+            try:
+                running.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = "timed out"
+            except KeyboardInterrupt:
+                status = "interrupted"
+                raise
+            finally:
+                _end(running)
+                entry |= {"seconds": monotonic() - start, "limit_s": limit, "exit_code": running.returncode}
+                entry["status"] = status or ("failed" if running.returncode else "passed")
+        output = log.read_text(errors="replace")
+    try:
+        entry["result"] = step.collect(output)
+    except Exception as error:  # whatever a step left behind, the next one runs
+        entry["result"] = {"complaint": f"no result: {type(error).__name__}: {error}"}
+    if "complaint" in entry["result"] and entry["status"] == "passed":
+        entry["status"] = "failed"
+    if entry["status"] != "passed":
+        entry["output_tail"] = output[-TAIL:]
+
+
+def _end(running: subprocess.Popen) -> None:
+    """See that nothing of the step's process group is left."""
+    if running.poll() is None:
+        os.killpg(running.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            running.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        os.killpg(running.pid, signal.SIGKILL)  # its children may outlive it
+    running.wait()
+
+
+def junit(path: Path) -> dict:
+    """Counts of a JUnit XML file, and its failures with their messages.
+
+    Raises:
+        OSError, ElementTree.ParseError: if there is none.
+    """
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    failures = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        wrong = [element for element in case if element.tag in ("failure", "error")]
+        if wrong:
+            counts["failed"] += 1
+            name = f"{case.get('classname')}::{case.get('name')}"
+            failures += [{"test": name, "message": element.get("message")} for element in wrong]
+        else:
+            counts["skipped" if case.find("skipped") is not None else "passed"] += 1
+    return counts | {"failures": failures}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content.
+
+    Raises:
+        OSError: if there is none.
+    """
+    return json.loads(path.read_text())

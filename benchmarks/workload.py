@@ -1,0 +1,105 @@
+"""What the expert benchmarks compute with: a pool of random pages, tokens, and the slots that each call reads."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from cachemoe.benchmarks.geometries import GEOMETRIES
+
+WORKING_SET = 512 << 20  # bytes that the calls of one rotation read at least: several times any cache
+PREFILL_CALLS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pool and how many tokens a call has.
+
+    Args:
+        geometry: name in ``GEOMETRIES``.
+        kind: page format.
+        tokens: T.
+    """
+
+    geometry: str
+    kind: str
+    tokens: int
+
+    def __str__(self):
+        return f"{self.geometry}-{self.kind}-T{self.tokens}"
+
+
+class Workload:
+    """One case's data, on one device.
+
+    Args:
+        case: what to make.
+        device: where.
+
+    Attributes:
+        page_format: of the pages.
+        pages: ``[S, page_bytes]`` uint8; several layers' worth of experts for one token, one layer's for many.
+        weights: the pages' tensors by name, ``[S, ...]``.
+        calls: (x ``[T, H]``, slots ``[T, K]`` int64, gates ``[T, K]`` float32) of each call. Calls of one token share
+            no slot.
+        dtype: of x.
+    """
+
+    dtype = torch.bfloat16
+
+    def __init__(self, case: Case, device: torch.device):
+        geometry = GEOMETRIES[case.geometry]
+        self.case, self.geometry = case, geometry
+        self.page_format = geometry.page_format(case.kind)
+        k = geometry.top_k
+        calls = max(2, ceil(WORKING_SET / (k * self.page_format.page_bytes))) if case.tokens == 1 else PREFILL_CALLS
+        slots = calls * k if case.tokens == 1 else geometry.experts
+        self.pages = torch.empty(slots, self.page_format.page_bytes, dtype=torch.uint8, device=device)
+        self.weights = self.page_format.views(self.pages)
+        generator = torch.Generator(device).manual_seed(0)
+        fill(self.weights, generator)
+        chosen = (
+            torch.randperm(slots, generator=generator, device=device).view(calls, 1, k) if case.tokens == 1 else None
+        )
+        self.calls = []
+        for call in range(calls):
+            x = torch.randn(case.tokens, geometry.hidden, generator=generator, device=device).to(self.dtype)
+            logits = torch.randn(case.tokens, slots, generator=generator, device=device)
+            gates, ids = logits.softmax(-1).topk(k)
+            self.calls.append((x, ids if chosen is None else chosen[call], gates))
+
+    def bytes(self) -> int:
+        """Of weights that a call reads, on average: every expert that a token of the call chose, once."""
+        return (
+            sum(slots.unique().numel() for _, slots, _ in self.calls) * self.page_format.weight_bytes // len(self.calls)
+        )
+
+    def flops(self) -> int:
+        """Of a call's matmuls, two for each multiplication."""
+        tokens, k = self.calls[0][1].shape
+        return 2 * tokens * k * 3 * self.geometry.hidden * self.geometry.intermediate
+
+
+def fill(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+    """Random weights that keep activations near 1: one page of noise, turned further from page to page.
+
+    Drawing every page anew would take minutes on a CPU.
+    """
+    device = generator.device
+    for name, tensor in weights.items():
+        shape, dtype = tensor.shape[1:], tensor.dtype
+        columns = weights[name.removesuffix("_scales").removesuffix("_bias")].shape[-1]
+        if name.endswith("_scales") and dtype == torch.float32:  # int8's
+            tensor.fill_(1 / (73 * columns**0.5))
+            continue
+        if name.endswith("_scales"):  # int4's scale and zero; a byte holds two columns
+            tensor[..., 0], tensor[..., 1] = 1 / (4.6 * (2 * columns) ** 0.5), 0.0
+            continue
+        if dtype.is_floating_point:
+            spread = 0.1 if name.endswith("_bias") else columns**-0.5
+            noise = (torch.randn(shape, generator=generator, device=device) * spread).to(dtype).flatten()
+        else:
+            low, high = (-127, 128) if dtype == torch.int8 else (0, 256)
+            noise = torch.randint(low, high, shape, generator=generator, device=device, dtype=dtype).flatten()
+        for slot in range(len(tensor)):
+            tensor[slot] = noise.roll(slot * 7919).view(shape)
