@@ -18,7 +18,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses; the last three count instructions of its machine code.
+    """What a compiled kernel uses; the last three count instructions of its PTX.
 
     Args:
         registers: of a thread.
@@ -56,17 +56,18 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path)
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Resources(
         registers=found["REG"],
         shared=compiled.metadata.shared,
         stack=found["STACK"],
         spilled=found["LOCAL"],
-        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", sass)),
-        asynchronous=len(re.findall(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b", sass)),
-        tensor_core=len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA|IMMA)\b", sass)),
+        wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.c[ag]\S* .*, 0x10\b", ptx)),
+        asynchronous=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b", ptx)),
+        tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     )
 
 
@@ -86,8 +87,3 @@ def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     if launch.pipelined and not resources.asynchronous:
         found.append("not pipelined")
     return found
-
-
-def _cuobjdump(option: str, path: Path) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout

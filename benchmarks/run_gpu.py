@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -54,6 +55,8 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     python = sys.executable
     describe = "import json; from cachemoe.benchmarks.machine import describe; print(json.dumps(describe()))"
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    # Most of the tests' time is compiling kernels: where pytest-xdist is installed, on several cores.
+    spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()
     correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
     figures, picture = folder / "micro.json", folder / "latency.png"
 
@@ -65,7 +68,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
 
     return [
         Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
-        Step("correctness", (*pytest, "tests", "-m", "gpu or kernel", f"--junit-xml={correctness}"), 6, tested),
+        Step("correctness", (*pytest, *spread, "tests", "-m", "gpu or kernel", f"--junit-xml={correctness}"), 6, tested),
         Step(
             "microbenchmarks",
             (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
