@@ -10,7 +10,8 @@ import torch
 
 from cachemoe.benchmarks.payload import GEOMETRIES, random_pages
 from cachemoe.kernels.experts import expert
-from cachemoe.kernels.reference import Routing, route
+from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.route import route
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.residency import Residency, least_recently_used
@@ -44,7 +45,7 @@ def routings():
     made = []
     for first in range(0, EXPERTS, TOP_K):
         ids = torch.arange(first, first + TOP_K).view(1, 1, TOP_K)
-        made.append(Routing(ids, torch.full(ids.shape, 1 / TOP_K), ids, torch.ones(ids.shape, dtype=torch.bool)))
+        made.append(Routing.all_hits(ids))
     return cycle(made)
 
 
