@@ -242,7 +242,7 @@ def _route_kernel(
             if WINDOW:
                 within |= rank < m
             if MASS:
-                within |= (before < p) | (p >= 1.0)
+                within |= (before < p) | (e < tl.where(p >= 1.0, E, 0))
             biased = E_PAD - rank + tl.where(within & (slot_of >= 0), E_PAD, 0)
         if PRIOR:
             # float64 products of float32 are exact: one rounding, and nothing for the compiler to fuse.
@@ -416,7 +416,7 @@ def plan_route(
             "WINDOW": _in_use(bias.window),
             "MASS": _in_use(bias.mass),
             "PRIOR": _in_use(bias.prior),
-            "CHUNK": max(1, 1024 * num_warps // padded),
+            "CHUNK": max(1, 512 * num_warps // padded),
             **per_cache,
             "BLOCK_E": block_e,
             "BLOCK_H": 1024,
