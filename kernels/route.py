@@ -436,6 +436,4 @@ def _in_use(parameter: float | torch.Tensor) -> bool:
 
 
 def route(logits,state,evict,top_k,bias=NO_BIAS,scores=SOFTMAX,correction=None,out=None):
-    if out is None: out=Routing.empty(logits.shape[0],logits.shape[1],top_k)
-    route_cpu(logits,state,evict,top_k,bias,scores,correction,out)
-    return out
+    return route_cpu(logits,state,evict,top_k,bias,scores,correction,out)

@@ -1,6 +1,7 @@
 """``route`` on the CPU: numpy over the tensors' memory, since for one token torch's overhead exceeds the work.
 
-What does not depend on residency is computed for all tokens at once; then the tokens are stepped, B caches side by side.
+What does not depend on residency is computed for all tokens at once. Then the tokens are stepped: several caches side by
+side, a single one, as in decode, with Python's own numbers.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from cachemoe.kernels import reference
-from cachemoe.kernels.reference import CacheBias, GateScores, Routing
+from cachemoe.kernels.reference import CacheBias, GateScores, Misses, Routing
 
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 
@@ -22,40 +23,75 @@ def route_cpu(
     bias: CacheBias,
     scores: GateScores,
     correction: torch.Tensor | None,
-    out: Routing,
-) -> None:
-    """As :func:`cachemoe.kernels.reference.route`, into ``out``; the tensors of state and out are contiguous."""
-    if (least := state.capacity.numpy().min()) < top_k:
+    out: Routing | None,
+) -> Routing:
+    """As :func:`cachemoe.kernels.reference.route`; the tensors of ``state`` and ``out`` are contiguous."""
+    if (least := min(state.capacity.tolist())) < top_k:
         raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
     logits = logits.detach().float()
     gates = reference.gate_scores(logits, scores)
-    values = logits if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
-    low, high = torch.aminmax(values, dim=-1)
-    ranges = (high - low).numpy()
-    if not np.isfinite(ranges).all():  # numpy sorts NaN last, and a range that overflows is a case of its own
+    corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
+    values = (logits if correction is None else corrected).numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        ranges = values.max(-1) - values.min(-1)
+    if not np.isfinite(ranges).all():  # numpy sorts NaN last; only a router gone astray comes here
         routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
+        if out is None:
+            return routing
         for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
             tensor.copy_(result)
-        return
+        return out
 
-    candidates = None
+    gates, candidates = gates.numpy(), None
     if scores.top_groups < scores.groups:
-        candidates = reference.candidates(values, gates if correction is None else values, scores)
-        values, candidates = values.masked_fill(~candidates, -torch.inf), candidates.numpy()
-    values, gates = values.numpy(), gates.numpy()
-    order = (-values).argsort(-1, kind="stable")
-    mean_range = _mean_range(ranges, state)
-    choose = _original(order, top_k)
-    if any(value is not None for value in map(_per_cache, (bias.window, bias.mass, bias.prior))):
-        choose = _biased(values, order, gates, candidates, mean_range, bias, scores, state, top_k)
-    _step(choose, state, evict, out)
+        candidates = reference.candidates(torch.from_numpy(values), corrected, scores).numpy()
+        values = np.where(candidates, values, -np.inf)
+    negated = -values
+    order = negated.argsort(-1, kind="stable")
+    caches, tokens, experts = order.shape
+    rows = np.arange(0, order.size, experts).reshape(caches, tokens, 1)  # where each token begins in a flat array
+    biased = _biased(negated, order, rows, gates, candidates, _mean_range(ranges, state), bias, scores, top_k)
 
-    ids, weights = out.ids.numpy(), out.weights.numpy()
-    np.take(gates, ids + _rows(order), out=weights)
+    results = _empty(caches, tokens, top_k) if out is None else [tensor.numpy() for tensor in out.tensors()]
+    ids, weights, slots, hits, waves, *misses = results
+    if caches == 1:
+        _step_one(negated[0], order[0], biased, state, evict, ids[0], slots[0], hits[0], waves[0], misses)
+    else:
+        _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, misses)
+
+    gates.reshape(-1).take(ids + rows, out=weights)
     if scores.renormalise:
         weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
+    if out is None:
+        *tensors, miss_experts, miss_slots, miss_count = map(torch.from_numpy, results)
+        out = Routing(*tensors, Misses(miss_experts, miss_slots, miss_count))
+    return out
+
+
+def _empty(caches, tokens, top_k):
+    """The arrays of a ``Routing``."""
+    chosen, listed = (caches, tokens, top_k), (caches, tokens * top_k)
+    shapes = (chosen, chosen, chosen, chosen, chosen[:2], listed, listed, caches)
+    dtypes = (np.int64, np.float32, np.int64, np.bool_, np.int64, np.int64, np.int64, np.int64)
+    return [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+
+
+def _mean_range(ranges, state):
+    """``[B, T, 1]`` float32: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state."""
+    seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
+    tokens = ranges.shape[1]
+    past, sums = seen[:, None], range_sum[:, None].copy()
+    if tokens == 1:
+        range_sum += ranges[:, 0]
+    else:  # summed in order in float64, so that a sequence cut anywhere gives the same bits
+        sums = np.concatenate((sums, ranges), 1).cumsum(1)
+        range_sum[:] = sums[:, -1]
+        past, sums = past + np.arange(tokens), sums[:, :-1]
+    mean = (sums / np.maximum(past, 1)).astype(np.float32)
+    seen += tokens
+    return mean[..., None]
 
 
 def _per_cache(value):
@@ -65,59 +101,32 @@ def _per_cache(value):
     return value or None
 
 
-def _rows(array):
-    """``[B, T, 1]``: where each token's row of a ``[B, T, E]`` array begins."""
-    return np.arange(0, array.size, array.shape[2]).reshape(*array.shape[:2], 1)
+def _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, top_k):
+    """``[B, T, E]`` float32 keys, the smallest chosen, and by how much a resident's is less; None without a bias.
 
-
-def _mean_range(ranges, state):
-    """``[B, T, 1]`` float32: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state."""
-    seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
-    # Summed in order in float64, so that a sequence cut anywhere gives the same bits.
-    sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
-    past = seen[:, None] + np.arange(ranges.shape[1])
-    range_sum[:] = sums[:, -1]
-    seen += ranges.shape[1]
-    return (sums[:, :-1] / np.maximum(past, 1)).astype(np.float32)[..., None]
-
-
-def _original(order, top_k):
-    """The best K of each token."""
-    return lambda t: order[:, t, :top_k]
-
-
-def _biased(values, order, gates, candidates, mean_range, bias, scores, state, top_k):
-    """Gives token t's experts from the residency at the time of the call, ``[B, K]``, best first."""
-    caches, tokens, experts = order.shape
-    rows, slot_of = _rows(order), state.slot_of.numpy()
-    rank = np.empty_like(order)
-    rank.reshape(-1)[order + rows] = np.arange(experts)
+    No key is NaN: outside the groups that a token may choose from it is infinite, of what is always kept minus that.
+    """
     top_j, window, mass, prior = map(_per_cache, (bias.top_j, bias.window, bias.mass, bias.prior))
-
-    # The smallest keys are chosen; a resident's is less by ``less``. No key is NaN: outside the groups it is infinite.
     if window is None and mass is None:
-        key, less = -values, np.float32(prior) * mean_range
+        if prior is None:
+            return None
+        key, less = negated.copy(), np.float32(prior) * mean_range
     else:
         size = 0 if window is None else window
         if mass is not None:
             size = np.maximum(size, _mass_window(gates, order, np.float32(mass), scores))
-        key, promoted = rank.astype(np.float32), rank < size
+        key = np.empty_like(negated)
+        key.reshape(-1)[order + rows] = np.arange(order.shape[2])
+        less = (key < size) * np.float32(order.shape[2])
         if candidates is not None:
-            promoted &= candidates
+            less *= candidates
             key[~candidates] = np.inf
-        less = promoted * np.float32(experts)
         if prior is not None:
-            key, less = np.where(prior > 0, -values, key), np.where(prior > 0, np.float32(prior) * mean_range, less)
+            key, less = np.where(prior > 0, negated, key), np.where(prior > 0, np.float32(prior) * mean_range, less)
     if top_j is not None:
-        key[rank < np.minimum(top_j, top_k)] = -np.inf
-
-    def choose(t):
-        chosen = (key[:, t] - less[:, t] * (slot_of >= 0)).argsort(-1, kind="stable")[:, :top_k]
-        ranks = rank.take(chosen + rows[:, t])
-        ranks.sort(-1)
-        return order.take(ranks + rows[:, t])
-
-    return choose
+        flat, best = key.reshape(-1), order[..., :top_k] + rows
+        flat[best] = np.where(np.arange(top_k) < top_j, -np.inf, flat[best])
+    return key, less
 
 
 def _mass_window(gates, order, mass, scores):
@@ -130,62 +139,116 @@ def _mass_window(gates, order, mass, scores):
     return ((before < mass) | (mass >= 1)).sum(-1, keepdims=True)
 
 
-def _step(choose, state, evict, out):
-    """Touch and place each token's experts; fills in all of ``out`` but the weights."""
-    slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
-    clock, waves, count = state.clock.numpy(), out.waves.numpy(), out.misses.count.numpy()
-    ids, slots, hits = out.ids.numpy(), out.slots.numpy(), out.hits.numpy()
-    caches, tokens, k = ids.shape
-    first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]  # of each cache in the flat arrays
-    slots_by_expert, last_uses, all_uses = slot_of.reshape(-1), last_use.reshape(-1), uses.reshape(-1)
+def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, misses):
+    """Step one cache: choose, touch and place each token's experts. ``[T, ...]`` arrays; fills in the last five."""
+    slot_of, expert_of = state.slot_of.numpy()[0], state.expert_of.numpy()[0]
+    last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
+    (capacity,) = state.capacity.tolist()
+    tokens, k = ids.shape
     touches = np.arange(k, 0, -1)
-
-    count[:] = 0
-    out.misses.experts.numpy().fill(-1)
-    out.misses.slots.numpy().fill(-1)
-    wave, wave_start = np.zeros_like(clock), clock.copy()
+    clock = int(clocks[0])
+    wave, wave_start, missed = 0, clock, []
     for t in range(tokens):
-        ids[:, t] = chosen = choose(t)
-        entries = chosen + first
-        slots[:, t] = chosen_slots = slots_by_expert[entries]
-        hits[:, t] = resident = chosen_slots >= 0
-        before = clock.copy()
-        last_uses[entries] = before[:, None] + touches
-        all_uses[entries] += 1
+        if biased is None:
+            chosen = order[t, :k]
+        else:
+            key, less = biased
+            chosen = (key[0, t] - less[0, t] * (slot_of >= 0)).argsort(kind="stable")[:k]
+            chosen.sort()
+            chosen = chosen.take(negated[t].take(chosen).argsort(kind="stable"))
+        placed = slot_of.take(chosen).tolist()
+        ids[t], hits[t] = chosen, [slot >= 0 for slot in placed]
+        last_use[chosen] = touches + clock
+        uses[chosen] += 1
+        if min(placed) < 0:
+            occupants = expert_of[:capacity]
+            keys = evict(last_use, uses).take(occupants)
+            free = (occupants < 0).nonzero()[0]
+            keys[free] = FIRST + free
+            keys[[slot for slot in placed if slot >= 0]] = NEVER
+            last_left = -1
+            for i, expert in enumerate(chosen.tolist()):
+                if placed[i] < 0:
+                    placed[i] = slot = int(keys.argmin())
+                    keys[slot] = NEVER
+                    old = int(expert_of[slot])
+                    if old >= 0:
+                        slot_of[old] = -1
+                        last_left = max(last_left, int(last_use[old]))
+                    slot_of[expert], expert_of[slot] = slot, expert
+                    missed.append((expert, slot))
+            if last_left > wave_start:
+                wave, wave_start = wave + 1, clock
+        slots[t], waves[t] = placed, wave
         clock += k
-        if not resident.all():
-            slots[:, t], last_left = _place(chosen, chosen_slots, resident, before, state, evict, out.misses)
+    clocks[0] = clock
+    experts, places, count = misses
+    experts.fill(-1)
+    places.fill(-1)
+    count[0] = len(missed)
+    for i, (expert, slot) in enumerate(missed):
+        experts[0, i], places[0, i] = expert, slot
+
+
+def _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, misses):
+    """As ``_step_one`` for B caches, on ``[B, T, ...]`` arrays."""
+    slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
+    first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]  # of each cache in the flat arrays
+    clock, flat_slot_of, flat_last_use, flat_uses = state.clock.numpy(), *(a.reshape(-1) for a in (slot_of, last_use, uses))
+    k = ids.shape[2]
+    touches = np.arange(k, 0, -1)
+    for listed, nothing in zip(misses, (-1, -1, 0), strict=True):
+        listed.fill(nothing)
+    wave, wave_start = np.zeros_like(clock), clock.copy()
+    for t in range(ids.shape[1]):
+        if biased is None:
+            chosen = order[:, t, :k]
+        else:
+            key, less = biased
+            chosen = (key[:, t] - less[:, t] * (slot_of >= 0)).argsort(-1, kind="stable")[:, :k]
+            chosen.sort(-1)
+            by_value = negated.take(chosen + rows[:, t]).argsort(-1, kind="stable")
+            chosen = np.take_along_axis(chosen, by_value, -1)
+        entries = chosen + first
+        placed = flat_slot_of[entries]
+        ids[:, t], hits[:, t] = chosen, placed >= 0
+        before = clock.copy()
+        flat_last_use[entries] = before[:, None] + touches
+        flat_uses[entries] += 1
+        clock += k
+        if not hits[:, t].all():
+            last_left = _place(chosen, placed, before, first, state, evict, misses)
             again = last_left > wave_start
             wave += again
             np.copyto(wave_start, before, where=again)
-        waves[:, t] = wave
+        slots[:, t], waves[:, t] = placed, wave
 
 
-def _place(chosen, slots, resident, untouched, state, evict, misses):
+def _place(chosen, placed, untouched, first, state, evict, misses):
     """Give absent experts the slots of those that leave.
 
     Args:
-        chosen, slots, resident: ``[B, K]``.
+        chosen, placed: ``[B, K]`` experts and their slots, -1 where absent; filled in.
         untouched: ``[B]`` the clock before the token.
+        first: ``[B, 1]`` where each cache begins in a flat array.
 
     Returns:
-        ``[B, K]`` slots, and ``[B]`` the latest ``last_use`` of an expert that left, -1 where none did.
+        ``[B]`` the latest ``last_use`` of an expert that left, -1 where none did.
     """
     expert_of, slot_of, last_use = state.expert_of.numpy(), state.slot_of.numpy(), state.last_use.numpy()
-    first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]
     occupants = np.maximum(expert_of, 0) + first
-    slot = np.arange(expert_of.shape[1])
     key = evict(last_use, state.uses.numpy()).take(occupants)
     key[last_use.take(occupants) > untouched[:, None]] = NEVER
     free = expert_of < 0
     if free.any():
+        slot = np.arange(expert_of.shape[1])
         key = np.where(free, np.where(slot < state.capacity.numpy()[:, None], FIRST + slot, NEVER), key)
     victims = key.argsort(-1, kind="stable")
 
     last_left = np.full(len(chosen), -1)
-    experts, places, count = misses.experts.numpy(), misses.slots.numpy(), misses.count.numpy()
+    experts, places, count = misses
     nth = [0] * len(chosen)
-    for b, k in np.argwhere(~resident).tolist():
+    for b, k in np.argwhere(placed < 0).tolist():
         expert, slot = chosen[b, k], victims[b, nth[b]]
         old = expert_of[b, slot]
         if old >= 0:
@@ -193,9 +256,9 @@ def _place(chosen, slots, resident, untouched, state, evict, misses):
             last_left[b] = max(last_left[b], last_use[b, old])
         slot_of[b, expert] = slot
         expert_of[b, slot] = expert
-        slots[b, k] = slot
+        placed[b, k] = slot
         experts[b, count[b]] = expert
         places[b, count[b]] = slot
         count[b] += 1
         nth[b] += 1
-    return slots, last_left
+    return last_left
