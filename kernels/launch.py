@@ -45,9 +45,7 @@ class Launch:
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
         """The launch as Triton specialises it: the types, constants and known divisibilities of ``ASTSource``.

@@ -3,7 +3,7 @@
     logits [B, T, E], or hidden states [B, T, H] and the router's weight -> ids, weights, slots, hits, waves, misses
 
 Grid: one program a cache, which steps through the T tokens with the cache's state in registers; with the gate fused,
-(B, blocks of experts), and the last program of a cache to finish its logits routes. Selection is an iterated maximum of
+(B, E), one program an expert's logits, and a cache's last to finish routes. Selection is an iterated maximum of
 int32 keys that sort as the float32 values do, NaN highest; ties go to the lower id. The specification is
 :func:`cachemoe.kernels.reference.route`; CPU tensors go to :mod:`cachemoe.kernels.route_cpu`.
 """
@@ -20,11 +20,14 @@ import triton
 import triton.language as tl
 
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Misses, Routing
 from cachemoe.kernels.route_cpu import route_cpu
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 FUSED_TOKENS = 4  # beyond, re-reading the router's weight for each token costs more than a second launch
+
+STATE = ("slot_of", "expert_of", "capacity", "last_use", "uses", "clock", "tokens", "range_sum")
+OUTPUTS = ("ids", "weights", "slots", "hits", "waves", "miss_experts", "miss_slots", "miss_count")
 
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
 NAN_KEY = tl.constexpr(2**31 - 1)
@@ -129,22 +132,21 @@ def _parameter(value, cache, PER_CACHE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _gate(
-    cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Logits of this program's experts for all tokens of the cache; whether the cache's others are all done."""
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    rows = router_ptr + cache * router_stride + e.to(tl.int64)[:, None] * H
+    cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H, E: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """The logits of one expert for all tokens of the cache; whether the cache's other experts are done."""
+    e = tl.program_id(1)
+    row_ptr = router_ptr + cache * router_stride + e.to(tl.int64) * H
     for t in range(T):
         x_ptr = hidden_ptr + (cache * T + t) * H
-        total = tl.zeros([BLOCK_E, BLOCK_H], tl.float32)
+        total = tl.zeros([BLOCK_H], tl.float32)
         for first in tl.range(0, H, BLOCK_H, num_stages=4):
             h = first + tl.arange(0, BLOCK_H)
-            weight = tl.load(rows + h[None, :], (e < E)[:, None] & (h < H)[None, :], 0.0)
+            weight = tl.load(row_ptr + h, h < H, 0.0)
             x = tl.load(x_ptr + h, h < H, 0.0)
-            total += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-        tl.store(logits_ptr + (cache * T + t) * E + e, tl.sum(total, 1), e < E)
-    tl.debug_barrier()  # every thread's logits are written before one thread says so
+            total += weight.to(tl.float32) * x.to(tl.float32)
+        tl.store(logits_ptr + (cache * T + t) * E + e, tl.sum(total, 0))
+    tl.debug_barrier()  # the logits are written before the ticket says so, whichever threads do either
     return tl.atomic_add(ticket_ptr + cache, 1, sem="acq_rel") == tl.num_programs(1) - 1
 
 
@@ -167,13 +169,11 @@ def _route_kernel(
     GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
     WINDOW: tl.constexpr, MASS: tl.constexpr, PRIOR: tl.constexpr, CHUNK: tl.constexpr,
     TOP_J_PER_CACHE: tl.constexpr, WINDOW_PER_CACHE: tl.constexpr, MASS_PER_CACHE: tl.constexpr,
-    PRIOR_PER_CACHE: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    PRIOR_PER_CACHE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     cache = tl.program_id(0).to(tl.int64)
     if router_ptr is not None:
-        last = _gate(
-            cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H, E, BLOCK_E, BLOCK_H
-        )  # fmt: skip
+        last = _gate(cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H, E, BLOCK_H)
         if not last:
             return
         tl.store(ticket_ptr + cache, 0)
@@ -327,8 +327,9 @@ def _jitted(evict: Callable):
     return evict if triton.knobs.runtime.interpret else triton.jit(evict)
 
 
-def _power_of_two(n: int) -> int:
-    return triton.next_power_of_2(n)
+def warps_of(experts: int) -> int:
+    """Warps of a program: one, whose reductions need no barrier, as long as the state fits its registers."""
+    return 1 if experts <= 256 else 4
 
 
 def plan_route(
@@ -342,11 +343,11 @@ def plan_route(
     out: Routing,
     gate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> Launch:
-    """The launch that routes ``logits``; arguments as ``route``'s.
+    """The launch that routes ``logits``; arguments as ``route``'s, the last dimension of ``logits`` of stride 1.
 
     Args:
-        gate: the hidden states ``[B, T, H]``, the router's weight ``[E, H]`` or ``[B, E, H]``, and zeros ``[B]``
-            int32 that the launch counts in and leaves at zero. With it ``logits``, contiguous, is an output.
+        gate: the hidden states ``[B, T, H]``, the router's weight ``[E, H]`` or ``[B, E, H]``, and zeros ``[B]`` int32
+            that the launch counts in and leaves at zero; all contiguous. Then ``logits``, contiguous, is an output.
 
     Raises:
         ValueError: for more experts, experts a token or groups than the kernel takes.
@@ -357,83 +358,263 @@ def plan_route(
             f"the kernel takes up to {MAX_EXPERTS} experts, {MAX_TOP_K} a token and {MAX_GROUPS} groups, "
             f"not {experts}, {top_k} and {scores.groups}"
         )
-    slots, padded = state.expert_of.shape[1], triton.next_power_of_2(experts)
-    num_warps = warps_of(padded)
+    slots, num_warps, padded = state.expert_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
     hidden, router, ticket = gate or (None, None, None)
-    block_e = 1
-    parameters = {"top_j": bias.top_j, "window": bias.window, "mass": bias.mass, "prior": bias.prior}
-    per_cache = {f"{name.upper()}_PER_CACHE": isinstance(v, torch.Tensor) for name, v in parameters.items()}
-    grouped = scores.top_groups < scores.groups
+    numbers = {"prior": bias.prior, "mass": bias.mass}
+    parameters = {
+        "top_j": bias.top_j,
+        "window": bias.window,
+        **{name: v if isinstance(v, torch.Tensor) else float(v) for name, v in numbers.items()},
+    }
+    arguments = {
+        "logits_ptr": logits,
+        "stride_b": logits.stride(0),
+        "stride_t": logits.stride(1),
+        "correction_ptr": correction,
+        "correction_stride": experts if correction is not None and correction.dim() == 2 else 0,
+        "hidden_ptr": hidden,
+        "router_ptr": router,
+        "router_stride": 0 if router is None or router.dim() == 2 else router.stride(0),
+        "ticket_ptr": ticket,
+        **{f"{name}_ptr": getattr(state, name) for name in STATE},
+        **parameters,
+        "epsilon": float(scores.epsilon),
+        "scale": float(scores.scale),
+        **{f"{name}_ptr": tensor for name, tensor in zip(OUTPUTS, out.tensors(), strict=True)},
+        "T": tokens,
+        "H": 0 if hidden is None else hidden.shape[2],
+    }
+    constants = {
+        "E": experts,
+        "C": slots,
+        "K": top_k,
+        "E_PAD": padded,
+        "C_PAD": triton.next_power_of_2(slots),
+        "EVICT": _jitted(evict),
+        "FUNCTION": scores.function,
+        "RENORMALISE": scores.renormalise,
+        "GROUPS": scores.groups,
+        "TOP_GROUPS": scores.top_groups,
+        "BEST_TWO": scores.group_score == "best-two",
+        "GROUPS_PAD": triton.next_power_of_2(scores.groups),
+        "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
+        "WINDOW": _in_use(bias.window),
+        "MASS": _in_use(bias.mass),
+        "PRIOR": _in_use(bias.prior),
+        **{f"{name.upper()}_PER_CACHE": isinstance(v, torch.Tensor) for name, v in parameters.items()},
+        "CHUNK": max(1, 512 * num_warps // padded),  # larger tiles of ranks spill
+        "BLOCK_H": 1024,
+    }
     return Launch(
-        _route_kernel,
-        (caches,) if gate is None else (caches, -(-experts // block_e)),
-        {
-            "logits_ptr": logits,
-            "stride_b": logits.stride(0),
-            "stride_t": logits.stride(1),
-            "correction_ptr": correction,
-            "correction_stride": experts if correction is not None and correction.dim() == 2 else 0,
-            "hidden_ptr": hidden,
-            "router_ptr": router,
-            "router_stride": 0 if router is None or router.dim() == 2 else router.stride(0),
-            "ticket_ptr": ticket,
-            "slot_of_ptr": state.slot_of,
-            "expert_of_ptr": state.expert_of,
-            "capacity_ptr": state.capacity,
-            "last_use_ptr": state.last_use,
-            "uses_ptr": state.uses,
-            "clock_ptr": state.clock,
-            "tokens_ptr": state.tokens,
-            "range_sum_ptr": state.range_sum,
-            **parameters,
-            "epsilon": float(scores.epsilon),
-            "scale": float(scores.scale),
-            "ids_ptr": out.ids,
-            "weights_ptr": out.weights,
-            "slots_ptr": out.slots,
-            "hits_ptr": out.hits,
-            "waves_ptr": out.waves,
-            "miss_experts_ptr": out.misses.experts,
-            "miss_slots_ptr": out.misses.slots,
-            "miss_count_ptr": out.misses.count,
-            "T": tokens,
-            "H": 0 if hidden is None else hidden.shape[2],
-        },
-        {
-            "E": experts,
-            "C": slots,
-            "K": top_k,
-            "E_PAD": padded,
-            "C_PAD": triton.next_power_of_2(slots),
-            "EVICT": _jitted(evict),
-            "FUNCTION": scores.function,
-            "RENORMALISE": scores.renormalise,
-            "GROUPS": scores.groups,
-            "TOP_GROUPS": scores.top_groups,
-            "BEST_TWO": scores.group_score == "best-two",
-            "GROUPS_PAD": triton.next_power_of_2(scores.groups),
-            "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
-            "WINDOW": _in_use(bias.window),
-            "MASS": _in_use(bias.mass),
-            "PRIOR": _in_use(bias.prior),
-            "CHUNK": max(1, 512 * num_warps // padded),
-            **per_cache,
-            "BLOCK_E": block_e,
-            "BLOCK_H": 1024,
-        },
-        num_warps=num_warps,
+        _route_kernel, (caches,) if gate is None else (caches, experts), arguments, constants, num_warps=num_warps
     )
-
-
-def warps_of(padded: int) -> int:
-    """Warps of a program for so many experts, rounded up to a power of two: one, whose reductions need no barrier,
-    as long as the state fits its registers."""
-    return 1 if padded <= 256 else 4
 
 
 def _in_use(parameter: float | torch.Tensor) -> bool:
     return isinstance(parameter, torch.Tensor) or parameter != 0
 
 
-def route(logits,state,evict,top_k,bias=NO_BIAS,scores=SOFTMAX,correction=None,out=None):
-    return route_cpu(logits,state,evict,top_k,bias,scores,correction,out)
+def route(
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    bias: CacheBias = NO_BIAS,
+    scores: GateScores = SOFTMAX,
+    correction: torch.Tensor | None = None,
+    out: Routing | None = None,
+) -> Routing:
+    """Select experts token by token; each token sees the residency that the tokens before it left.
+
+    On a GPU one launch without synchronisation, which a CUDA graph can capture once it has run. There it is for the
+    caller to see to it that every capacity is at least K.
+
+    Args:
+        logits: ``[B, T, E]`` float32, float16 or bfloat16.
+        state: ``Residency`` of B caches, contiguous and on the logits' device; updated in place.
+        evict: eviction policy, as in :mod:`cachemoe.offload.residency`; for ``torch.compile`` one of a module's own.
+        top_k: K.
+        bias: the routing strategy: numbers, or ``[B]`` tensors on the logits' device.
+        scores: how the model scores and groups its experts.
+        correction: ``[E]`` or ``[B, E]`` float32 that only the selection sees (DeepSeek-V3).
+        out: contiguous, to be filled in; None for a new one.
+
+    Returns:
+        The ``Routing``, as :func:`cachemoe.kernels.reference.route` specifies it.
+
+    Raises:
+        ValueError: if ``scores`` does not fit E and K, if the state is not contiguous or, on the CPU, if a capacity is
+            below K.
+    """
+    _check(state, logits.shape[2], top_k, scores)
+    if not torch.compiler.is_compiling():
+        return _route(logits, state, evict, top_k, bias, scores, correction, out)
+    out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
+    _route_op(logits, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
+    return out
+
+
+def route_hidden(
+    hidden: torch.Tensor,
+    router: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    bias: CacheBias = NO_BIAS,
+    scores: GateScores = SOFTMAX,
+    correction: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    out: Routing | None = None,
+) -> tuple[torch.Tensor, Routing]:
+    """``route`` from hidden states: on a GPU and for few tokens in the same launch as the router's matmul.
+
+    Calls on one stream follow each other; graphs captured on one stream must not be replayed at the same time.
+
+    Args:
+        hidden: ``[B, T, H]`` contiguous.
+        router: ``[E, H]`` or ``[B, E, H]`` contiguous.
+        logits: ``[B, T, E]`` contiguous, to be filled in, of the dtype that the model's router computes in; None for a
+            new one in the hidden states' dtype.
+
+    Returns:
+        The logits and the ``Routing``.
+    """
+    experts = router.shape[-2]
+    _check(state, experts, top_k, scores)
+    if logits is None:
+        logits = hidden.new_empty((*hidden.shape[:2], experts))
+    if not torch.compiler.is_compiling():
+        return logits, _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out)
+    out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
+    _route_hidden_op(hidden, router, logits, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
+    return logits, out
+
+
+def _check(state, experts, top_k, scores):
+    scores.check(experts, top_k)
+    if state.slot_of.shape[-1] != experts:
+        raise ValueError(f"the state is of {state.slot_of.shape[-1]} experts, and there are logits of {experts}")
+    if state.expert_of.shape[-1] < top_k:
+        raise ValueError(f"{state.expert_of.shape[-1]} slots cannot hold the {top_k} experts of one token")
+    if not all(getattr(state, name).is_contiguous() for name in STATE):
+        raise ValueError("route writes to the state's memory: its tensors must be contiguous")
+
+
+def _route(logits, state, evict, top_k, bias, scores, correction, out):
+    if not logits.is_cuda:
+        return route_cpu(logits, state, evict, top_k, bias, scores, correction, out)
+    out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
+    if logits.stride(2) != 1:
+        logits = logits.contiguous()
+    plan_route(logits, state, evict, top_k, bias, scores, correction, out).run()
+    return out
+
+
+def _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out):
+    if not hidden.is_cuda or hidden.shape[1] > FUSED_TOKENS:
+        logits.copy_(hidden.to(logits.dtype) @ router.to(logits.dtype).mT)
+        return _route(logits, state, evict, top_k, bias, scores, correction, out)
+    out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
+    gate = (hidden, router, _ticket(hidden.device, hidden.shape[0]))
+    plan_route(logits, state, evict, top_k, bias, scores, correction, out, gate).run()
+    return out
+
+
+_tickets: dict[tuple, torch.Tensor] = {}
+
+
+def _ticket(device: torch.device, caches: int) -> torch.Tensor:
+    """``[B]`` int32 zeros that the stream's fused launches count in, one after another."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream, caches)
+    if key in _tickets:
+        return _tickets[key]
+    ticket = torch.zeros(caches, dtype=torch.int32, device=device)
+    if not torch.cuda.is_current_stream_capturing():  # else it is the graph's, which zeroes it at each replay
+        _tickets[key] = ticket
+    return ticket
+
+
+def _op_arguments(state, evict, top_k, bias, scores, correction, out):
+    """What ``_from_op`` turns back: an operator takes tensors, numbers and strings, and lists of them."""
+    parameters = (bias.top_j, bias.window, bias.mass, bias.prior)
+    return (
+        [getattr(state, name) for name in STATE],
+        list(out.tensors()),
+        f"{evict.__module__}:{evict.__name__}",
+        top_k,
+        [0.0 if isinstance(value, torch.Tensor) else float(value) for value in parameters],
+        [value if isinstance(value, torch.Tensor) else None for value in parameters],
+        *(scores.function, scores.groups, scores.top_groups, scores.group_score),
+        *(scores.renormalise, scores.epsilon, scores.scale),
+        correction,
+    )
+
+
+def _from_op(state, out, evict, top_k, numbers, tensors, *scores_and_correction):
+    module, name = evict.split(":")
+    top_j, window, mass, prior = (
+        number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)
+    )
+    top_j, window = (value if isinstance(value, torch.Tensor) else int(value) for value in (top_j, window))
+    *scores, correction = scores_and_correction
+    return (
+        SimpleNamespace(**dict(zip(STATE, state, strict=True))),
+        getattr(import_module(module), name),
+        top_k,
+        CacheBias(top_j, window, mass, prior),
+        GateScores(*scores),
+        correction,
+        Routing(*out[:5], Misses(*out[5:])),
+    )
+
+
+@torch.library.custom_op("cachemoe::route", mutates_args=("state", "out"))
+def _route_op(
+    logits: torch.Tensor,
+    state: list[torch.Tensor],
+    out: list[torch.Tensor],
+    evict: str,
+    top_k: int,
+    numbers: list[float],
+    tensors: list[torch.Tensor | None],
+    function: str,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalise: bool,
+    epsilon: float,
+    scale: float,
+    correction: torch.Tensor | None,
+) -> None:
+    scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
+    _route(logits, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction))
+
+
+@torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "state", "out"))
+def _route_hidden_op(
+    hidden: torch.Tensor,
+    router: torch.Tensor,
+    logits: torch.Tensor,
+    state: list[torch.Tensor],
+    out: list[torch.Tensor],
+    evict: str,
+    top_k: int,
+    numbers: list[float],
+    tensors: list[torch.Tensor | None],
+    function: str,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    renormalise: bool,
+    epsilon: float,
+    scale: float,
+    correction: torch.Tensor | None,
+) -> None:
+    scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
+    _route_hidden(hidden, router, logits, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction))
+
+
+@_route_op.register_fake
+@_route_hidden_op.register_fake
+def _nothing_to_return(*_) -> None:
+    return None

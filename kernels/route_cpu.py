@@ -1,7 +1,7 @@
 """``route`` on the CPU: numpy over the tensors' memory, since for one token torch's overhead exceeds the work.
 
-What does not depend on residency is computed for all tokens at once. Then the tokens are stepped: several caches side by
-side, a single one, as in decode, with Python's own numbers.
+What does not depend on residency is computed for all tokens at once. Then the tokens are stepped: several caches side
+by side; a single one, as in decode, with Python's own numbers.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from cachemoe.kernels import reference
 from cachemoe.kernels.reference import CacheBias, GateScores, Misses, Routing
 
+LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 
 
@@ -31,10 +32,12 @@ def route_cpu(
     logits = logits.detach().float()
     gates = reference.gate_scores(logits, scores)
     corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
-    values = (logits if correction is None else corrected).numpy()
-    with np.errstate(over="ignore", invalid="ignore"):
-        ranges = values.max(-1) - values.min(-1)
-    if not np.isfinite(ranges).all():  # numpy sorts NaN last; only a router gone astray comes here
+    negated = -(logits if correction is None else corrected).numpy()
+    order = negated.argsort(-1, kind="stable")
+    caches, tokens, experts = order.shape
+    rows = np.arange(0, order.size, experts).reshape(caches, tokens, 1)  # where each token begins in a flat array
+    ends = negated.take(order[..., (0, -1)] + rows)
+    if not (np.abs(ends) < LARGE).all():  # numpy sorts NaN last; only a router gone astray comes here
         routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
         if out is None:
             return routing
@@ -44,13 +47,11 @@ def route_cpu(
 
     gates, candidates = gates.numpy(), None
     if scores.top_groups < scores.groups:
-        candidates = reference.candidates(torch.from_numpy(values), corrected, scores).numpy()
-        values = np.where(candidates, values, -np.inf)
-    negated = -values
-    order = negated.argsort(-1, kind="stable")
-    caches, tokens, experts = order.shape
-    rows = np.arange(0, order.size, experts).reshape(caches, tokens, 1)  # where each token begins in a flat array
-    biased = _biased(negated, order, rows, gates, candidates, _mean_range(ranges, state), bias, scores, top_k)
+        candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
+        negated = np.where(candidates, negated, np.float32(np.inf))
+        order = negated.argsort(-1, kind="stable")
+    mean_range = _mean_range(ends[..., 1] - ends[..., 0], state)
+    biased = _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, top_k)
 
     results = _empty(caches, tokens, top_k) if out is None else [tensor.numpy() for tensor in out.tensors()]
     ids, weights, slots, hits, waves, *misses = results
@@ -73,25 +74,39 @@ def route_cpu(
 def _empty(caches, tokens, top_k):
     """The arrays of a ``Routing``."""
     chosen, listed = (caches, tokens, top_k), (caches, tokens * top_k)
-    shapes = (chosen, chosen, chosen, chosen, chosen[:2], listed, listed, caches)
-    dtypes = (np.int64, np.float32, np.int64, np.bool_, np.int64, np.int64, np.int64, np.int64)
-    return [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    ids, slots = np.empty(chosen, np.int64), np.empty(chosen, np.int64)
+    weights, hits, waves = np.empty(chosen, np.float32), np.empty(chosen, np.bool_), np.empty(chosen[:2], np.int64)
+    return (
+        ids,
+        weights,
+        slots,
+        hits,
+        waves,
+        np.empty(listed, np.int64),
+        np.empty(listed, np.int64),
+        np.empty(caches, np.int64),
+    )
 
 
 def _mean_range(ranges, state):
-    """``[B, T, 1]`` float32: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state."""
+    """``[B, T, 1]`` float32: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state.
+
+    Summed in order in float64, so that a sequence cut anywhere gives the same bits.
+    """
     seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
     tokens = ranges.shape[1]
-    past, sums = seen[:, None], range_sum[:, None].copy()
-    if tokens == 1:
-        range_sum += ranges[:, 0]
-    else:  # summed in order in float64, so that a sequence cut anywhere gives the same bits
-        sums = np.concatenate((sums, ranges), 1).cumsum(1)
-        range_sum[:] = sums[:, -1]
-        past, sums = past + np.arange(tokens), sums[:, :-1]
-    mean = (sums / np.maximum(past, 1)).astype(np.float32)
+    if len(ranges) == 1:
+        means, past, total = [], int(seen[0]), float(range_sum[0])
+        for added in ranges[0].tolist():
+            means.append(total / max(past, 1))
+            past, total = past + 1, total + added
+        seen[0], range_sum[0] = past, total
+        return np.array(means, np.float32).reshape(1, tokens, 1)
+    past = np.maximum(seen[:, None] + np.arange(tokens), 1)
+    sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
+    range_sum[:] = sums[:, -1]
     seen += tokens
-    return mean[..., None]
+    return (sums[:, :-1] / past).astype(np.float32)[..., None]
 
 
 def _per_cache(value):
@@ -124,8 +139,12 @@ def _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, t
         if prior is not None:
             key, less = np.where(prior > 0, negated, key), np.where(prior > 0, np.float32(prior) * mean_range, less)
     if top_j is not None:
-        flat, best = key.reshape(-1), order[..., :top_k] + rows
-        flat[best] = np.where(np.arange(top_k) < top_j, -np.inf, flat[best])
+        flat = key.reshape(-1)
+        if isinstance(top_j, int):
+            flat[order[..., : min(top_j, top_k)] + rows] = -np.inf
+        else:
+            best = order[..., :top_k] + rows
+            flat[best] = np.where(np.arange(top_k) < top_j, -np.inf, flat[best])
     return key, less
 
 
@@ -194,7 +213,10 @@ def _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, m
     """As ``_step_one`` for B caches, on ``[B, T, ...]`` arrays."""
     slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
     first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]  # of each cache in the flat arrays
-    clock, flat_slot_of, flat_last_use, flat_uses = state.clock.numpy(), *(a.reshape(-1) for a in (slot_of, last_use, uses))
+    clock, flat_slot_of, flat_last_use, flat_uses = (
+        state.clock.numpy(),
+        *(a.reshape(-1) for a in (slot_of, last_use, uses)),
+    )
     k = ids.shape[2]
     touches = np.arange(k, 0, -1)
     for listed, nothing in zip(misses, (-1, -1, 0), strict=True):

@@ -90,5 +90,5 @@ EVICTION_POLICIES: dict[str, Callable] = {
     "lru": least_recently_used,
     "lfu": least_frequently_used,
 }
-"""An eviction policy: an expert's key from ``last_use`` and ``uses``, both int64, by arithmetic operators alone, so that
-one definition serves torch, numpy and, jitted, the kernel. The resident with the smallest key leaves."""
+"""An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
+token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share the definition."""
