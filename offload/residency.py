@@ -91,4 +91,4 @@ EVICTION_POLICIES: dict[str, Callable] = {
     "lfu": least_frequently_used,
 }
 """An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
-token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share the definition."""
+token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share a definition."""

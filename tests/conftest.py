@@ -7,6 +7,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before any kernel is defined: without a GPU the interpreter runs them
+    os.environ["TRITON_INTERPRET"] = "1"
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)

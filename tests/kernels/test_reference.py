@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.experts import expert
 from cachemoe.kernels.formats import PageFormat, dequantize_int4, quantize_int4
-from cachemoe.kernels.reference import CacheBias, experts, route
+from cachemoe.kernels.reference import CacheBias, GateScores, experts, route
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
 # ---------------------------------------------------------------------------------------------- the literal rules
@@ -181,6 +181,7 @@ def assert_same_routing(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
+RENORMALISED = GateScores(renormalise=True)
 SEEDS = st.integers(0, 2**32 - 1)
 
 # The bug that test_route_follows_the_papers_rules_over_a_long_sequence[lfu] shows; drop both marks with it.
@@ -200,7 +201,7 @@ def test_route_follows_the_papers_rules(eviction, data):
 
     ids, weights, slots, hits = literal_route(logits, cache, k, rule, value, top_j, renormalise)
     bias = bias_of(rule, value, top_j)
-    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, bias, renormalise)
+    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, bias, GateScores(renormalise=renormalise))
 
     assert routing.ids[0].tolist() == ids
     assert routing.slots[0].tolist() == slots
@@ -285,7 +286,7 @@ def test_gate_weights_are_unbiased_and_descend(data, seed, renormalise):
     rule, value = data.draw(rules(n))
     logits = normal_logits(seed, 1, 8, n)
     bias = bias_of(rule, value, top_j)
-    routing = route(logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, bias, renormalise)
+    routing = route(logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, bias, GateScores(renormalise=renormalise))
     rows = zip(logits[0].tolist(), routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True)
     for z, ids, weights in rows:
         gates = [softmax(z)[e] for e in ids]
@@ -315,11 +316,11 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(eviction, data, seed):
     logits, bias = normal_logits(seed, 1, tokens, n), bias_of(rule, value, top_j)
 
     whole_state = empty(capacity, n)
-    whole = route(logits, whole_state, evict, k, bias, True)
+    whole = route(logits, whole_state, evict, k, bias, RENORMALISED)
     for bounds in (cuts, range(tokens + 1)):
         state = empty(capacity, n)
         for start, end in pairwise(bounds):
-            part = route(logits[:, start:end], state, evict, k, bias, True)
+            part = route(logits[:, start:end], state, evict, k, bias, RENORMALISED)
             for name in ("ids", "weights", "slots", "hits"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
         assert_same_state(state, whole_state)
