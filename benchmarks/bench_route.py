@@ -3,7 +3,6 @@
 The eager sequence is what a PyTorch user writes without this project: selection alone, with no residency to keep.
 """
 
-from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -12,11 +11,10 @@ import torch
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.kernels.reference import route
+from cachemoe.kernels.route import route
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.offload.residency import Residency, least_recently_used
 
-CAPTURABLE = False  # the plain PyTorch routing waits for the GPU to learn whether there are misses
 REPETITIONS = range(3)
 TOKENS = 200  # distinct tokens taken in turns
 TOP_J = 2
@@ -51,8 +49,7 @@ def eager_selection(logits, resident, mean_range, top_k: int):
 
 
 def half_resident(geometry, device) -> Residency:
-    state = Residency.empty(torch.tensor([geometry.experts // 2]), geometry.experts)
-    return Residency(**{field.name: getattr(state, field.name).to(device) for field in fields(state)})
+    return Residency.empty(torch.tensor([geometry.experts // 2]), geometry.experts).to(device)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,9 +81,8 @@ def test_route(measure, device, compiled, name, strategy, repetition, implementa
         resident = torch.arange(geometry.experts, device=device) % 2 == 0
         mean_range = torch.tensor(5.0, device=device)
         calls = [partial(select, token[0], resident, mean_range, k) for token in logits]
-    capturable = CAPTURABLE or implementation != "cachemoe"
     with torch.inference_mode():
         for call in calls if implementation == "cachemoe" else ():
             call()  # the pool fills
-        timed = plan_round(calls, device, capturable)
+        timed = plan_round(calls, device, capturable=True)
         measure(Subject("route", name, 1, strategy, implementation), Work(), repetition, timed)

@@ -9,7 +9,8 @@ from time import perf_counter
 import torch
 
 from cachemoe.benchmarks.quality import Evaluation, Setting
-from cachemoe.kernels.reference import route
+from cachemoe.kernels.reference import GateScores
+from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
@@ -59,7 +60,7 @@ class DecodePlan:
     windows: torch.Tensor
     prefix: int
     top_j: int
-    evict: Callable[[Residency], torch.Tensor]
+    evict: Callable
     native: bool
 
 
@@ -108,13 +109,14 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
 def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
     engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
+    scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
     payload_input = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
     payload_input = payload_input.to(engine.page_format.compute_dtype)
     route_s = 0.0
 
     def route_layer(layer, logits):
-        return route(logits[None], engine.state[layer : layer + 1], plan.evict, k, bias, shape.renormalise)
+        return route(logits[None], engine.state[layer : layer + 1], plan.evict, k, bias, scores)
 
     def route_timed(layer, logits):
         nonlocal route_s

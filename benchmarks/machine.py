@@ -170,6 +170,5 @@ def expert_bandwidth(engine: ResidentEngine, experts: int, top_k: int, calls: in
         if call == 0:
             engine.counters = Counters()
         ids = torch.tensor([[draw.sample(range(experts), top_k)]])
-        routing = Routing(ids, torch.full(ids.shape, 1 / top_k), ids, torch.ones(ids.shape, dtype=torch.bool))
-        engine.forward(call % layers, x, routing)
+        engine.forward(call % layers, x, Routing.all_hits(ids))
     return calls * top_k * engine.page_format.weight_bytes / engine.counters.compute_s

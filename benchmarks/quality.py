@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cachemoe.kernels.reference import route
+from cachemoe.kernels.reference import GateScores
+from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
@@ -80,7 +81,7 @@ def evaluate(
     windows: torch.Tensor,
     settings: Sequence[Setting],
     top_j: int,
-    evict: Callable[[Residency], torch.Tensor],
+    evict: Callable,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Run the text through the unmodified model and through every setting.
@@ -106,6 +107,7 @@ def evaluate(
             qualities[i] = Quality(state[:, row])
         batches.append((k, [qualities[i] for i in members], state, bias))
 
+    scores = GateScores(renormalise=shape.renormalise)
     original_ids = []
     for window in windows:
         output = model(window[None], output_router_logits=True)
@@ -116,8 +118,8 @@ def evaluate(
             misses = torch.zeros(len(rows), dtype=torch.int64)
 
             def route_layer(layer, logits, k=k, rows=rows, state=state, bias=bias, misses=misses):
-                routing = route(logits.unflatten(0, (len(rows), -1)), state[layer], evict, k, bias, shape.renormalise)
-                misses += (~routing.hits).sum((1, 2))
+                routing = route(logits.unflatten(0, (len(rows), -1)), state[layer], evict, k, bias, scores)
+                misses += routing.misses.count
                 return routing
 
             with Swap(model, route_layer):

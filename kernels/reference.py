@@ -3,6 +3,8 @@
 Shapes: B caches stepped side by side (configurations of an experiment; 1 in inference), T tokens, E experts, K used.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,22 +13,80 @@ import torch
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import PageFormat
 
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "relu")
+GROUP_SCORES = ("best", "best-two")
+
+
+@dataclass(frozen=True)
+class Misses:
+    """The misses of a call in step order: token by token, by descending gate weight within a token.
+
+    Args:
+        experts: ``[B, T * K]`` int64, the missing experts; -1 from ``count`` on.
+        slots: ``[B, T * K]`` int64, the slot that each is to be fetched to; -1 from ``count`` on.
+        count: ``[B]`` int64.
+    """
+
+    experts: torch.Tensor
+    slots: torch.Tensor
+    count: torch.Tensor
+
 
 @dataclass(frozen=True)
 class Routing:
     """What ``route`` decided.
 
     Args:
-        ids: ``[B, T, K]`` int64, distinct experts of each token, highest gate weight first.
+        ids: ``[B, T, K]`` int64, distinct experts of each token, the highest selection value first.
         weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits.
         slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes.
         hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed.
+        waves: ``[B, T]`` int64, 0 for the first token, one more where a token's misses take the slot of an expert that
+            an earlier token of the wave uses. Once a wave's misses are fetched, all to different slots, each of its
+            tokens finds its experts in ``slots``.
+        misses: what is to be fetched.
     """
 
     ids: torch.Tensor
     weights: torch.Tensor
     slots: torch.Tensor
     hits: torch.Tensor
+    waves: torch.Tensor
+    misses: Misses
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in order."""
+        misses = (self.misses.experts, self.misses.slots, self.misses.count)
+        return (self.ids, self.weights, self.slots, self.hits, self.waves, *misses)
+
+    @classmethod
+    def empty(cls, caches: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> Routing:
+        """Memory for the routing of ``[B, T]`` tokens."""
+
+        def integers(*shape):
+            return torch.empty(shape, dtype=torch.int64, device=device)
+
+        chosen = (caches, tokens, top_k)
+        return cls(
+            ids=integers(*chosen),
+            weights=torch.empty(chosen, dtype=torch.float32, device=device),
+            slots=integers(*chosen),
+            hits=torch.empty(chosen, dtype=torch.bool, device=device),
+            waves=integers(caches, tokens),
+            misses=Misses(integers(caches, tokens * top_k), integers(caches, tokens * top_k), integers(caches)),
+        )
+
+    @classmethod
+    def all_hits(cls, ids: torch.Tensor) -> Routing:
+        """Tokens that find expert e in slot e, and weigh their experts equally.
+
+        Args:
+            ids: ``[B, T, K]`` int64.
+        """
+        routing = cls.empty(*ids.shape, ids.device)
+        for tensor, value in zip(routing.tensors(), (ids, 1 / ids.shape[-1], ids, True, 0, -1, -1, 0), strict=True):
+            tensor[...] = value
+        return routing
 
 
 @dataclass(frozen=True)
@@ -36,9 +96,9 @@ class CacheBias:
     Args:
         top_j: J, the best-ranked experts that are always kept; all K where K is less.
         window: M, residents among the M best-ranked come before all others (max-rank, the paper's algorithm 1).
-        mass: p, as ``window``, with M the fewest best-ranked experts whose probabilities sum to p (cumsum, its
+        mass: p, as ``window``, with M the fewest best-ranked experts whose scores are p of the sum of all (cumsum, its
             algorithm 2). p = 0 is no window.
-        prior: lambda, residents are ranked by logit + lambda * the layer's mean logit range (cache-prior). Not
+        prior: lambda, residents are ranked by selection value + lambda * the layer's mean range (cache-prior). Not
             together with ``window`` or ``mass`` in one cache.
     """
 
@@ -51,90 +111,211 @@ class CacheBias:
 NO_BIAS = CacheBias()
 
 
+@dataclass(frozen=True)
+class GateScores:
+    """How a model scores its experts, and which groups of them a token may choose from.
+
+    Args:
+        function: from logits to scores, one of ``SCORE_FUNCTIONS``.
+        groups: G, consecutive groups of E / G experts.
+        top_groups: groups whose experts a token may choose.
+        group_score: what ranks the groups: ``best``, a group's highest selection value (DeepSeek-V2), or ``best-two``,
+            the sum of the two highest scores, corrected where there is a correction (DeepSeek-V3).
+        renormalise: whether the K weights are divided by their sum.
+        epsilon: added to that sum.
+        scale: factor of the weights.
+
+    Raises:
+        ValueError: for an unknown name, or groups that cannot be.
+    """
+
+    function: str = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    group_score: str = "best"
+    renormalise: bool = False
+    epsilon: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.function not in SCORE_FUNCTIONS:
+            raise ValueError(f"unknown score function {self.function!r}: use {', '.join(SCORE_FUNCTIONS)}")
+        if self.group_score not in GROUP_SCORES:
+            raise ValueError(f"unknown group score {self.group_score!r}: use {', '.join(GROUP_SCORES)}")
+        if not 1 <= self.top_groups <= self.groups:
+            raise ValueError(f"a token cannot choose from {self.top_groups} of {self.groups} groups")
+
+    def check(self, experts: int, top_k: int) -> None:
+        """Whether K of E experts can be chosen so.
+
+        Raises:
+            ValueError: if they cannot.
+        """
+        if experts % self.groups:
+            raise ValueError(f"{experts} experts cannot be split into {self.groups} groups")
+        size = experts // self.groups
+        if not 1 <= top_k <= self.top_groups * size:
+            raise ValueError(f"{top_k} experts cannot be chosen among {self.top_groups} groups of {size}")
+        if self.group_score == "best-two" and size < 2:
+            raise ValueError("a group of one expert has no two best")
+
+
+SOFTMAX = GateScores()
+
+
 @torch.no_grad()
 def route(
-    logits: torch.Tensor, state, evict: Callable, top_k: int, bias: CacheBias = NO_BIAS, renormalise: bool = False
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    bias: CacheBias = NO_BIAS,
+    scores: GateScores = SOFTMAX,
+    correction: torch.Tensor | None = None,
 ) -> Routing:
     """Select experts token by token; each token sees the residency that the tokens before it left.
+
+    An expert's *selection value* is its logit or, with a correction, its score plus correction; the higher comes first,
+    NaN before all, and ties go to the lower id.
 
     Args:
         logits: ``[B, T, E]`` floating point router logits.
         state: ``Residency`` of B caches; updated in place.
-        evict: eviction policy, ``state -> [B, E]`` keys, the smallest leaves.
+        evict: eviction policy, (last_use, uses) -> int64 keys; of the residents that the token does not need the
+            smallest leaves, the lower slot among equals.
         top_k: K.
         bias: the routing strategy, see ``CacheBias``.
-        renormalise: whether the K gate weights are scaled to sum to 1, as the model was trained.
+        scores: how the model scores and groups its experts.
+        correction: ``[E]`` or ``[B, E]`` float32 that only the selection sees (DeepSeek-V3).
 
     Returns:
-        The ``Routing``. Ties go to the lower expert id; misses take the free or evicted slots in order of gate weight.
+        The ``Routing``. Misses take the free slots, lowest first, then the evicted ones, by descending gate weight.
 
     Raises:
-        ValueError: if a capacity is below K, since a slot needed by the same token is never a victim.
+        ValueError: if a capacity is below K, since a slot needed by the same token is never a victim; or if ``scores``
+            does not fit E and K.
     """
+    caches, tokens, experts = logits.shape
+    scores.check(experts, top_k)
     if int(state.capacity.min()) < top_k:
         raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
     logits = logits.float()
-    _, tokens, experts = logits.shape
-    order = logits.argsort(dim=-1, descending=True, stable=True)
+    gates = gate_scores(logits, scores)
+    values = logits if correction is None else gates + correction.float().reshape(-1, 1, experts)
+    allowed = candidates(values, gates if correction is None else values, scores)
+    order = _order(~allowed, values, descending=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(experts, device=logits.device).expand_as(order))
-    probabilities = logits.softmax(-1)
-    base, boost = _base_and_boost(logits, order, rank, probabilities, state, top_k, bias)
 
-    ids, slots, hits = [], [], []
+    mean_range = _mean_range(values, state)
+
+    def per_cache(value, dtype):
+        return torch.as_tensor(value, device=logits.device, dtype=dtype).reshape(-1, 1, 1)  # against [B, T, E]
+
+    always = rank < per_cache(bias.top_j, torch.int64).clamp(max=top_k)
+    prior = per_cache(bias.prior, torch.float32)
+    by_value = (prior > 0).expand_as(rank)  # cache-prior ranks by value, the others by position
+    base = torch.where(by_value, values, -rank.float())
+    boost = torch.where(by_value, prior * mean_range[..., None], 0.0)
+    window = torch.maximum(per_cache(bias.window, torch.int64), _mass_window(gates, order, bias, scores, per_cache))
+    promoted = (rank < window) & allowed & ~by_value
+
+    out = Routing.empty(caches, tokens, top_k, logits.device)
+    wave, wave_start = torch.zeros_like(state.clock), state.clock.clone()
     for t in range(tokens):
-        score = base[:, t] + boost[:, t] * state.resident()
-        chosen = score.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        resident = state.resident()
+        tier = torch.full_like(rank[:, t], 3)
+        tier[allowed[:, t]] = 2
+        tier[promoted[:, t] & resident] = 1
+        tier[always[:, t]] = 0
+        chosen = _order(tier, torch.where(resident, base[:, t] + boost[:, t], base[:, t]), descending=True)[:, :top_k]
         # Highest gate weight first: the chosen experts in the order of their unbiased rank.
         chosen = order[:, t].gather(1, rank[:, t].gather(1, chosen).sort(-1).values)
-        chosen_slots, chosen_hits = _touch_and_place(chosen, state, evict)
-        ids.append(chosen)
-        slots.append(chosen_slots)
-        hits.append(chosen_hits)
+        before = state.clock.clone()
+        out.ids[:, t] = chosen
+        out.slots[:, t], out.hits[:, t], last_left = _touch_and_place(chosen, state, evict)
+        new_wave = last_left > wave_start
+        wave += new_wave
+        wave_start = torch.where(new_wave, before, wave_start)
+        out.waves[:, t] = wave
 
-    ids = torch.stack(ids, 1)
-    weights = probabilities.gather(-1, ids)
-    if renormalise:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return Routing(ids, weights, torch.stack(slots, 1), torch.stack(hits, 1))
+    weights = gates.gather(-1, out.ids)
+    if scores.renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + scores.epsilon)
+    out.weights.copy_(weights * scores.scale)
+    for b, hits in enumerate(out.hits):
+        count = int((~hits).sum())
+        out.misses.count[b] = count
+        for listed, chosen in ((out.misses.experts, out.ids), (out.misses.slots, out.slots)):
+            listed[b] = -1
+            listed[b, :count] = chosen[b][~hits]
+    return out
 
 
-def _base_and_boost(logits, order, rank, probabilities, state, top_k, bias):
-    """``[B, T, E]`` score of an absent expert, and what residency adds to it. Updates the mean logit range."""
+@torch.no_grad()
+def route_hidden(hidden, router, state, evict, top_k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+    """``route`` from hidden states ``[B, T, H]`` and the router's weight ``[E, H]`` or ``[B, E, H]``.
 
-    def per_cache(value):
-        return torch.as_tensor(value, device=logits.device).reshape(-1, 1)  # [B or 1, 1], against [B, T]
+    Returns:
+        The logits ``[B, T, E]`` in the hidden states' dtype, accumulated in float32, and their ``Routing``.
+    """
+    logits = (hidden.float() @ router.float().mT).to(hidden.dtype)
+    return logits, route(logits, state, evict, top_k, bias, scores, correction)
 
-    tokens, experts = logits.shape[1:]
-    ranges = (logits.amax(-1) - logits.amin(-1)).double()
-    seen = state.tokens[:, None] + torch.arange(tokens, device=logits.device)
+
+def gate_scores(logits: torch.Tensor, scores: GateScores) -> torch.Tensor:
+    """``[..., E]`` float32: the scores of float32 logits."""
+    if scores.function == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if scores.function == "sigmoid" else logits.relu()
+
+
+def candidates(values: torch.Tensor, corrected: torch.Tensor, scores: GateScores) -> torch.Tensor:
+    """``[..., E]`` bool: the experts in the groups that a token may choose from.
+
+    Args:
+        values: ``[..., E]`` selection values.
+        corrected: ``[..., E]`` scores plus the correction, if there is one.
+    """
+    if scores.top_groups == scores.groups:
+        return torch.ones_like(values, dtype=torch.bool)
+    if scores.group_score == "best":
+        score = values.unflatten(-1, (scores.groups, -1)).amax(-1)
+    else:
+        score = corrected.unflatten(-1, (scores.groups, -1)).topk(2, dim=-1).values.sum(-1)
+    chosen = score.argsort(dim=-1, descending=True, stable=True)[..., : scores.top_groups]
+    groups = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True)
+    return groups.repeat_interleave(values.shape[-1] // scores.groups, -1)
+
+
+def _order(tier, values, descending):
+    """Positions along the last dimension by ascending tier, then by value, then ascending."""
+    by_value = values.argsort(dim=-1, descending=descending, stable=True)
+    return by_value.gather(-1, tier.gather(-1, by_value).argsort(dim=-1, stable=True))
+
+
+def _mean_range(values, state):
+    """``[B, T]`` float32: the mean over the tokens before each of max - min of the selection values, 0 where that is
+    not finite. Updates the state's sum and count."""
+    tokens = values.shape[1]
+    ranges = (values.amax(-1) - values.amin(-1)).double()
+    ranges = torch.where(ranges.isfinite(), ranges, 0.0)
+    seen = state.tokens[:, None] + torch.arange(tokens, device=values.device)
     # Summed in order in float64, so that a sequence cut anywhere gives the same bits.
     range_sum = torch.cumsum(torch.cat((state.range_sum[:, None], ranges), 1), 1)
-    mean_range = (range_sum[:, :-1] / seen.clamp(min=1)).float()  # over the tokens before each token
     state.range_sum.copy_(range_sum[:, -1])
     state.tokens += tokens
-
-    # Windowed strategies rank by position, exact in float32; cache-prior ranks by logit. Without bias both agree.
-    base, boost = -rank.float(), logits.new_zeros(1, 1, 1)
-    if _in_use(bias.window) or _in_use(bias.mass):
-        mass = per_cache(bias.mass)
-        before = probabilities.gather(-1, order).cumsum(-1).roll(1, -1)
-        before[..., 0] = 0.0
-        # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
-        mass_window = ((before < mass[..., None]) | (mass[..., None] >= 1)).sum(-1)
-        window = torch.maximum(per_cache(bias.window), mass_window)  # [B, T]
-        boost = torch.where(rank < window[..., None], float(experts), 0.0)
-    if _in_use(bias.prior):
-        prior = per_cache(bias.prior)
-        by_logit = (prior > 0)[..., None]
-        base = torch.where(by_logit, logits, base)
-        boost = torch.where(by_logit, (prior * mean_range)[..., None], boost)
-    always = rank < per_cache(bias.top_j).clamp(max=top_k)[..., None]
-    return base.masked_fill(always, torch.inf), boost.expand_as(base)
+    return (range_sum[:, :-1] / seen.clamp(min=1)).float()
 
 
-def _in_use(parameter):
-    """Whether a parameter of ``CacheBias`` can matter: decode is spared what no cache asks for."""
-    return isinstance(parameter, torch.Tensor) or parameter != 0
+def _mass_window(gates, order, bias, scores, per_cache):
+    """``[B, T, 1]`` int64: the fewest best-ranked experts whose scores are ``bias.mass`` of the sum of all."""
+    mass = per_cache(bias.mass, torch.float32)
+    if scores.function != "softmax":
+        gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    before = gates.gather(-1, order).cumsum(-1).roll(1, -1)
+    before[..., 0] = 0.0
+    # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
+    return ((before < mass) | (mass >= 1)).sum(-1, keepdim=True)
 
 
 def _touch_and_place(chosen, state, evict):
@@ -144,7 +325,7 @@ def _touch_and_place(chosen, state, evict):
         chosen: ``[B, K]`` int64, highest gate weight first; touched in reverse, so that it leaves last.
 
     Returns:
-        ``[B, K]`` slots and hits.
+        ``[B, K]`` slots and hits, and ``[B]`` the latest ``last_use`` of an expert that left, -1 where none did.
     """
     k = chosen.shape[1]
     slots = state.slot_of.gather(1, chosen)
@@ -153,29 +334,26 @@ def _touch_and_place(chosen, state, evict):
     state.last_use.scatter_(1, chosen, untouched + torch.arange(k, 0, -1, device=chosen.device))
     state.uses.scatter_add_(1, chosen, torch.ones_like(chosen))
     state.clock += k
-    if bool(hits.all()):
-        return slots, hits
 
-    # Victims by slot: free slots first, lowest first, then residents by the policy's key; never one just touched.
+    # Victims by slot: free ones, lowest first, then residents by the policy's key; never one just touched.
     expert_of, capacity = state.expert_of, state.expert_of.shape[1]
     occupant = expert_of.clamp(min=0)
-    slot = torch.arange(capacity, device=chosen.device)
-    key = torch.where(expert_of < 0, slot - capacity - 1, evict(state).gather(1, occupant))
-    never = torch.iinfo(torch.int64).max
-    just_touched = (expert_of >= 0) & (state.last_use.gather(1, occupant) > untouched)
-    key = key.masked_fill(just_touched | (slot >= state.capacity[:, None]), never)
-    victims = key.argsort(dim=-1, stable=True)[:, :k]
+    key = evict(state.last_use, state.uses).gather(1, occupant).masked_fill(expert_of < 0, 0)
+    tier = (expert_of >= 0).long()
+    tier[(expert_of >= 0) & (state.last_use.gather(1, occupant) > untouched)] = 2
+    tier[torch.arange(capacity, device=chosen.device) >= state.capacity[:, None]] = 2
+    victims = _order(tier, key, descending=False)[:, :k]
     nth_miss = ((~hits).cumsum(1) - 1).clamp(min=0)
     slots = torch.where(hits, slots, victims.gather(1, nth_miss))
 
     leaving = expert_of.gather(1, slots)
-    leaving = torch.where(
-        leaving < 0, chosen, leaving
-    )  # a free slot: the entry is overwritten on the next line but one
-    state.slot_of.scatter_(1, leaving, -1)
+    left = ~hits & (leaving >= 0)
+    last_left = torch.where(left, state.last_use.gather(1, leaving.clamp(min=0)), -1).amax(1)
+    # Of a free slot nobody leaves: the entry is overwritten on the next line but one.
+    state.slot_of.scatter_(1, torch.where(leaving < 0, chosen, leaving), -1)
     state.slot_of.scatter_(1, chosen, slots)
     expert_of.scatter_(1, slots, chosen)
-    return slots, hits
+    return slots, hits, last_left
 
 
 def experts(

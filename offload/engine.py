@@ -157,7 +157,7 @@ class ResidentEngine:
         call = _Call(x, routing)
         for e in call.pending:
             call.compute(e, self._pool.weights(layer, e), self._pool.page_format)
-        y, misses = call.output(), int((~routing.hits).sum())
+        y, misses = call.output(), int(routing.misses.count.sum())
         self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
         return y
 

@@ -67,23 +67,28 @@ class Residency:
     def clone(self) -> Residency:
         return Residency(*(getattr(self, field.name).clone() for field in fields(self)))
 
+    def to(self, device: torch.device | str) -> Residency:
+        """The state on another device; the same tensors where they are there already."""
+        return Residency(*(getattr(self, field.name).to(device) for field in fields(self)))
+
     def resident(self) -> torch.Tensor:
         """``[..., E]`` bool: the experts that have a slot."""
         return self.slot_of >= 0
 
 
-def least_recently_used(state: Residency) -> torch.Tensor:
-    """``[..., E]`` int64: the expert touched longest ago leaves first (LRU, the paper's policy)."""
-    return state.last_use
+def least_recently_used(last_use, uses):
+    """The expert touched longest ago leaves first (LRU, the paper's policy)."""
+    return last_use
 
 
-def least_frequently_used(state: Residency) -> torch.Tensor:
-    """``[..., E]`` int64: the expert with the fewest touches leaves first, the least recent among equals (LFU)."""
-    return state.uses * (1 << 40) + state.last_use
+def least_frequently_used(last_use, uses):
+    """The expert with the fewest touches leaves first, the least recent among equals (LFU)."""
+    return uses * (1 << 40) + last_use
 
 
-EVICTION_POLICIES: dict[str, Callable[[Residency], torch.Tensor]] = {
+EVICTION_POLICIES: dict[str, Callable] = {
     "lru": least_recently_used,
     "lfu": least_frequently_used,
 }
-"""An eviction policy gives each expert a key; among residents that the token does not need, the smallest leaves."""
+"""An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
+token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share a definition."""

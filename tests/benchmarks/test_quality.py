@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.quality import Setting, evaluate
-from cachemoe.kernels.reference import route
+from cachemoe.kernels.reference import GateScores, route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap, load_model
@@ -40,11 +40,12 @@ def decode(model, shape, setting):
     """Negative log-likelihood, misses and residency, one token at a time through the key-value cache."""
     state = Residency.empty(torch.full((len(shape.layers),), setting.capacity), shape.experts)
     bias, k = cache_bias([setting.strategy], TOP_J), setting.strategy.experts_used(shape.top_k)
+    scores = GateScores(renormalise=shape.renormalise)
     nats, misses = 0.0, 0
 
     def route_layer(layer, logits):
         nonlocal misses
-        routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, bias, shape.renormalise)
+        routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, bias, scores)
         misses += int((~routing.hits).sum())
         return routing
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels.experts_cpu import expert
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
-from cachemoe.kernels.reference import CacheBias, experts, route
+from cachemoe.kernels.reference import SOFTMAX, CacheBias, GateScores, experts, route
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
 # ---------------------------------------------------------------------------------------------- the literal rules
@@ -29,19 +29,41 @@ def by_logit(z):
     return sorted(range(len(z)), key=lambda e: (-z[e], e))
 
 
-def fewest(z, p):
-    """M: how many of the best experts it takes for their probabilities to sum to p."""
-    probabilities, total = softmax(z), 0.0
+def gates_of(z, function):
+    if function == "softmax":
+        return softmax(z)
+    return [1 / (1 + math.exp(-float(x))) if function == "sigmoid" else max(float(x), 0.0) for x in z]
+
+
+def values_of(z, scores, correction):
+    """What experts are ranked by, and minus infinity outside the groups that the token may choose from."""
+    gates = gates_of(z, scores.function)
+    corrected = gates if correction is None else [a + b for a, b in zip(gates, correction, strict=True)]
+    values = z if correction is None else corrected
+    size = len(z) // scores.groups
+    groups = [range(first, first + size) for first in range(0, len(z), size)]
+    if scores.group_score == "best":
+        worth = [max(values[e] for e in group) for group in groups]
+    else:
+        worth = [sum(sorted(corrected[e] for e in group)[-2:]) for group in groups]
+    best = sorted(range(len(groups)), key=lambda g: (-worth[g], g))[: scores.top_groups]
+    return values, [x if e // size in best else -math.inf for e, x in enumerate(values)]
+
+
+def fewest(z, p, shares):
+    """M: how many of the best experts it takes for their shares of the scores to sum to p."""
+    total = 0.0
     for m, e in enumerate(by_logit(z), start=1):
-        total += probabilities[e]
+        total += shares[e]
         if total >= p:
             return m
     return len(z)
 
 
-def select(z, resident, k, rule, value, top_j, mean_range):
-    """The paper's algorithms for one token; K experts, highest gate weight first."""
+def select(z, resident, k, rule, value, top_j, mean_range, shares):
+    """The paper's algorithms for one token; K experts, the highest value first."""
     ranked = by_logit(z)
+    resident = [e for e in range(len(z)) if e in resident and z[e] > -math.inf]
     kept, rest = ranked[:top_j], ranked[top_j:]
     if rule == "original":
         wanted = ranked
@@ -49,7 +71,7 @@ def select(z, resident, k, rule, value, top_j, mean_range):
         biased = [z[e] + value * mean_range * (e in resident) for e in range(len(z))]
         wanted = kept + sorted(rest, key=lambda e: (-biased[e], e))
     else:
-        window = ranked[: value if rule == "max-rank" else fewest(z, value)]
+        window = ranked[: value if rule == "max-rank" else fewest(z, value, shares)]
         promoted = [e for e in rest if e in window and e in resident]
         wanted = kept + promoted + [e for e in rest if e not in promoted]
     return sorted(wanted[:k], key=ranked.index)
@@ -75,6 +97,7 @@ class LiteralCache:
     def step(self, chosen):
         """Touch the chosen, lowest gate weight first, and place those absent, highest first. Gives slots and hits."""
         hits = [e in self.slots for e in chosen]
+        self.left = []
         for e in reversed(chosen):
             self.clock += 1
             self.last_use[e] = self.clock
@@ -84,22 +107,34 @@ class LiteralCache:
                 leaving = None
                 if None not in self.slots:
                     leaving = min((other for other in self.slots if other not in chosen), key=self.leaves_first)
+                    self.left.append(leaving)
                 self.slots[self.slots.index(leaving)] = e
         return [self.slots.index(e) for e in chosen], hits
 
 
-def literal_route(logits, cache, k, rule, value, top_j, renormalise):
-    ids, weights, slots, hits = [], [], [], []
+def literal_route(logits, cache, k, rule, value, top_j, scores, correction=None):
+    """A dict of what ``Routing`` has, as lists."""
+    out = {name: [] for name in ("ids", "weights", "slots", "hits", "waves", "misses")}
+    wave, used = 0, set()
     for z in logits:
-        chosen = select(z, cache.slots, k, rule, value, top_j, cache.mean_range())
-        cache.ranges.append(max(z) - min(z))
-        gates = [softmax(z)[e] for e in chosen]
+        gates = gates_of(z, scores.function)
+        values, ranked_by = values_of(z, scores, correction)
+        shares = [gate / (sum(gates) or 1.0) for gate in gates]
+        chosen = select(ranked_by, cache.slots, k, rule, value, top_j, cache.mean_range(), shares)
+        cache.ranges.append(max(values) - min(values))
         token_slots, token_hits = cache.step(chosen)
-        ids.append(chosen)
-        weights.append([gate / sum(gates) for gate in gates] if renormalise else gates)
-        slots.append(token_slots)
-        hits.append(token_hits)
-    return ids, weights, slots, hits
+        if used.intersection(cache.left):
+            wave, used = wave + 1, set()
+        used.update(chosen)
+        weights = [gates[e] for e in chosen]
+        total = sum(weights) + scores.epsilon if scores.renormalise else 1.0
+        out["ids"].append(chosen)
+        out["weights"].append([scores.scale * weight / total for weight in weights])
+        out["slots"].append(token_slots)
+        out["hits"].append(token_hits)
+        out["waves"].append(wave)
+        out["misses"] += [(e, s) for e, s, hit in zip(chosen, token_slots, token_hits, strict=True) if not hit]
+    return out
 
 
 # -------------------------------------------------------------------------------------------------- drawing cases
@@ -137,15 +172,18 @@ def bias_of(rule, value, top_j):
     return CacheBias(top_j=top_j, **{field: value if rule == "max-rank" else float(value)})
 
 
-def away_from_boundary(logits, rule, p):
-    """Not where a float32 sum may fall on the other side of p than a float64 sum."""
-    if rule != "cumsum":
-        return True
+def away_from_boundary(logits, rule, p, scores=SOFTMAX, correction=None):
+    """Not where float32 may fall on the other side of a sum or of another value than float64."""
     for z in logits:
+        gates, (_, ranked_by) = gates_of(z, scores.function), values_of(z, scores, correction)
         total = 0.0
-        for probability in sorted(softmax(z), reverse=True):
-            total += probability
-            if abs(total - p) < 1e-4:
+        for e in by_logit(ranked_by):
+            total += gates[e] / (sum(gates) or 1.0)
+            if rule == "cumsum" and abs(total - p) < 1e-4:
+                return False
+        if correction is not None or scores.group_score == "best-two":
+            corrected = sorted(a + b for a, b in zip(gates, correction or [0.0] * len(z), strict=True))
+            if any(b - a < 1e-4 for a, b in pairwise(corrected)):
                 return False
     return True
 
@@ -182,6 +220,23 @@ def assert_same_routing(a, b):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
+RENORMALISED = GateScores(renormalise=True)
+
+
+def assert_as_written(routing, expected):
+    for name in ("ids", "slots", "hits", "waves"):
+        assert getattr(routing, name)[0].tolist() == expected[name], name
+    torch.testing.assert_close(routing.weights[0], torch.tensor(expected["weights"]), rtol=1e-5, atol=1e-7)
+    experts, slots, (count,) = (
+        routing.misses.experts[0].tolist(),
+        routing.misses.slots[0].tolist(),
+        routing.misses.count,
+    )
+    assert list(zip(experts, slots, strict=True))[:count] == expected["misses"]
+    assert {*experts[count:], *slots[count:]} <= {-1}
+    assert count == len(expected["misses"])
+
+
 SEEDS = st.integers(0, 2**32 - 1)
 
 # The bug that test_route_follows_the_papers_rules_over_a_long_sequence[lfu] shows; drop both marks with it.
@@ -199,14 +254,11 @@ def test_route_follows_the_papers_rules(eviction, data):
     assume(away_from_boundary(logits, rule, value))
     cache, state = LiteralCache(capacity, eviction), empty(capacity, n)
 
-    ids, weights, slots, hits = literal_route(logits, cache, k, rule, value, top_j, renormalise)
-    bias = bias_of(rule, value, top_j)
-    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, bias, renormalise)
+    scores, bias = GateScores(renormalise=renormalise), bias_of(rule, value, top_j)
+    expected = literal_route(logits, cache, k, rule, value, top_j, scores)
+    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, bias, scores)
 
-    assert routing.ids[0].tolist() == ids
-    assert routing.slots[0].tolist() == slots
-    assert routing.hits[0].tolist() == hits
-    torch.testing.assert_close(routing.weights[0], torch.tensor(weights), rtol=1e-5, atol=1e-7)
+    assert_as_written(routing, expected)
     assert state.expert_of[0].tolist() == [-1 if e is None else e for e in cache.slots]
     assert state.slot_of[0].tolist() == [cache.slots.index(e) if e in cache.slots else -1 for e in range(n)]
     assert state.last_use[0].tolist() == [cache.last_use.get(e, 0) for e in range(n)]
@@ -221,11 +273,11 @@ def test_route_follows_the_papers_rules_over_a_long_sequence(eviction, rule, val
     logits = normal_logits(5, 1, 400, 16)
     cache = LiteralCache(6, eviction)
     exact = [[Fraction(x) for x in z] for z in logits[0].tolist()]
-    ids, _, slots, hits = literal_route(exact, cache, 4, rule, value, 1, False)
+    expected = literal_route(exact, cache, 4, rule, value, 1, SOFTMAX)
     routing = route(logits, empty(6, 16), EVICTION_POLICIES[eviction], 4, bias_of(rule, value, 1))
-    for t in range(len(ids)):  # pytest takes minutes to explain how two long lists differ
-        step = [part[0, t].tolist() for part in (routing.ids, routing.slots, routing.hits)]
-        assert step == [ids[t], slots[t], hits[t]], f"token {t}"
+    for t in range(400):  # pytest takes minutes to explain how two long lists differ
+        for name in ("ids", "slots", "hits", "waves"):
+            assert getattr(routing, name)[0, t].tolist() == expected[name][t], f"{name} of token {t}"
 
 
 def test_cache_prior_averages_the_logit_range_over_past_tokens_only():
@@ -234,6 +286,117 @@ def test_cache_prior_averages_the_logit_range_over_past_tokens_only():
     for past, expected in (([], [0, 1]), ([2.0], [0, 1]), ([6.0, 0.5], [0, 3]), ([4.0], [0, 3]), ([8.0, 0, 0], [0, 1])):
         state = holding([3], 4, past)
         assert route(logits, state, EVICTION_POLICIES["lru"], 2, bias).ids[0, 0].tolist() == expected
+
+
+@each_eviction
+@given(st.data())
+def test_route_follows_the_models_rules_of_scores_and_groups(eviction, data):
+    groups = data.draw(st.integers(1, 3))
+    size = data.draw(st.integers(2, 4))
+    scores = GateScores(
+        function=data.draw(st.sampled_from(["softmax", "sigmoid", "relu"])),
+        groups=groups,
+        top_groups=data.draw(st.integers(1, groups)),
+        group_score=data.draw(st.sampled_from(["best", "best-two"])),
+        renormalise=data.draw(st.booleans()),
+        epsilon=data.draw(st.sampled_from([0.0, 1e-20, 0.5])),
+        scale=data.draw(st.sampled_from([1.0, 2.5])),
+    )
+    n, k = groups * size, data.draw(st.integers(1, min(4, size * scores.top_groups)))
+    assume(scores.function != "relu" or not scores.renormalise or scores.epsilon == 0.5)  # or 0 / 0
+    top_j, capacity, seed = data.draw(st.integers(0, k)), data.draw(st.integers(k, n)), data.draw(SEEDS)
+    rule, value = data.draw(rules(n))
+    logits = normal_logits(seed, 1, 8, n)
+    correction = (normal_logits(seed + 1, n) / 8).tolist() if data.draw(st.booleans()) else None
+    written = logits[0].tolist()
+    assume(away_from_boundary(written, rule, value, scores, correction))
+
+    cache, state = LiteralCache(capacity, eviction), empty(capacity, n)
+    expected = literal_route(written, cache, k, rule, value, top_j, scores, correction)
+    bias = bias_of(rule, value, top_j)
+    tensor = None if correction is None else torch.tensor(correction)
+    routing = route(logits, state, EVICTION_POLICIES[eviction], k, bias, scores, tensor)
+    assert_as_written(routing, expected)
+    assert state.range_sum.item() == pytest.approx(sum(cache.ranges), rel=1e-5)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_route_without_a_cache_chooses_as_transformers_deepseek(version):
+    transformers = pytest.importorskip("transformers")
+    name = f"deepseek_v{version}"
+    modeling = getattr(transformers.models, name)
+    modeling = getattr(modeling, f"modeling_{name}")
+    sizes = {"hidden_size": 32, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+    if version == 2:
+        config = transformers.DeepseekV2Config(**sizes, n_routed_experts=16, topk_method="group_limited_greedy")
+        router = modeling.DeepseekV2TopkRouter(config)
+        scores = GateScores(groups=4, top_groups=2, scale=2.5)
+    else:
+        router = modeling.DeepseekV3TopkRouter(transformers.DeepseekV3Config(**sizes, n_routed_experts=16))
+        scores = GateScores("sigmoid", 4, 2, "best-two", renormalise=True, epsilon=1e-20, scale=2.5)
+        router.e_score_correction_bias.copy_(normal_logits(3, 16) / 10)
+    with torch.no_grad():
+        router.weight.copy_(normal_logits(1, 16, 32))
+        logits, weights, ids = router(normal_logits(2, 1, 40, 32))
+    correction = router.e_score_correction_bias if version == 3 else None
+    routing = route(logits[None], empty(8, 16), EVICTION_POLICIES["lru"], 4, scores=scores, correction=correction)
+    order = routing.ids[0].argsort(-1)
+    theirs = ids.argsort(-1)
+    assert torch.equal(routing.ids[0].gather(-1, order), ids.gather(-1, theirs))
+    torch.testing.assert_close(routing.weights[0].gather(-1, order), weights.gather(-1, theirs))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"function": "tanh"}, "unknown score function"),
+        ({"group_score": "worst"}, "unknown group score"),
+        ({"groups": 2, "top_groups": 3}, "3 of 2 groups"),
+        ({"groups": 5}, "12 experts cannot be split into 5 groups"),
+        ({"groups": 6, "top_groups": 1}, "3 experts cannot be chosen among 1 groups of 2"),
+        ({"groups": 12, "top_groups": 3, "group_score": "best-two"}, "no two best"),
+    ],
+)
+def test_scores_that_cannot_be_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        route(torch.zeros(1, 1, 12), empty(4, 12), EVICTION_POLICIES["lru"], 3, scores=GateScores(**wrong))
+
+
+# ---------------------------------------------------------------------------------------------- waves and misses
+
+
+@each_eviction
+@given(st.data(), SEEDS)
+def test_a_waves_misses_fetched_together_serve_all_of_its_tokens(eviction, data, seed):
+    n, k, top_j, capacity = data.draw(shapes())
+    rule, value = data.draw(rules(n))
+    state, bias = empty(capacity, n), bias_of(rule, value, top_j)
+    for call in range(2):  # the second begins with what the first left
+        pages = state.expert_of[0].tolist()
+        routing = route(normal_logits(seed + call, 1, 12, n), state, EVICTION_POLICIES[eviction], k, bias)
+        waves, missing = routing.waves[0].tolist(), (~routing.hits[0]).sum(1).tolist()
+        misses = iter(zip(routing.misses.experts[0].tolist(), routing.misses.slots[0].tolist(), strict=True))
+        assert waves[0] == 0
+        assert all(later - wave in (0, 1) for wave, later in pairwise(waves))
+        for wave in range(waves[-1] + 1):
+            tokens = [t for t in range(12) if waves[t] == wave]
+            fetched = [next(misses) for t in tokens for _ in range(missing[t])]
+            assert len({slot for _, slot in fetched}) == len(fetched)
+            for e, slot in fetched:
+                pages[slot] = e
+            for t in tokens:
+                assert [pages[slot] for slot in routing.slots[0, t].tolist()] == routing.ids[0, t].tolist()
+        assert pages == state.expert_of[0].tolist()
+
+
+def test_a_wave_ends_where_a_slot_in_use_is_taken():
+    logits = torch.tensor([[[2.0, 1, 0, 0], [0, 2, 0, 1], [1, 0, 2, 0]]])  # 0 and 1, then 1 and 3, then 2 and 0
+    routing = route(logits, empty(3, 4), EVICTION_POLICIES["lru"], 2)
+    assert routing.ids[0].tolist() == [[0, 1], [1, 3], [2, 0]]
+    assert routing.waves[0].tolist() == [0, 0, 1]  # expert 2 takes 3's slot, which the second token uses
+    assert routing.misses.experts[0].tolist() == [0, 1, 3, 2, -1, -1]
+    assert routing.misses.slots[0].tolist() == [0, 1, 2, 2, -1, -1]
+    assert routing.misses.count.tolist() == [4]
 
 
 # ----------------------------------------------------------------------------------------------------- properties
@@ -286,7 +449,7 @@ def test_gate_weights_are_unbiased_and_descend(data, seed, renormalise):
     rule, value = data.draw(rules(n))
     logits = normal_logits(seed, 1, 8, n)
     bias = bias_of(rule, value, top_j)
-    routing = route(logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, bias, renormalise)
+    routing = route(logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, bias, GateScores(renormalise=renormalise))
     rows = zip(logits[0].tolist(), routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True)
     for z, ids, weights in rows:
         gates = [softmax(z)[e] for e in ids]
@@ -316,11 +479,11 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(eviction, data, seed):
     logits, bias = normal_logits(seed, 1, tokens, n), bias_of(rule, value, top_j)
 
     whole_state = empty(capacity, n)
-    whole = route(logits, whole_state, evict, k, bias, True)
+    whole = route(logits, whole_state, evict, k, bias, RENORMALISED)
     for bounds in (cuts, range(tokens + 1)):
         state = empty(capacity, n)
         for start, end in pairwise(bounds):
-            part = route(logits[:, start:end], state, evict, k, bias, True)
+            part = route(logits[:, start:end], state, evict, k, bias, RENORMALISED)
             for name in ("ids", "weights", "slots", "hits"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
         assert_same_state(state, whole_state)

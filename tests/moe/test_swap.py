@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cachemoe.kernels.reference import route
+from cachemoe.kernels.reference import GateScores
+from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap, load_model
@@ -47,8 +48,8 @@ class Router:
 
     def __call__(self, layer, logits):
         state = self.state[layer : layer + 1]
-        k, renormalise = self.shape.top_k, self.shape.renormalise
-        routing = route(logits[None], state, least_recently_used, k, self.bias, renormalise)
+        scores = GateScores(renormalise=self.shape.renormalise)
+        routing = route(logits[None], state, least_recently_used, self.shape.top_k, self.bias, scores)
         self.ids[layer].append(routing.ids[0])
         return routing
 

@@ -7,6 +7,7 @@ Everything is measured on text the model was not trained on. Random choices have
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from rich.table import Table
 from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, held_out_text, load_tokens
-from cachemoe.kernels.reference import Routing, route
+from cachemoe.kernels.reference import GateScores, Routing
+from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap, load_model
@@ -48,12 +50,11 @@ class Altered:
 
     def __call__(self, layer: int, logits: torch.Tensor) -> Routing:
         everything = Residency.empty(torch.tensor([self.shape.experts]), self.shape.experts)
-        routing = route(
-            logits[None], everything, least_recently_used, self.shape.top_k, renormalise=self.shape.renormalise
-        )
+        scores = GateScores(renormalise=self.shape.renormalise)
+        routing = route(logits[None], everything, least_recently_used, self.shape.top_k, scores=scores)
         self.ids[layer].append(routing.ids[0])
         self.weights[layer].append(routing.weights[0])
-        return Routing(self.alter(routing.ids), routing.weights, routing.slots, routing.hits)
+        return replace(routing, ids=self.alter(routing.ids))
 
 
 def random_ids(generator: torch.Generator, experts: int, ids: torch.Tensor) -> torch.Tensor:

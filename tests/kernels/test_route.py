@@ -1,0 +1,375 @@
+"""route on each backend, the kernel and the CPU's implementation, against the reference: every field, every integer."""
+
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cachemoe.kernels import reference
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.route import FUSED_TOKENS, STATE, plan_route, route, route_hidden, warps_of
+from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
+
+LRU = EVICTION_POLICIES["lru"]
+V2 = GateScores(groups=4, top_groups=2, scale=16.0)
+V3 = GateScores("sigmoid", 4, 2, "best-two", renormalise=True, epsilon=1e-20, scale=2.5)
+
+BACKENDS = [
+    "cpu",
+    pytest.param(
+        "interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel is compiled")
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on(device, value):
+    """A ``CacheBias`` or a tensor or nothing, with its tensors on a device."""
+    if isinstance(value, CacheBias):
+        return CacheBias(*(on(device, getattr(value, field.name)) for field in fields(CacheBias)))
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def poisoned(caches, tokens, k, device="cpu"):
+    out = Routing.empty(caches, tokens, k, device)
+    for tensor in out.tensors():
+        tensor.fill_(10**9 if tensor.dtype == torch.int64 else True if tensor.dtype == torch.bool else torch.nan)
+    return out
+
+
+def copied(out, result):
+    for tensor, value in zip(out.tensors(), result.tensors(), strict=True):
+        tensor.copy_(value)
+    return out
+
+
+def run(backend, logits, state, evict, k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+    """Route on a backend, into poisoned outputs; ``state`` is the CPU's."""
+    caches, tokens, _ = logits.shape
+    out = poisoned(caches, tokens, k)
+    if backend == "cpu":
+        assert route(logits, state, evict, k, bias, scores, correction, out) is out
+    elif backend == "interpreter":
+        plan_route(logits, state, evict, k, bias, scores, correction, out).run()
+    else:
+        there, result = state.to("cuda"), poisoned(caches, tokens, k, "cuda")
+        route(logits.cuda(), there, evict, k, on("cuda", bias), scores, on("cuda", correction), result)
+        copied(out, result)
+        for name in STATE:
+            getattr(state, name).copy_(getattr(there, name))
+    return out
+
+
+def assert_same_routing(routing, expected):
+    names = ("ids", "weights", "slots", "hits", "waves", "miss experts", "miss slots", "miss count")
+    for name, a, b in zip(names, routing.tensors(), expected.tensors(), strict=True):
+        if name == "weights":
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-12, equal_nan=True)
+        else:
+            assert torch.equal(a, b), name
+
+
+def assert_same_state(state, expected, exact=True):
+    for name in STATE:
+        a, b = getattr(state, name), getattr(expected, name)
+        if name == "range_sum" and not exact:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(a, b), name
+
+
+def assert_as_reference(backend, logits, state, evict, k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+    """And returns the routing; ``state`` is stepped."""
+    stepped = state.clone()
+    expected = reference.route(logits, stepped, evict, k, bias, scores, correction)
+    routing = run(backend, logits, state, evict, k, bias, scores, correction)
+    assert_same_routing(routing, expected)
+    assert_same_state(state, stepped, exact=correction is None)
+    return routing
+
+
+def normal_logits(seed, *shape):
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clear_cut(logits, scores, correction, mass):
+    """Whether rounding cannot decide: no two selection values, groups or sums of scores lie closer than 1e-4."""
+    gates = reference.gate_scores(logits, scores)
+    values = logits if correction is None else gates + correction
+    grouped = (gates if correction is None else values).unflatten(-1, (scores.groups, -1))
+    gaps = []
+    if correction is not None:
+        gaps.append(values.sort(-1).values.diff(dim=-1))
+    if scores.group_score == "best-two":
+        gaps.append(grouped.topk(2, dim=-1).values.sum(-1).sort(-1).values.diff(dim=-1))
+    if mass:
+        order = values.argsort(-1, descending=True)
+        gaps.append(gates.double().gather(-1, order).cumsum(-1) / gates.double().sum(-1, keepdim=True) - mass)
+    return all(bool((gap.abs() > 1e-4).all()) for gap in gaps)
+
+
+# ------------------------------------------------------------------------------------------- against the reference
+
+STRATEGIES = {
+    "original": NO_BIAS,
+    "max-rank": CacheBias(top_j=1, window=5),
+    "cumsum": CacheBias(top_j=1, mass=0.7),
+    "cache-prior": CacheBias(top_j=1, prior=0.5),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@given(st.data())
+@settings(max_examples=8)
+def test_routing_and_state_are_the_references(backend, eviction, strategy, data):
+    scores = data.draw(
+        st.sampled_from([SOFTMAX, GateScores("sigmoid", renormalise=True), GateScores("relu", scale=2.0), V2, V3])
+    )
+    size = data.draw(st.integers(2, 4))
+    n = scores.groups * size if scores.groups > 1 else data.draw(st.integers(2, 17))
+    k = data.draw(st.integers(1, min(4, n, size * scores.top_groups if scores.groups > 1 else n)))
+    tokens = data.draw(st.integers(1, 24 if backend == "cpu" else 4))
+    seed, coarse = data.draw(st.integers(0, 2**32 - 1)), data.draw(st.booleans())
+    correction = None
+    if data.draw(st.booleans()):
+        correction = normal_logits(seed + 1, n) / 10
+    logits = normal_logits(seed, 1, tokens, n)
+    if coarse and correction is None and scores.group_score == "best":
+        logits = logits.round()  # with ties
+    bias = STRATEGIES[strategy]
+    assume(clear_cut(logits, scores, correction, bias.mass))
+    state = Residency.empty(torch.tensor([data.draw(st.integers(k, n))]), n)
+    warm = normal_logits(seed + 2, 1, 6, n)
+    reference.route(warm, state, EVICTION_POLICIES[eviction], k)
+    assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], k, bias, scores, correction)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "tokens, n, k, capacity",
+    [(1, 1, 1, 1), (4, 7, 7, 7), (3, 16, 16, 16), (3, 61, 1, 1), (2, 127, 8, 9), (300, 5, 1, 2), (2, 512, 10, 40)],
+)
+@pytest.mark.parametrize("bias", [CacheBias(2, prior=0.3), CacheBias(1, window=9)], ids=["prior", "window"])
+def test_awkward_shapes(backend, tokens, n, k, capacity, bias):
+    if backend == "interpreter" and tokens == 300 and bias.window:
+        pytest.skip("one long sequence is enough for the interpreter")
+    state = Residency.empty(torch.tensor([capacity]), n)
+    assert_as_reference(backend, normal_logits(1, 1, tokens, n), state, LRU, k, bias)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_logits_of_each_dtype(backend, dtype):
+    if backend == "interpreter" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter has no bfloat16")
+    state = Residency.empty(torch.tensor([4]), 9)
+    assert_as_reference(backend, normal_logits(2, 1, 4, 9).to(dtype), state, LRU, 3, CacheBias(1, prior=0.4))
+
+
+@every_backend
+def test_rows_of_a_larger_tensor(backend):
+    logits = normal_logits(3, 3, 2, 12)[..., 2:11].transpose(0, 1)  # [2, 3, 9], strided
+    state = Residency.empty(torch.tensor([4, 6]), 9)
+    assert_as_reference(backend, logits, state, LRU, 3, CacheBias(1, prior=0.4))
+
+
+@every_backend
+@pytest.mark.parametrize("eviction", EVICTION_POLICIES)
+def test_caches_side_by_side_with_their_own_parameters(backend, eviction):
+    bias = CacheBias(
+        top_j=torch.tensor([0, 1, 2, 5]),
+        window=torch.tensor([0, 6, 0, 0]),
+        mass=torch.tensor([0.0, 0.0, 0.6, 0.0]),
+        prior=torch.tensor([0.3, 0.0, 0.0, 0.9]),
+    )
+    state = Residency.empty(torch.tensor([3, 4, 7, 10]), 10)
+    for seed in range(2):
+        logits = normal_logits(10 + seed, 4, 3, 10)
+        assert clear_cut(logits, SOFTMAX, None, 0.6)
+        assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], 3, bias)
+
+
+@every_backend
+def test_a_correction_for_each_cache(backend):
+    correction = normal_logits(5, 2, 16) / 10
+    state = Residency.empty(torch.tensor([6, 9]), 16)
+    assert_as_reference(backend, normal_logits(4, 2, 3, 16), state, LRU, 4, CacheBias(1, prior=0.3), V3, correction)
+
+
+@every_backend
+@pytest.mark.parametrize("bias", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_router_gone_astray_still_chooses_distinct_experts(backend, bias):
+    logits = normal_logits(6, 1, 5, 8)
+    logits[0, 0] = torch.nan
+    logits[0, 1, [1, 4, 6]] = torch.nan
+    logits[0, 2, :7] = -torch.inf
+    logits[0, 3, [0, 3]] = torch.inf
+    logits[0, 4] = torch.tensor([0.0, -0.0] * 4)
+    routing = assert_as_reference(backend, logits, Residency.empty(torch.tensor([4]), 8), LRU, 3, bias)
+    for token in routing.ids[0].tolist():
+        assert len({e for e in token if 0 <= e < 8}) == 3
+    if bias is NO_BIAS:
+        assert routing.ids[0, 1].tolist() == [1, 4, 6]  # NaN before all, the lower id before the higher
+        assert routing.ids[0, 4].tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ what must not differ
+
+
+@every_backend
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_sequence_cut_anywhere_gives_the_same_bits(backend, strategy):
+    logits, bias = normal_logits(7, 1, 7, 11), STRATEGIES[strategy]
+    whole_state = Residency.empty(torch.tensor([5]), 11)
+    whole = run(backend, logits, whole_state, LRU, 3, bias, GateScores(renormalise=True))
+    for cuts in ([0, 3, 7], range(8)):
+        state, missed = Residency.empty(torch.tensor([5]), 11), []
+        for start, end in pairwise(cuts):
+            part = run(backend, logits[:, start:end], state, LRU, 3, bias, GateScores(renormalise=True))
+            for name in ("ids", "weights", "slots", "hits"):
+                assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
+            missed += part.misses.experts[0, : part.misses.count[0]].tolist()
+        assert_same_state(state, whole_state)
+        assert missed == whole.misses.experts[0, : whole.misses.count[0]].tolist()
+
+
+@every_backend
+def test_the_same_call_twice_gives_the_same_bits(backend):
+    logits, bias = normal_logits(8, 2, 4, 16), CacheBias(1, prior=torch.tensor([0.2, 0.6]))
+    first, second = (
+        run(backend, logits, Residency.empty(torch.tensor([5, 8]), 16), LRU, 4, bias, V2) for _ in range(2)
+    )
+    for a, b in zip(first.tensors(), second.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+# -------------------------------------------------------------------------------------------------- with the gate
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shared", [True, False], ids=["one router", "a router a cache"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens, n, hidden", [(1, 5, 33), (3, 8, 1100), (FUSED_TOKENS + 1, 6, 20)])
+def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n, hidden):
+    caches, k, bias = 2, 2, CacheBias(1, prior=0.4)
+    x = normal_logits(20, caches, tokens, hidden).to(dtype)
+    router = (normal_logits(21, *([n] if shared else [caches, n]), hidden) / hidden**0.5).to(dtype)
+    state = Residency.empty(torch.tensor([3, 4]), n)
+    stepped, out = state.clone(), poisoned(caches, tokens, k)
+    logits = torch.full((caches, tokens, n), torch.nan, dtype=dtype)
+    if backend == "cpu":
+        result = route_hidden(x, router, state, LRU, k, bias, logits=logits, out=out)
+        assert result[0] is logits
+        assert result[1] is out
+    elif backend == "interpreter":
+        tickets = torch.zeros(caches, dtype=torch.int32)
+        plan_route(logits, state, LRU, k, bias, SOFTMAX, None, out, (x, router, tickets)).run()
+        assert not tickets.any()
+    else:
+        there = state.to("cuda")
+        for again in (state.to("cuda"), there):  # twice: the second finds the tickets that the first left
+            there_logits, result = route_hidden(x.cuda(), router.cuda(), again, LRU, k, bias)
+        logits.copy_(there_logits)
+        copied(out, result)
+        for name in STATE:
+            getattr(state, name).copy_(getattr(there, name))
+    expected, _ = reference.route_hidden(x, router, stepped.clone(), LRU, k, bias)
+    torch.testing.assert_close(logits, expected, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
+    assert_same_routing(out, reference.route(logits, stepped, LRU, k, bias))
+    assert_same_state(state, stepped)
+
+
+# ----------------------------------------------------------------------------------------------------- the launcher
+
+
+def test_a_launch_is_planned_without_memory():
+    state = Residency.empty(torch.full((3,), 30), 60).to("meta")
+    logits, out = torch.empty(3, 5, 60, device="meta"), Routing.empty(3, 5, 4, "meta")
+    launch = plan_route(logits, state, LRU, 4, NO_BIAS, SOFTMAX, None, out)
+    assert (launch.grid, launch.num_warps) == ((3,), 1)
+    assert launch.constants["E_PAD"] == 64
+    gate = (torch.empty(3, 5, 32, device="meta"), torch.empty(60, 32, device="meta"), torch.empty(3, device="meta"))
+    assert plan_route(logits, state, LRU, 4, NO_BIAS, SOFTMAX, None, out, gate).grid == (3, 60)
+
+
+def test_one_warp_as_long_as_the_state_fits_its_registers():
+    assert [warps_of(n) for n in (1, 64, 256, 257, 512)] == [1, 1, 1, 4, 4]
+
+
+@pytest.mark.parametrize("experts, k, groups", [(513, 1, 1), (64, 17, 1), (66, 2, 33)])
+def test_the_kernel_refuses_what_it_does_not_take(experts, k, groups):
+    state, out = Residency.empty(torch.tensor([20]), experts), Routing.empty(1, 1, k)
+    with pytest.raises(ValueError, match="the kernel takes up to"):
+        plan_route(torch.zeros(1, 1, experts), state, LRU, k, NO_BIAS, GateScores(groups=groups), None, out)
+
+
+def test_the_cpu_takes_more():
+    state = Residency.empty(torch.tensor([600]), 700)
+    assert_as_reference("cpu", normal_logits(9, 1, 2, 700), state, LRU, 20, CacheBias(2, prior=0.3))
+
+
+def test_what_route_refuses():
+    logits, state = torch.zeros(1, 1, 4), Residency.empty(torch.tensor([2]), 4)
+    with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):
+        route(logits, state, LRU, 3)
+    with pytest.raises(ValueError, match="1 slots cannot hold the 2 experts"):
+        route(logits.expand(2, 1, 4), Residency.empty(torch.tensor([2, 1]), 4), LRU, 2)
+    with pytest.raises(ValueError, match="state is of 4 experts"):
+        route(torch.zeros(1, 1, 5), state, LRU, 1)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
+    with pytest.raises(ValueError, match="cannot be split"):
+        route(logits, state, LRU, 1, scores=GateScores(groups=3))
+
+
+# -------------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_route_compiles_into_one_graph(device):
+    def step(logits, state):
+        bias, scores = CacheBias(1, prior=torch.full_like(logits[:, 0, 0], 0.3)), GateScores(renormalise=True)
+        routing = route(2 * logits, state[0:2], least_frequently_used, 3, bias, scores)
+        return routing.ids + 1, 2 * routing.weights, routing.misses.count, state.clock + 1
+
+    def step_hidden(hidden, state):
+        logits, routing = route_hidden(hidden, router, state[2:3], least_recently_used, 2)
+        return logits, routing.slots
+
+    router = normal_logits(31, 12, 16).to(device)
+    for function, given_input in ((step, normal_logits(30, 2, 4, 12)), (step_hidden, normal_logits(32, 1, 2, 16))):
+        state = Residency.empty(torch.tensor([5, 7, 6]), 12).to(device)
+        compiled_state = state.clone()
+        expected = function(given_input.to(device), state)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(given_input.to(device), compiled_state), expected, strict=True):
+            assert torch.equal(a, b)
+        assert_same_state(compiled_state, state)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_decode():
+    state = Residency.empty(torch.tensor([8]), 32)
+    there, bias = state.to("cuda"), CacheBias(2, prior=0.4)
+    hidden = torch.zeros(1, 1, 64, device="cuda")
+    router = normal_logits(41, 32, 64).cuda() / 8
+    out, logits = Routing.empty(1, 1, 4, "cuda"), torch.empty(1, 1, 32, device="cuda")
+    fresh = there.clone()
+    route_hidden(hidden, router, fresh, LRU, 4, bias, logits=logits, out=out)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        route_hidden(hidden, router, there, LRU, 4, bias, logits=logits, out=out)
+    for name in STATE:
+        getattr(there, name).copy_(getattr(state, name))
+    for seed in range(20):
+        hidden.copy_(normal_logits(seed, 1, 1, 64))
+        graph.replay()
+        expected = reference.route(logits.cpu(), state, LRU, 4, bias)
+        assert_same_routing(copied(Routing.empty(1, 1, 4), out), expected)
+    assert_same_state(there.to("cpu"), state)
