@@ -55,6 +55,31 @@ def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
                     yield f"{kind}, T = 1{way}", launch
 
 
+def _route(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
+    """One token and many, from logits and from hidden states, by every strategy; many caches at once as simulated."""
+    experts, top_k = geometry.experts, geometry.top_k
+    numbers = {
+        "original": NO_BIAS,
+        "max-rank": CacheBias(2, window=8),
+        "cumsum": CacheBias(2, mass=0.5),
+        "cache-prior": CacheBias(2, prior=0.5),
+    }
+    tensors = CacheBias(2, *(_empty(3, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32)))
+    for (policy, evict), (strategy, bias) in product(EVICTION_POLICIES.items(), (numbers | {"any": tensors}).items()):
+        caches = 3 if strategy == "any" else 1
+        capacity = torch.full((caches,), max(experts // 2, top_k))
+        state = Residency.empty(capacity, experts).to("meta")
+        for tokens in (1, 512):
+            arguments = (state, evict, top_k, bias)
+            more = (geometry.scores, _empty(experts, dtype=torch.float32) if geometry.correction else None)
+            out = Routing.empty(caches, tokens, top_k, "meta")
+            logits, hidden = _empty(caches, tokens, experts), _empty(caches, tokens, geometry.hidden)
+            yield f"{strategy}, {policy}, T = {tokens}", plan_route(logits, *arguments, *more, out)
+            if tokens == 1:
+                gate = (hidden, _empty(experts, geometry.hidden), _empty(caches, dtype=torch.int32))
+                yield f"{strategy}, {policy}, gate fused", plan_route(logits, *arguments, *more, out, gate)
+
+
 def _fetch() -> Iterator[tuple[str, Launch]]:
     pool = _empty(64, 1 << 20, dtype=torch.uint8)
     pages = _empty(8, dtype=torch.int64)

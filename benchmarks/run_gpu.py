@@ -57,6 +57,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Most of the tests' time is compiling kernels: where pytest-xdist is installed, on several cores.
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()
+    ours = "gpu or kernel"
     correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
     figures, picture = folder / "micro.json", folder / "latency.png"
 
@@ -69,7 +70,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     return [
         Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
         Step(
-            "correctness", (*pytest, *spread, "tests", "-m", "gpu or kernel", f"--junit-xml={correctness}"), 6, tested
+            "correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested
         ),
         Step(
             "microbenchmarks",
