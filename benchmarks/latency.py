@@ -111,12 +111,13 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
     scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
+    states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
     payload_input = payload_input.to(engine.page_format.compute_dtype)
     route_s = 0.0
 
     def route_layer(layer, logits):
-        return route(logits[None], engine.state[layer : layer + 1], plan.evict, k, bias, scores)
+        return route(logits[None], states[layer], plan.evict, k, bias, scores)
 
     def route_timed(layer, logits):
         nonlocal route_s

@@ -162,6 +162,9 @@ class GateScores:
 
 SOFTMAX = GateScores()
 
+STATE = ("slot_of", "expert_of", "capacity", "last_use", "uses", "clock", "tokens", "range_sum")
+"""The tensors of a ``Residency``, which kernels know by name alone."""
+
 
 @torch.no_grad()
 def route(

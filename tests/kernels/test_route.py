@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cachemoe.kernels import reference
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
-from cachemoe.kernels.route import FUSED_TOKENS, STATE, plan_route, route, route_hidden, warps_of
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, STATE, CacheBias, GateScores, Routing
+from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
+from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
@@ -320,8 +321,16 @@ def test_what_route_refuses():
         route(logits, state, LRU, 3)
     with pytest.raises(ValueError, match="1 slots cannot hold the 2 experts"):
         route(logits.expand(2, 1, 4), Residency.empty(torch.tensor([2, 1]), 4), LRU, 2)
-    with pytest.raises(ValueError, match="state is of 4 experts"):
+    with pytest.raises(ValueError, match="state is of"):
         route(torch.zeros(1, 1, 5), state, LRU, 1)
+    with pytest.raises(ValueError, match="state is of"):
+        route(torch.zeros(2, 1, 4), state, LRU, 1)
+    with pytest.raises(ValueError, match="the correction must be"):
+        route(logits, state, LRU, 1, correction=torch.zeros(5))
+    with pytest.raises(ValueError, match="out must be"):
+        route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
+    with pytest.raises(ValueError, match="prior must be a number"):
+        plan_route(logits, state, LRU, 2, CacheBias(prior=torch.zeros(3)), SOFTMAX, None, Routing.empty(1, 1, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
     with pytest.raises(ValueError, match="cannot be split"):

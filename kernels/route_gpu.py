@@ -1,0 +1,409 @@
+"""Cache-aware routing in Triton: scores, residency bias, top-k, gate weights and the residency update in one launch.
+
+    logits [B, T, E], or hidden states [B, T, H] and the router's weight -> ids, weights, slots, hits, waves, misses
+
+Grid: one program a cache, which steps through the T tokens with the cache's state in registers. With the gate fused:
+(B, E), one program an expert's logits, and a cache's last to finish routes. Selection is an iterated maximum of int32
+keys that sort as the float32 values do, one warp-wide instruction each; ties go to the lower id. The specification is
+:func:`cachemoe.kernels.reference.route`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from cachemoe.kernels.launch import Launch
+from cachemoe.kernels.reference import STATE, CacheBias, GateScores, Routing
+
+MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
+
+OUTPUTS = ("ids", "weights", "slots", "hits", "waves", "miss_experts", "miss_slots", "miss_count")
+
+LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
+NAN_KEY = tl.constexpr(2**31 - 1)
+NEVER = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _key(value):
+    """int32 that sorts as float32 does, NaN highest, -0.0 equal to 0.0."""
+    bits = tl.where(value == 0.0, 0, value.to(tl.int32, bitcast=True))
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(value != value, NAN_KEY, key)
+
+
+@triton.jit
+def _value(key):
+    """The float32 that a key was made of."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _highest(key, i, SIZE: tl.constexpr):
+    """Position of the highest key, the lowest among equals."""
+    return tl.min(tl.where(key == tl.max(key, 0), i, SIZE), 0)
+
+
+@triton.jit
+def _score(logits, top, total, FUNCTION: tl.constexpr):
+    """Gate scores; ``top`` and ``total`` are the row's highest logit and its sum of exp(logit - top)."""
+    if FUNCTION == "softmax":
+        score = tl.exp(logits - top) / total
+    elif FUNCTION == "sigmoid":
+        score = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        score = tl.where(logits < 0.0, 0.0, logits)
+    return score
+
+
+@triton.jit
+def _chosen_groups(
+    row_ptr, correction_ptr, top, total,
+    FUNCTION: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
+):  # fmt: skip
+    """int32 with a bit set for each group that the token may choose from."""
+    g, i = tl.arange(0, GROUPS_PAD), tl.arange(0, GROUP_PAD)
+    e = g[:, None] * GROUP + i[None, :]
+    inside = (g < GROUPS)[:, None] & (i < GROUP)[None, :]
+    value = tl.load(row_ptr + e, inside, 0.0).to(tl.float32)
+    if BEST_TWO or correction_ptr is not None:
+        value = _score(value, top, total, FUNCTION)
+    if correction_ptr is not None:
+        value += tl.load(correction_ptr + e, inside, 0.0)
+    key = tl.where(inside, _key(value), LOWEST)
+    best = tl.max(key, 1)
+    if BEST_TWO:
+        first = tl.min(tl.where(key == best[:, None], i[None, :], GROUP_PAD), 1)
+        second = tl.max(tl.where(i[None, :] == first[:, None], LOWEST, key), 1)
+        best = tl.where(g < GROUPS, _key(_value(best) + _value(second)), LOWEST)
+    chosen = 0
+    for _ in range(TOP_GROUPS):
+        group = _highest(best, g, GROUPS_PAD)
+        chosen |= 1 << group
+        best = tl.where(g == group, LOWEST, best)
+    return chosen
+
+
+@triton.jit
+def _ranks(
+    row_ptr, correction_ptr, key, e, top, total, whole, groups,
+    E: tl.constexpr, E_PAD: tl.constexpr, GROUP: tl.constexpr, FUNCTION: tl.constexpr, GROUPED: tl.constexpr,
+    MASS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Of each expert how many candidates are ranked better, and the share of the scores that those have."""
+    rank, before = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.float32)
+    for first in range(0, E, CHUNK):
+        o = first + tl.arange(0, CHUNK)
+        logits = tl.load(row_ptr + o, o < E, 0.0).to(tl.float32)
+        value = logits
+        if MASS or correction_ptr is not None:
+            score = _score(logits, top, total, FUNCTION)
+        if correction_ptr is not None:
+            value = score + tl.load(correction_ptr + o, o < E, 0.0)
+        other, candidate = _key(value), o < E
+        if GROUPED:
+            candidate &= ((groups >> (o // GROUP)) & 1) == 1
+        better = (other[:, None] > key[None, :]) | ((other[:, None] == key[None, :]) & (o[:, None] < e[None, :]))
+        better &= candidate[:, None]
+        rank += tl.sum(better.to(tl.int32), 0)
+        if MASS:
+            before += tl.sum(tl.where(better, (score / whole)[:, None], 0.0), 0)
+    return rank, before
+
+
+@triton.jit
+def _parameter(value, cache, PER_CACHE: tl.constexpr, DTYPE: tl.constexpr):
+    """A parameter of ``CacheBias``: a number, or one a cache."""
+    if PER_CACHE:
+        value = tl.load(value + cache).to(DTYPE)
+    return value
+
+
+@triton.jit
+def _gate(
+    cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H, E: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """The logits of one expert for all tokens of the cache; whether the cache's other experts are done."""
+    e = tl.program_id(1)
+    row_ptr = router_ptr + cache * router_stride + e.to(tl.int64) * H
+    for t in range(T):
+        x_ptr = hidden_ptr + (cache * T + t) * H
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for first in tl.range(0, H, BLOCK_H, num_stages=4):
+            h = first + tl.arange(0, BLOCK_H)
+            weight = tl.load(row_ptr + h, h < H, 0.0)
+            x = tl.load(x_ptr + h, h < H, 0.0)
+            total += weight.to(tl.float32) * x.to(tl.float32)
+        tl.store(logits_ptr + (cache * T + t) * E + e, tl.sum(total, 0))
+    tl.debug_barrier()  # the logits are written before the ticket says so, whichever threads do either
+    return tl.atomic_add(ticket_ptr + cache, 1, sem="acq_rel") == tl.num_programs(1) - 1
+
+
+@triton.jit
+def _route_kernel(
+    # inputs: logits [B, T, E]; fused, they are an output, of hidden [B, T, H] and router [E, H] or [B, E, H]
+    logits_ptr, stride_b, stride_t, correction_ptr, correction_stride,
+    hidden_ptr, router_ptr, router_stride, ticket_ptr,
+    # state: [B, E], [B, C] and [B]
+    slot_of_ptr, expert_of_ptr, capacity_ptr, last_use_ptr, uses_ptr, clock_ptr, tokens_ptr, range_sum_ptr,
+    # parameters: numbers, or [B]
+    top_j, window, mass, prior, epsilon, scale,
+    # outputs: [B, T, K], [B, T], [B, T * K], [B]
+    ids_ptr, weights_ptr, slots_ptr, hits_ptr, waves_ptr, miss_experts_ptr, miss_slots_ptr, miss_count_ptr,
+    # shapes and constants
+    T, H,
+    E: tl.constexpr, C: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, C_PAD: tl.constexpr,
+    EVICT: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr,
+    GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
+    WINDOW: tl.constexpr, MASS: tl.constexpr, PRIOR: tl.constexpr, CHUNK: tl.constexpr,
+    TOP_J_PER_CACHE: tl.constexpr, WINDOW_PER_CACHE: tl.constexpr, MASS_PER_CACHE: tl.constexpr,
+    PRIOR_PER_CACHE: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    cache = tl.program_id(0).to(tl.int64)
+    if router_ptr is not None:
+        last = _gate(cache, hidden_ptr, router_ptr, router_stride, logits_ptr, ticket_ptr, T, H, E, BLOCK_H)
+        if not last:
+            return
+        tl.store(ticket_ptr + cache, 0)
+    logits_ptr += cache * stride_b
+    if correction_ptr is not None:
+        correction_ptr += cache * correction_stride
+    GROUP: tl.constexpr = E // GROUPS
+    GROUPED: tl.constexpr = TOP_GROUPS < GROUPS
+    BIASED: tl.constexpr = WINDOW or MASS or PRIOR
+    e, c = tl.arange(0, E_PAD), tl.arange(0, C_PAD)
+    real = e < E
+    logits = tl.load(logits_ptr + e, real, 0.0)
+    slot_of = tl.load(slot_of_ptr + cache * E + e, real, -1).to(tl.int32)
+    expert_of = tl.load(expert_of_ptr + cache * C + c, c < C, 0).to(tl.int32)
+    last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
+    uses = tl.load(uses_ptr + cache * E + e, real, 0)
+    capacity = tl.load(capacity_ptr + cache)
+    clock = tl.load(clock_ptr + cache)
+    seen = tl.load(tokens_ptr + cache)
+    range_sum = tl.load(range_sum_ptr + cache)
+    if BIASED:
+        j = _parameter(top_j, cache, TOP_J_PER_CACHE, tl.int32)
+    if WINDOW:
+        m = _parameter(window, cache, WINDOW_PER_CACHE, tl.int32)
+    if MASS:
+        p = _parameter(mass, cache, MASS_PER_CACHE, tl.float32)
+    if PRIOR:
+        strength = _parameter(prior, cache, PRIOR_PER_CACHE, tl.float32)
+    if correction_ptr is not None:
+        correction = tl.load(correction_ptr + e, real, 0.0)
+
+    free = tl.sum(((expert_of < 0) & (c < capacity)).to(tl.int32), 0)
+    missed, wave, wave_start = 0, 0, clock
+    for t in range(T):
+        x = logits.to(tl.float32)
+        logits = tl.load(logits_ptr + stride_t + e, real & (t + 1 < T), 0.0)  # the next token's, ahead of time
+        top, total = 0.0, 1.0
+        if FUNCTION == "softmax":
+            top = tl.max(tl.where(real, x, -float("inf")), 0)
+            total = tl.sum(tl.where(real, tl.exp(x - top), 0.0), 0)
+        score = _score(x, top, total, FUNCTION)
+        value = x
+        if correction_ptr is not None:
+            value = score + correction
+        key = tl.where(real, _key(value), LOWEST)
+        value_range = _value(tl.max(key, 0)) - _value(tl.min(tl.where(real, key, NAN_KEY), 0))
+        groups = 0
+        if GROUPED:
+            groups = _chosen_groups(
+                logits_ptr, correction_ptr, top, total,
+                FUNCTION, GROUPS, TOP_GROUPS, BEST_TWO, GROUP, GROUPS_PAD, GROUP_PAD,
+            )  # fmt: skip
+            key = tl.where(((groups >> (e // GROUP)) & 1) == 1, key, LOWEST)
+
+        biased = key
+        if WINDOW or MASS:
+            whole = 1.0
+            if MASS:
+                if FUNCTION != "softmax":
+                    whole = tl.maximum(tl.sum(tl.where(real, score, 0.0), 0), 1.1754943508222875e-38)
+            rank, before = _ranks(
+                logits_ptr, correction_ptr, key, e, top, total, whole, groups,
+                E, E_PAD, GROUP, FUNCTION, GROUPED, MASS, CHUNK,
+            )  # fmt: skip
+            within = e < 0
+            if WINDOW:
+                within |= rank < m
+            if MASS:
+                within |= (before < p) | (e < tl.where(p >= 1.0, E, 0))
+            biased = E_PAD - rank + tl.where(within & (slot_of >= 0), E_PAD, 0)
+        if PRIOR:
+            # float64 products of float32 are exact: one rounding, and nothing for the compiler to fuse.
+            mean_range = (range_sum / tl.maximum(seen, 1).to(tl.float64)).to(tl.float32)
+            boost = (strength.to(tl.float64) * mean_range.to(tl.float64)).to(tl.float32)
+            biased = tl.where(strength > 0.0, _key(tl.where(slot_of >= 0, value + boost, value)), biased)
+        if BIASED:
+            biased = tl.where(key == LOWEST, LOWEST, biased)
+
+        place = tl.full([E_PAD], K, tl.int32)  # of the chosen their place in the token's order, K for the others
+        for k in range(K):
+            candidates = key
+            if BIASED:
+                candidates = tl.where(k < j, key, biased)
+            chosen = _highest(tl.where(place < K, LOWEST, candidates), e, E_PAD)
+            place = tl.where(e == chosen, k, place)
+        if BIASED:
+            # The best j are in their places; the others are in the order of the bias.
+            left = (place < K) & (place >= j)
+            for k in range(tl.minimum(j, K), K):
+                chosen = _highest(tl.where(left, key, LOWEST), e, E_PAD)
+                place = tl.where(e == chosen, k, place)
+                left &= e != chosen
+
+        used = place < K
+        missing = used & (slot_of < 0)
+        last_use = tl.where(used, clock + K - place, last_use)
+        uses += used.to(tl.int64)
+        offsets = (cache * T + t) * K + place
+        tl.store(ids_ptr + offsets, e, used)
+        tl.store(hits_ptr + offsets, slot_of >= 0, used)
+        weights = score
+        if RENORMALISE:
+            weights = score / (tl.sum(tl.where(used, score, 0.0), 0) + epsilon)
+        tl.store(weights_ptr + offsets, weights * scale, used)
+
+        left_wave = 0
+        for _ in range(tl.sum(missing.to(tl.int32), 0)):
+            expert = tl.min(tl.where(used & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
+            if free > 0:
+                slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
+                free -= 1
+            else:
+                policy = tl.minimum(EVICT(last_use, uses), NEVER - 1)
+                policy = tl.where(used | (slot_of < 0), NEVER, policy)
+                least = policy == tl.min(policy, 0)
+                slot = tl.min(tl.where(least & (slot_of >= 0), slot_of, C - 1), 0)
+                left_wave |= tl.max(((slot_of == slot) & (last_use > wave_start)).to(tl.int32), 0)
+            slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
+            expert_of = tl.where(c == slot, expert, expert_of)
+            listed = cache * T * K + missed
+            tl.store(miss_experts_ptr + listed, expert)
+            tl.store(miss_slots_ptr + listed, slot)
+            missed += 1
+        tl.store(slots_ptr + offsets, tl.maximum(slot_of, 0), used)
+        wave += left_wave
+        wave_start = tl.where(left_wave > 0, clock, wave_start)
+        tl.store(waves_ptr + cache * T + t, wave)
+        logits_ptr += stride_t
+        clock += K
+        seen += 1
+        finite = (value_range == value_range) & (tl.abs(value_range) < float("inf"))
+        range_sum += tl.where(finite, value_range, 0.0).to(tl.float64)
+
+    for first in range(missed, T * K, 128):
+        i = first + tl.arange(0, 128)
+        tl.store(miss_experts_ptr + cache * T * K + i, -1, i < T * K)
+        tl.store(miss_slots_ptr + cache * T * K + i, -1, i < T * K)
+    tl.store(miss_count_ptr + cache, missed)
+    tl.store(slot_of_ptr + cache * E + e, slot_of, real)
+    tl.store(expert_of_ptr + cache * C + c, expert_of, c < C)
+    tl.store(last_use_ptr + cache * E + e, last_use, real)
+    tl.store(uses_ptr + cache * E + e, uses, real)
+    tl.store(clock_ptr + cache, clock)
+    tl.store(tokens_ptr + cache, seen)
+    tl.store(range_sum_ptr + cache, range_sum)
+
+
+@cache
+def _jitted(evict: Callable):
+    """The policy as the kernel calls it; the interpreter calls plain functions, and jitted ones only if they use tl."""
+    return evict if triton.knobs.runtime.interpret else triton.jit(evict)
+
+
+def warps_of(experts: int) -> int:
+    """Warps of a program: one, whose reductions need no barrier, as long as the state fits its registers."""
+    return 1 if experts <= 256 else 4
+
+
+def plan_route(
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    bias: CacheBias,
+    scores: GateScores,
+    correction: torch.Tensor | None,
+    out: Routing,
+    gate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> Launch:
+    """The launch that routes ``logits``; arguments as ``route``'s, the last dimension of ``logits`` of stride 1.
+
+    Args:
+        gate: the hidden states ``[B, T, H]``, the router's weight ``[E, H]`` or ``[B, E, H]``, and zeros ``[B]`` int32
+            that the launch counts in and leaves at zero; all contiguous. Then ``logits``, contiguous, is an output.
+
+    Raises:
+        ValueError: for more experts, experts a token or groups than the kernel takes, or a bias of another shape.
+    """
+    caches, tokens, experts = logits.shape
+    if experts > MAX_EXPERTS or top_k > MAX_TOP_K or scores.groups > MAX_GROUPS:
+        raise ValueError(
+            f"the kernel takes up to {MAX_EXPERTS} experts, {MAX_TOP_K} a token and {MAX_GROUPS} groups, "
+            f"not {experts}, {top_k} and {scores.groups}"
+        )
+    parameters = {"top_j": bias.top_j, "window": bias.window, "mass": bias.mass, "prior": bias.prior}
+    for name, value in parameters.items():
+        if isinstance(value, torch.Tensor) and (value.shape != (caches,) or not value.is_contiguous()):
+            raise ValueError(f"{name} must be a number or a contiguous tensor of {caches}, not {tuple(value.shape)}")
+        if not isinstance(value, torch.Tensor) and name in ("mass", "prior"):
+            parameters[name] = float(value)
+    slots, num_warps, padded = state.expert_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
+    hidden, router, ticket = gate or (None, None, None)
+    arguments = {
+        "logits_ptr": logits,
+        "stride_b": logits.stride(0),
+        "stride_t": logits.stride(1),
+        "correction_ptr": correction,
+        "correction_stride": experts if correction is not None and correction.dim() == 2 else 0,
+        "hidden_ptr": hidden,
+        "router_ptr": router,
+        "router_stride": 0 if router is None or router.dim() == 2 else router.stride(0),
+        "ticket_ptr": ticket,
+        **{f"{name}_ptr": getattr(state, name) for name in STATE},
+        **parameters,
+        "epsilon": float(scores.epsilon),
+        "scale": float(scores.scale),
+        **{f"{name}_ptr": tensor for name, tensor in zip(OUTPUTS, out.tensors(), strict=True)},
+        "T": tokens,
+        "H": 0 if hidden is None else hidden.shape[2],
+    }
+    constants = {
+        "E": experts,
+        "C": slots,
+        "K": top_k,
+        "E_PAD": padded,
+        "C_PAD": triton.next_power_of_2(slots),
+        "EVICT": _jitted(evict),
+        "FUNCTION": scores.function,
+        "RENORMALISE": scores.renormalise,
+        "GROUPS": scores.groups,
+        "TOP_GROUPS": scores.top_groups,
+        "BEST_TWO": scores.group_score == "best-two",
+        "GROUPS_PAD": triton.next_power_of_2(scores.groups),
+        "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
+        "WINDOW": _in_use(bias.window),
+        "MASS": _in_use(bias.mass),
+        "PRIOR": _in_use(bias.prior),
+        **{f"{name.upper()}_PER_CACHE": isinstance(v, torch.Tensor) for name, v in parameters.items()},
+        "CHUNK": max(1, 512 * num_warps // padded),  # larger tiles of ranks spill
+        "BLOCK_H": 1024,
+    }
+    return Launch(
+        _route_kernel, (caches,) if gate is None else (caches, experts), arguments, constants, num_warps=num_warps
+    )
+
+
+def _in_use(parameter: float | torch.Tensor) -> bool:
+    return isinstance(parameter, torch.Tensor) or parameter != 0
