@@ -1,6 +1,7 @@
 """Every launch that the kernels' heuristics choose for the geometries measured here, as data and without memory."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +11,33 @@ from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch import plan_fetch
 from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.route_gpu import plan_route
+from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
 PREFILL_TOKENS = (128, 512, 2048)
+
+
+@dataclass(frozen=True)
+class Router:
+    """How many experts one layer has, and how it chooses among them."""
+
+    experts: int
+    top_k: int
+    scores: GateScores = SOFTMAX
+    corrected: bool = False
+
+
+DEEPSEEK_V3 = GateScores("sigmoid", 8, 4, "best-two", renormalise=True, epsilon=1e-20, scale=2.5)
+ROUTERS = {
+    "Qwen1.5-MoE": Router(60, 4),
+    "OLMoE": Router(64, 8),
+    "Qwen3-30B-A3B": Router(128, 8, GateScores(renormalise=True)),
+    "Mixtral": Router(8, 2, GateScores(renormalise=True)),
+    "DeepSeek-V2": Router(160, 6, GateScores(groups=8, top_groups=3, scale=16.0)),
+    "DeepSeek-V3": Router(256, 8, DEEPSEEK_V3, corrected=True),
+    "512 experts": Router(512, 16, GateScores("relu")),
+}
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -55,29 +81,32 @@ def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
                     yield f"{kind}, T = 1{way}", launch
 
 
-def _route(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
+def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     """One token and many, from logits and from hidden states, by every strategy; many caches at once as simulated."""
-    experts, top_k = geometry.experts, geometry.top_k
-    numbers = {
+    experts, top_k = router.experts, router.top_k
+    biases = {
         "original": NO_BIAS,
         "max-rank": CacheBias(2, window=8),
         "cumsum": CacheBias(2, mass=0.5),
         "cache-prior": CacheBias(2, prior=0.5),
+        "any": CacheBias(2, *(_empty(3, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))),
     }
-    tensors = CacheBias(2, *(_empty(3, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32)))
-    for (policy, evict), (strategy, bias) in product(EVICTION_POLICIES.items(), (numbers | {"any": tensors}).items()):
+    correction = _empty(experts, dtype=torch.float32) if router.corrected else None
+    # Policies differ in a key alone: the others are compiled with one strategy.
+    ways = [("lru", name, bias) for name, bias in biases.items()]
+    ways += [(policy, "cache-prior", biases["cache-prior"]) for policy in EVICTION_POLICIES if policy != "lru"]
+    for policy, strategy, bias in ways:
+        evict = EVICTION_POLICIES[policy]
         caches = 3 if strategy == "any" else 1
-        capacity = torch.full((caches,), max(experts // 2, top_k))
-        state = Residency.empty(capacity, experts).to("meta")
+        state = Residency.empty(torch.full((caches,), max(experts // 2, top_k)), experts).to("meta")
         for tokens in (1, 512):
-            arguments = (state, evict, top_k, bias)
-            more = (geometry.scores, _empty(experts, dtype=torch.float32) if geometry.correction else None)
-            out = Routing.empty(caches, tokens, top_k, "meta")
-            logits, hidden = _empty(caches, tokens, experts), _empty(caches, tokens, geometry.hidden)
-            yield f"{strategy}, {policy}, T = {tokens}", plan_route(logits, *arguments, *more, out)
+            logits, out = _empty(caches, tokens, experts), Routing.empty(caches, tokens, top_k, "meta")
+            arguments = (logits, state, evict, top_k, bias, router.scores, correction, out)
+            yield f"{strategy}, {policy}, T = {tokens}", plan_route(*arguments)
             if tokens == 1:
-                gate = (hidden, _empty(experts, geometry.hidden), _empty(caches, dtype=torch.int32))
-                yield f"{strategy}, {policy}, gate fused", plan_route(logits, *arguments, *more, out, gate)
+                hidden, weight = _empty(caches, 1, 2048), _empty(experts, 2048)
+                gate = (hidden, weight, _empty(caches, dtype=torch.int32))
+                yield f"{strategy}, {policy}, gate fused", plan_route(*arguments, gate)
 
 
 def _fetch() -> Iterator[tuple[str, Launch]]:
@@ -96,4 +125,6 @@ def cases() -> Iterator[tuple[str, Launch]]:
 
     for geometry in GEOMETRIES.values():
         yield from ((f"{geometry.title}, {what}", launch) for what, launch in _experts(geometry) if new(launch))
+    for name, router in ROUTERS.items():
+        yield from ((f"{name}, {what}", launch) for what, launch in _route(router) if new(launch))
     yield from ((what, launch) for what, launch in _fetch() if new(launch))

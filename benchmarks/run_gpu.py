@@ -69,9 +69,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
 
     return [
         Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
-        Step(
-            "correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested
-        ),
+        Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested),
         Step(
             "microbenchmarks",
             (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),

@@ -1,9 +1,7 @@
-"""What an expert does between its matrices, in PyTorch and in Triton: the names are ``formats.ACTIVATIONS``."""
+"""What an expert does between its matrices: the names are ``formats.ACTIVATIONS``."""
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from cachemoe.kernels.formats import PageFormat
 
@@ -22,23 +20,3 @@ def activate(rows: torch.Tensor, page_format: PageFormat) -> torch.Tensor:
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-
-
-@triton.jit
-def activate_tile(gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """``activate`` of float32 tiles; without a gate, ``gate`` is not looked at."""
-    if ACTIVATION == "clamped-swiglu":
-        gate = tl.minimum(gate, 7.0)
-        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
-        result = gate * tl.sigmoid(1.702 * gate) * (up + 1.0)
-    else:
-        z = gate if GATED else up
-        if ACTIVATION == "silu":
-            result = z * tl.sigmoid(z)
-        elif ACTIVATION == "gelu":
-            result = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-        else:
-            result = tl.maximum(z, 0.0)
-        if GATED:
-            result *= up
-    return result

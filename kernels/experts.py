@@ -9,8 +9,6 @@ together: hits first and misses later gives the bits that all at once gives.
 import torch
 
 from cachemoe.kernels import experts_cpu
-from cachemoe.kernels.experts_decode import plan_decode
-from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.experts_tiles import DECODE_PAIRS
 from cachemoe.kernels.formats import PageFormat
 
@@ -129,6 +127,9 @@ def _run(
     if not x.is_cuda:
         experts_cpu.experts(x, slots, gates, named, page_format, out, pending, partial, finish)
         return
+    from cachemoe.kernels.experts_decode import plan_decode  # here, since not every machine has triton
+    from cachemoe.kernels.experts_prefill import plan_prefill
+
     h = x.new_empty(slots.numel(), page_format.intermediate)
     if slots.numel() <= DECODE_PAIRS:
         launches = plan_decode(x, slots, gates, named, page_format, out, h, pending, partial, finish)
@@ -156,6 +157,8 @@ def _run_through(
         pool[slots[missing]] = store[pages[missing]]
         experts_cpu.experts(x, slots, gates, weights, page_format, out)
         return
+    from cachemoe.kernels.experts_decode import plan_decode
+
     h = x.new_empty(slots.numel(), page_format.intermediate)
     source = page_format.views(store)
     for launch in plan_decode(x, slots, gates, weights, page_format, out, h, source=pages, source_weights=source):

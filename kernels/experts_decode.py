@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cachemoe.kernels.activations import activate_tile
+from cachemoe.kernels.activations_gpu import activate_tile
 from cachemoe.kernels.experts_tiles import decode_tiles
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.launch import Launch

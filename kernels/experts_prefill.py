@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cachemoe.kernels.activations import activate_tile
+from cachemoe.kernels.activations_gpu import activate_tile
 from cachemoe.kernels.experts_tiles import prefill_tiles
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.launch import Launch
