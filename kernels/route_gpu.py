@@ -405,7 +405,12 @@ def plan_route(
         "BLOCK_H": 1024,
     }
     return Launch(
-        _route_kernel, (caches,) if gate is None else (caches, experts), arguments, constants, num_warps=num_warps
+        _route_kernel,
+        (caches,) if gate is None else (caches, experts),
+        arguments,
+        constants,
+        max_registers=255,  # a program a cache: there are no others to make room for
+        num_warps=num_warps,
     )
 
 
