@@ -51,7 +51,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     compiled = triton.compile(
         ASTSource(launch.kernel, types, constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options=launch.options(),
     )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -32,6 +32,7 @@ class Launch:
         grid: programs along up to three axes.
         arguments: tensors, numbers and None by parameter name.
         constants: ``tl.constexpr`` parameters by name.
+        max_registers: of a thread; named, it keeps the assembler from spilling a few to fit more programs at a time.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of loops around ``tl.dot``; other loops name their own.
         streams_pages: claims that it reads pages 16 bytes a thread: a check of the compiled code holds it to that,
@@ -42,6 +43,7 @@ class Launch:
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
+    max_registers: int | None = None
     num_warps: int = 4
     num_stages: int = 3
     streams_pages: bool = False
@@ -49,7 +51,11 @@ class Launch:
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""
-        self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+
+    def options(self) -> dict[str, int | None]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
         """The launch as Triton specialises it: the types, constants and known divisibilities of ``ASTSource``.

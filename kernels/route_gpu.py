@@ -2,7 +2,7 @@
 
     logits [B, T, E], or hidden states [B, T, H] and the router's weight -> ids, weights, slots, hits, waves, misses
 
-Grid: one program a cache, which steps through the T tokens with the cache's state in registers. With the gate fused:
+Grid: one program a cache, which steps through the T tokens with the page table in registers. With the gate fused:
 (B, E), one program an expert's logits, and a cache's last to finish routes. Selection is an iterated maximum of int32
 keys that sort as the float32 values do, one warp-wide instruction each; ties go to the lower id. The specification is
 :func:`cachemoe.kernels.reference.route`.
@@ -183,8 +183,6 @@ def _route_kernel(
     logits = tl.load(logits_ptr + e, real, 0.0)
     slot_of = tl.load(slot_of_ptr + cache * E + e, real, -1).to(tl.int32)
     expert_of = tl.load(expert_of_ptr + cache * C + c, c < C, 0).to(tl.int32)
-    last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
-    uses = tl.load(uses_ptr + cache * E + e, real, 0)
     capacity = tl.load(capacity_ptr + cache)
     clock = tl.load(clock_ptr + cache)
     seen = tl.load(tokens_ptr + cache)
@@ -201,7 +199,10 @@ def _route_kernel(
         correction = tl.load(correction_ptr + e, real, 0.0)
 
     free = tl.sum(((expert_of < 0) & (c < capacity)).to(tl.int32), 0)
-    missed, wave, wave_start = 0, 0, clock
+    # Of each expert the touches of this call, and the clock after the last of them, 0 before it, from the call's start:
+    # int32 in registers, where last_use and uses are only read for a miss.
+    touches, touched = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
+    missed, wave, wave_start, elapsed = 0, 0, 0, 0
     for t in range(T):
         x = logits.to(tl.float32)
         logits = tl.load(logits_ptr + stride_t + e, real & (t + 1 < T), 0.0)  # the next token's, ahead of time
@@ -264,8 +265,8 @@ def _route_kernel(
 
         used = place < K
         missing = used & (slot_of < 0)
-        last_use = tl.where(used, clock + K - place, last_use)
-        uses += used.to(tl.int64)
+        touched = tl.where(used, elapsed + K - place, touched)
+        touches += used.to(tl.int32)
         offsets = (cache * T + t) * K + place
         tl.store(ids_ptr + offsets, e, used)
         tl.store(hits_ptr + offsets, slot_of >= 0, used)
@@ -281,11 +282,13 @@ def _route_kernel(
                 slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
                 free -= 1
             else:
-                policy = tl.minimum(EVICT(last_use, uses), NEVER - 1)
+                last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
+                uses = tl.load(uses_ptr + cache * E + e, real, 0) + touches
+                policy = tl.minimum(EVICT(tl.where(touched > 0, clock + touched, last_use), uses), NEVER - 1)
                 policy = tl.where(used | (slot_of < 0), NEVER, policy)
                 least = policy == tl.min(policy, 0)
                 slot = tl.min(tl.where(least & (slot_of >= 0), slot_of, C - 1), 0)
-                left_wave |= tl.max(((slot_of == slot) & (last_use > wave_start)).to(tl.int32), 0)
+                left_wave |= tl.max(((slot_of == slot) & (touched > wave_start)).to(tl.int32), 0)
             slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
             expert_of = tl.where(c == slot, expert, expert_of)
             listed = cache * T * K + missed
@@ -294,10 +297,10 @@ def _route_kernel(
             missed += 1
         tl.store(slots_ptr + offsets, tl.maximum(slot_of, 0), used)
         wave += left_wave
-        wave_start = tl.where(left_wave > 0, clock, wave_start)
+        wave_start = tl.where(left_wave > 0, elapsed, wave_start)
         tl.store(waves_ptr + cache * T + t, wave)
         logits_ptr += stride_t
-        clock += K
+        elapsed += K
         seen += 1
         finite = (value_range == value_range) & (tl.abs(value_range) < float("inf"))
         range_sum += tl.where(finite, value_range, 0.0).to(tl.float64)
@@ -309,9 +312,10 @@ def _route_kernel(
     tl.store(miss_count_ptr + cache, missed)
     tl.store(slot_of_ptr + cache * E + e, slot_of, real)
     tl.store(expert_of_ptr + cache * C + c, expert_of, c < C)
-    tl.store(last_use_ptr + cache * E + e, last_use, real)
-    tl.store(uses_ptr + cache * E + e, uses, real)
-    tl.store(clock_ptr + cache, clock)
+    tl.store(last_use_ptr + cache * E + e, clock + touched, touched > 0)
+    uses = tl.load(uses_ptr + cache * E + e, touched > 0, 0)
+    tl.store(uses_ptr + cache * E + e, uses + touches, touched > 0)
+    tl.store(clock_ptr + cache, clock + elapsed)
     tl.store(tokens_ptr + cache, seen)
     tl.store(range_sum_ptr + cache, range_sum)
 
@@ -401,7 +405,12 @@ def plan_route(
         "BLOCK_H": 1024,
     }
     return Launch(
-        _route_kernel, (caches,) if gate is None else (caches, experts), arguments, constants, num_warps=num_warps
+        _route_kernel,
+        (caches,) if gate is None else (caches, experts),
+        arguments,
+        constants,
+        max_registers=255,  # a program a cache: there are no others to make room for
+        num_warps=num_warps,
     )
 
 
