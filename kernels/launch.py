@@ -32,22 +32,22 @@ class Launch:
         grid: programs along up to three axes.
         arguments: tensors, numbers and None by parameter name.
         constants: ``tl.constexpr`` parameters by name.
-        max_registers: of a thread; named, it keeps the assembler from spilling a few to fit more programs at a time.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of loops around ``tl.dot``; other loops name their own.
         streams_pages: claims that it reads pages 16 bytes a thread: a check of the compiled code holds it to that,
         pipelined: and to this, that loads run ahead of the loop that needs them.
+        max_registers: of a thread; named, it keeps the assembler from spilling a few to fit more programs at a time.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
-    max_registers: int | None = None
     num_warps: int = 4
     num_stages: int = 3
     streams_pages: bool = False
     pipelined: bool = False
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""
