@@ -29,15 +29,18 @@ def route_cpu(
     """As :func:`cachemoe.kernels.reference.route`; the tensors of ``state`` and ``out`` are contiguous."""
     if (least := min(state.capacity.tolist())) < top_k:
         raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
-    logits = logits.detach().float()
+    if logits.requires_grad:
+        logits = logits.detach()
+    logits = logits.float()
     gates = reference.gate_scores(logits, scores)
     corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
     negated = -(logits if correction is None else corrected).numpy()
     order = negated.argsort(-1, kind="stable")
     caches, tokens, experts = order.shape
     rows = np.arange(0, order.size, experts).reshape(caches, tokens, 1)  # where each token begins in a flat array
-    ends = negated.take(order[..., (0, -1)] + rows)
-    if not (np.abs(ends) < LARGE).all():  # numpy sorts NaN last; only a router gone astray comes here
+    ends = negated.take(order[..., :: max(experts - 1, 1)] + rows)  # the highest and the lowest, or the only one
+    if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):  # numpy sorts NaN last
+        # Only a router gone astray comes here.
         routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
         if out is None:
             return routing
@@ -50,7 +53,7 @@ def route_cpu(
         candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
         negated = np.where(candidates, negated, np.float32(np.inf))
         order = negated.argsort(-1, kind="stable")
-    mean_range = _mean_range(ends[..., 1] - ends[..., 0], state)
+    mean_range = _mean_range(ends[..., -1] - ends[..., 0], state)
     biased = _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, top_k)
 
     results = _empty(caches, tokens, top_k) if out is None else [tensor.numpy() for tensor in out.tensors()]
@@ -173,8 +176,9 @@ def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, mis
         else:
             key, less = biased
             chosen = (key[0, t] - less[0, t] * (slot_of >= 0)).argsort(kind="stable")[:k]
-            chosen.sort()
-            chosen = chosen.take(negated[t].take(chosen).argsort(kind="stable"))
+            values = negated[t].take(chosen).tolist()
+            if values != sorted(values) or len(set(values)) < k:  # back into the order of the gate weights
+                chosen = np.array([e for _, e in sorted(zip(values, chosen.tolist(), strict=True))])
         placed = slot_of.take(chosen).tolist()
         ids[t], hits[t] = chosen, [slot >= 0 for slot in placed]
         last_use[chosen] = touches + clock
@@ -182,9 +186,12 @@ def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, mis
         if min(placed) < 0:
             occupants = expert_of[:capacity]
             keys = evict(last_use, uses).take(occupants)
-            free = (occupants < 0).nonzero()[0]
-            keys[free] = FIRST + free
-            keys[[slot for slot in placed if slot >= 0]] = NEVER
+            if occupants.min() < 0:
+                free = (occupants < 0).nonzero()[0]
+                keys[free] = FIRST + free
+            for slot in placed:
+                if slot >= 0:
+                    keys[slot] = NEVER
             last_left = -1
             for i, expert in enumerate(chosen.tolist()):
                 if placed[i] < 0:
