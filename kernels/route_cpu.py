@@ -63,7 +63,7 @@ def route_cpu(
     else:
         _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, misses)
 
-    gates.reshape(-1).take(ids + rows, out=weights)
+    weights[...] = gates.reshape(-1).take(ids + rows)
     if scores.renormalise:
         weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
     if scores.scale != 1:
@@ -99,12 +99,12 @@ def _mean_range(ranges, state):
     seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
     tokens = ranges.shape[1]
     if len(ranges) == 1:
-        means, past, total = [], int(seen[0]), float(range_sum[0])
-        for added in ranges[0].tolist():
-            means.append(total / max(past, 1))
+        means, past, total = np.empty((1, tokens, 1), np.float32), int(seen[0]), float(range_sum[0])
+        for t, added in enumerate(ranges[0].tolist()):
+            means[0, t, 0] = total / max(past, 1)
             past, total = past + 1, total + added
         seen[0], range_sum[0] = past, total
-        return np.array(means, np.float32).reshape(1, tokens, 1)
+        return means
     past = np.maximum(seen[:, None] + np.arange(tokens), 1)
     sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
     range_sum[:] = sums[:, -1]
@@ -132,9 +132,8 @@ def _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, t
     else:
         size = 0 if window is None else window
         if mass is not None:
-            size = np.maximum(size, _mass_window(gates, order, np.float32(mass), scores))
-        key = np.empty_like(negated)
-        key.reshape(-1)[order + rows] = np.arange(order.shape[2])
+            size = np.maximum(size, _mass_window(gates, order, rows, np.float32(mass), scores))
+        key = order.argsort(-1).astype(np.float32)  # the rank
         less = (key < size) * np.float32(order.shape[2])
         if candidates is not None:
             less *= candidates
@@ -151,13 +150,13 @@ def _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, t
     return key, less
 
 
-def _mass_window(gates, order, mass, scores):
+def _mass_window(gates, order, rows, mass, scores):
     """``[B, T, 1]``: the fewest best-ranked experts whose scores are ``mass`` of the sum of all."""
     if scores.function != "softmax":
         gates = gates / np.maximum(gates.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
     before = np.zeros_like(gates)
     # As torch sums: in float64, each partial sum rounded.
-    before[..., 1:] = np.take_along_axis(gates, order, -1).cumsum(-1, dtype=np.float64)[..., :-1]
+    before[..., 1:] = gates.take(order + rows).cumsum(-1, dtype=np.float64)[..., :-1]
     return ((before < mass) | (mass >= 1)).sum(-1, keepdims=True)
 
 
@@ -186,7 +185,7 @@ def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, mis
         if min(placed) < 0:
             occupants = expert_of[:capacity]
             keys = evict(last_use, uses).take(occupants)
-            if occupants.min() < 0:
+            if occupants[occupants.argmin()] < 0:
                 free = (occupants < 0).nonzero()[0]
                 keys[free] = FIRST + free
             for slot in placed:
