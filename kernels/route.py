@@ -81,11 +81,16 @@ def route_hidden(
 
     Returns:
         The logits and the ``Routing``.
+
+    Raises:
+        ValueError: as ``route``, or if what must be contiguous is not.
     """
     experts = router.shape[-2]
     _check((*hidden.shape[:2], experts), state, top_k, scores, correction, out)
     if logits is None:
         logits = hidden.new_empty((*hidden.shape[:2], experts))
+    if not (hidden.is_contiguous() and router.is_contiguous() and logits.is_contiguous()):
+        raise ValueError("the hidden states, the router's weight and the logits must be contiguous")
     if not torch.compiler.is_compiling():
         return logits, _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out)
     out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
@@ -122,6 +127,7 @@ def _route(logits, state, evict, top_k, bias, scores, correction, out):
     return out
 
 
+@torch.no_grad()
 def _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out):
     if not hidden.is_cuda or hidden.shape[1] > FUSED_TOKENS:
         logits.copy_(hidden.to(logits.dtype) @ router.to(logits.dtype).mT)

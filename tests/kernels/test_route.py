@@ -329,6 +329,8 @@ def test_what_route_refuses():
         route(logits, state, LRU, 1, correction=torch.zeros(5))
     with pytest.raises(ValueError, match="out must be"):
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
+    with pytest.raises(ValueError, match="must be contiguous"):
+        route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
     with pytest.raises(ValueError, match="prior must be a number"):
         plan_route(logits, state, LRU, 2, CacheBias(prior=torch.zeros(3)), SOFTMAX, None, Routing.empty(1, 1, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
