@@ -196,7 +196,7 @@ def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors
 @app.command("compile")
 def compile_kernels(
     capability: Annotated[
-        list[int] | None, typer.Option(help="Compute capability, once for each.", show_default="80, 90 and 100")
+        list[int] | None, typer.Option(help="Compute capability, once for each.", show_default="80 and 90")
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where every figure goes.")] = None,
 ):
@@ -210,7 +210,7 @@ def compile_kernels(
 
         if json_path is not None:
             _check_destination(json_path)
-        report = run_compile(capability or [80, 90, 100], show_progress)
+        report = run_compile(capability or [80, 90], show_progress)
         console.print(compile_table(report))
         if json_path is not None:
             with whole_file(json_path) as partial:
