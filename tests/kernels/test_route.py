@@ -15,6 +15,7 @@ from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
+WEIGHT_TOLERANCE = 1e-5 if torch.cuda.is_available() else 2e-6  # a GPU's exp is an approximation
 V2 = GateScores(groups=4, top_groups=2, scale=16.0)
 V3 = GateScores("sigmoid", 4, 2, "best-two", renormalise=True, epsilon=1e-20, scale=2.5)
 
@@ -69,7 +70,7 @@ def assert_same_routing(routing, expected):
     names = ("ids", "weights", "slots", "hits", "waves", "miss experts", "miss slots", "miss count")
     for name, a, b in zip(names, routing.tensors(), expected.tensors(), strict=True):
         if name == "weights":
-            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-12, equal_nan=True)
+            torch.testing.assert_close(a, b, rtol=WEIGHT_TOLERANCE, atol=1e-12, equal_nan=True)
         else:
             assert torch.equal(a, b), name
 
