@@ -51,7 +51,7 @@ def _panel(axis, key: tuple, rows: list[dict], colours: dict) -> None:
         high = [100 * row["bound_seconds"] / row["seconds"]["min"] - h for h, row in zip(heights, mine, strict=True)]
         bars = axis.bar(left, heights, width, yerr=(low, high), label=name, color=colours[name], ecolor="#555555")
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
-    axis.set_xticks(range(len(geometries)), [GEOMETRIES[name].title for name in geometries])
+    axis.set_xticks(range(len(geometries)), [GEOMETRIES[name].title for name in geometries], fontsize=8)
     axis.axhline(100, color="#888888", linestyle=":")
     axis.set_ylabel("% of the bound")
     axis.set_title(f"{kernel}, {variant}, T = {tokens}", loc="left")
