@@ -160,7 +160,7 @@ def gpu(
     """Everything that needs a GPU, in one run from a checkout: tests, microbenchmarks and tables, into one JSON file.
 
     Each step is a process of its own; one that fails or hangs does not keep the others from running. Exits with 1 if
-    any step failed.
+    any step failed, with 2 if there is no GPU.
     """
     with one_sentence():
         from cachemoe.benchmarks.run_gpu import run_gpu

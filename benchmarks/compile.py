@@ -23,8 +23,7 @@ class Resources:
     Args:
         registers: of a thread.
         shared: bytes of shared memory of a block.
-        stack: bytes of stack of a thread.
-        spilled: bytes of a thread's registers that went to local memory.
+        stack: bytes of stack of a thread: registers that were spilled.
         wide_loads: loads of 16 bytes a thread from global memory, into registers or shared memory.
         asynchronous: copies from global to shared memory that do not wait (cp.async, TMA).
         tensor_core: matrix instructions.
@@ -33,7 +32,6 @@ class Resources:
     registers: int
     shared: int
     stack: int
-    spilled: int
     wide_loads: int
     asynchronous: int
     tensor_core: int
@@ -64,7 +62,6 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         registers=found["REG"],
         shared=compiled.metadata.shared,
         stack=found["STACK"],
-        spilled=found["LOCAL"],
         wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.c[ag]\S* .*, 0x10\b", ptx)),
         asynchronous=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b", ptx)),
         tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
@@ -78,8 +75,8 @@ def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     thread, and one whose loops are to be pipelined copies asynchronously.
     """
     found = []
-    if resources.spilled or resources.stack:
-        found.append(f"{resources.spilled} bytes spilled, {resources.stack} bytes of stack")
+    if resources.stack:
+        found.append(f"{resources.stack} bytes of registers spilled to the stack")
     if resources.shared > SHARED_MEMORY[capability]:
         found.append(f"{resources.shared} bytes of shared memory, and a block has {SHARED_MEMORY[capability]}")
     if launch.streams_pages and not resources.wide_loads:

@@ -8,7 +8,7 @@ import torch
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
-from cachemoe.kernels.fetch import plan_fetch
+from cachemoe.kernels.fetch_gpu import plan_fetch
 from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
@@ -48,6 +48,7 @@ def _formats(geometry: Geometry) -> Iterator[tuple[str, PageFormat, torch.dtype]
     """(name, page format, dtype of the tokens): the kinds that kernels read."""
     for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("int8", torch.bfloat16)):
         yield kind, geometry.page_format(kind), dtype
+    yield "bf16 for float32", geometry.page_format("bf16"), torch.float32
     for group in INT4_GROUPS:
         if geometry.hidden % group == 0 and geometry.intermediate % group == 0:
             options = dict(geometry.options)
@@ -120,7 +121,7 @@ def cases() -> Iterator[tuple[str, Launch]]:
     seen = set()
 
     def new(launch: Launch) -> bool:
-        key = (launch.kernel.__name__, repr(launch.signature()), launch.num_warps, launch.num_stages)
+        key = (launch.kernel.__name__, repr(launch.signature()), repr(launch.options()))
         return key not in seen and not seen.add(key)
 
     for geometry in GEOMETRIES.values():

@@ -13,7 +13,7 @@ from cachemoe.benchmarks.compile import compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.benchmarks.progress import Progress
 
-COLUMNS = ("registers", "shared", "stack", "spilled", "wide_loads", "asynchronous", "tensor_core")
+COLUMNS = ("registers", "shared", "stack", "wide_loads", "asynchronous", "tensor_core")
 
 
 def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
@@ -59,7 +59,7 @@ def _compile(job: tuple[int, int]) -> dict:
 def compile_table(report: dict) -> Table:
     """A row for each kernel and capability: how many configurations, and the most or the fewest of each resource."""
     table = Table(title=f"Compiled ahead of time with Triton {report['triton']}", box=box.SIMPLE_HEAD)
-    headings = ("kernel", "sm", "configurations", "registers", "shared bytes", "stack", "spilled", "16-byte loads")
+    headings = ("kernel", "sm", "configurations", "registers", "shared bytes", "spilled", "16-byte loads")
     for heading in (*headings, "async copies", "tensor core", "defects"):
         table.add_column(heading, justify="left" if heading == "kernel" else "right")
     groups: dict[tuple[str, int], list[dict]] = {}

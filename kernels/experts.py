@@ -34,8 +34,8 @@ def experts(
         page_format: layout of the pages.
         out: ``[T, H]`` in x's dtype, written; made if None.
         pending: ``[T, K]`` bool, pairs to compute now; None: all. All pairs of a slot are pending together.
-        partial: ``[T, K, H]`` float32: results of pairs, written where pending and read where not; needed with
-            ``pending``.
+        partial: ``[T, K, H]`` float32: results of pairs, needed with ``pending``. Where not pending they are read to
+            finish. Where pending they are written if ``finish`` is False, and may be otherwise.
         finish: whether to sum and write ``out``; False leaves it as it is, for a call that computes the rest.
 
     Returns:
@@ -47,7 +47,8 @@ def experts(
     out = torch.empty_like(x) if out is None else out
     _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
     run = torch.ops.cachemoe.experts if torch.compiler.is_compiling() else _run
-    run(x, slots, gates, list(weights.values()), page_format.encoded, out, pending, partial, finish)
+    ordered = [weights[name] for name, *_ in page_format.parts]
+    run(x, slots, gates, ordered, page_format.encoded, out, pending, partial, finish)
     return out
 
 
@@ -68,7 +69,8 @@ def experts_read_through(
         slots: ``[1, K]`` int64, distinct.
         gates: ``[1, K]`` float32.
         pool: ``[S, page_bytes]`` uint8; the slots of misses are written.
-        store: ``[N, page_bytes]`` uint8 in memory that the pool's device can read: its own, or pinned on the host.
+        store: ``[N, page_bytes]`` uint8 in memory that the pool's device can read: its own, or pinned on the host; not
+            the slots that are written.
         pages: ``[1, K]`` int64, the page to read through; -1: the slot holds it.
         page_format: layout of the pages.
         out: ``[1, H]`` in x's dtype, written; made if None.
@@ -81,10 +83,12 @@ def experts_read_through(
             fit together, or a GPU could not read the store.
     """
     out = torch.empty_like(x) if out is None else out
-    if slots.shape[0] != 1 or pages.shape != slots.shape:
-        raise ValueError(f"reading through is for one token: slots {tuple(slots.shape)}, pages {tuple(pages.shape)}")
-    if pool.is_cuda and not (store.is_cuda or store.is_pinned()):
-        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
+    if slots.shape[0] != 1 or pages.shape != slots.shape or pages.dtype != torch.int64:
+        raise ValueError(
+            f"reading through is for one token: slots {tuple(slots.shape)}, pages {tuple(pages.shape)} int64"
+        )
+    if store.dtype != torch.uint8 or store.shape[1:] != pool.shape[1:] or store.stride() != pool.stride():
+        raise ValueError(f"a store of {tuple(store.shape)} pages cannot be read into a pool of {tuple(pool.shape)}")
     _check(x, slots, gates, page_format.views(pool), page_format, out, None, None, True)
     run = torch.ops.cachemoe.experts_read_through if torch.compiler.is_compiling() else _run_through
     run(x, slots, gates, pool, store, pages, page_format.encoded, out)
@@ -92,8 +96,11 @@ def experts_read_through(
 
 
 def _check(x, slots, gates, weights, page_format, out, pending, partial, finish):
+    if x.dim() != 2 or slots.dim() != 2:
+        raise ValueError(f"x must be [T, H] and slots [T, K], not {tuple(x.shape)} and {tuple(slots.shape)}")
     tokens, hidden = x.shape
     expected = {
+        "x": (x, x.shape, x.dtype),
         "slots": (slots, slots.shape if slots.shape[0] == tokens else (tokens, -1), torch.int64),
         "gates": (gates, slots.shape, torch.float32),
         "out": (out, x.shape, x.dtype),
@@ -105,8 +112,12 @@ def _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
     for name, (tensor, shape, dtype) in expected.items():
         if tensor is not None and (tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}")
-    if hidden != page_format.hidden or not x.is_contiguous():
-        raise ValueError(f"x must be contiguous and {page_format.hidden} wide, not {tuple(x.shape)}")
+    if hidden != page_format.hidden:
+        raise ValueError(f"x must be {page_format.hidden} wide, not {tuple(x.shape)}")
+    for name, (tensor, *_) in expected.items():
+        rows = tensor[:1] if name in weights else tensor  # from slot to slot weights may be strided
+        if rows is not None and not rows.is_contiguous():
+            raise ValueError(f"{name} must be contiguous; its strides are {tensor.stride()}")
     if partial is None and (pending is not None or not finish):
         raise ValueError("computing some pairs now needs `partial` to keep their results")
 
@@ -157,6 +168,8 @@ def _run_through(
         pool[slots[missing]] = store[pages[missing]]
         experts_cpu.experts(x, slots, gates, weights, page_format, out)
         return
+    if not (store.is_cuda or store.is_pinned()):
+        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
     from cachemoe.kernels.experts_decode import plan_decode
 
     h = x.new_empty(slots.numel(), page_format.intermediate)

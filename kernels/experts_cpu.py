@@ -1,10 +1,14 @@
 """Experts on the CPU, in PyTorch: one expert over its page, and the same call as the kernels make."""
 
+from threading import Lock
+
 import torch
 import torch.nn.functional as F
 
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import FLOATS, PageFormat
+
+_ONE_AT_A_TIME = Lock()  # what two threads save and restore in turns is lost
 
 
 def expert(x: torch.Tensor, weights: dict[str, torch.Tensor], page_format: PageFormat) -> torch.Tensor:
@@ -42,12 +46,13 @@ def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, page_f
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``F.linear`` of one row by torch's own kernel: oneDNN's reads bfloat16 weights at half the speed of memory."""
-    enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        return F.linear(x, weight)
-    finally:
-        torch.backends.mkldnn.enabled = enabled
+    with _ONE_AT_A_TIME:
+        enabled = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
+            return F.linear(x, weight)
+        finally:
+            torch.backends.mkldnn.enabled = enabled
 
 
 def experts(

@@ -242,7 +242,7 @@ def _decode_down_kernel(
     weight_source_ptr,
     scales_source_ptr,
     bias_source_ptr,
-    partial_ptr,  # [T, K, H] float32 or None: results of pairs, read where not pending, written where pending
+    partial_ptr,  # [T, K, H] float32 or None: results of pairs, written if not FINISH, else read where not pending
     y_ptr,  # [T, H]  output
     weight_stride,
     scales_stride,
@@ -266,8 +266,8 @@ def _decode_down_kernel(
     pair = tl.program_id(1).to(tl.int64) * K + k
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     READ_THROUGH: tl.constexpr = source_ptr is not None
-    slot = tl.load(slots_ptr + pair, k < K, 0)
-    source = tl.load(source_ptr + pair, k < K, -1) if READ_THROUGH else slot
+    slot = tl.load(slots_ptr + pair, k < K, 0).to(tl.int64)
+    source = tl.load(source_ptr + pair, k < K, -1).to(tl.int64) if READ_THROUGH else slot
     inside = (n < H)[None, :] & (k < K)[:, None]
     computed = k < K
     if pending_ptr is not None:
@@ -294,6 +294,8 @@ def _decode_down_kernel(
 
 def as_words(floats: torch.Tensor) -> torch.Tensor:
     """Pairs of numbers along the last dimension as integers of twice their size, for ``_two_floats``."""
+    if floats.storage_offset() % 2:  # between two words
+        floats = floats.clone()
     return floats.view(torch.int64 if floats.dtype == torch.float32 else torch.int32)
 
 

@@ -77,8 +77,8 @@ def _grouped_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One of the two matrix products. Grid: (blocks of outputs, tiles of pairs)."""
-    tile = tl.program_id(1)
+    """One of the two matrix products. Grid: (tiles of pairs, blocks of outputs): a slot's tiles meet in the cache."""
+    tile = tl.program_id(0)
     slot = tl.load(tile_slot_ptr + tile)
     if slot == SLOTS:
         return
@@ -88,7 +88,7 @@ def _grouped_kernel(
     here = m < tl.load(slot_end_ptr + slot)
     pair = tl.load(order_ptr + m, here, 0)
     a_row = a_ptr + (pair // K if GATE_UP else pair)[:, None] * length
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = n < outputs
     gate_row = 2 * n if INTERLEAVED else n
     up_row = 2 * n + 1 if INTERLEAVED else n + outputs
@@ -130,10 +130,10 @@ def _combine_kernel(
     PADDED_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[t] = sum over k of gates[t, k] * pairs[t, k]. Grid: (blocks of H, T)."""
+    """y[t] = sum over k of gates[t, k] * pairs[t, k]. Grid: (T, blocks of H)."""
     k = tl.arange(0, PADDED_K)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    token = tl.program_id(0).to(tl.int64)
     pair = token * K + k
     results = tl.load(pairs_ptr + pair[:, None] * H + n[None, :], (k < K)[:, None] & (n < H)[None, :], 0.0)
     y = tl.sum(results * tl.load(gates_ptr + pair, k < K, 0.0)[:, None], 0)
@@ -187,12 +187,14 @@ def plan_prefill(
     ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result.
     """
     (tokens, top_k), count = slots.shape, weights["gate_up"].shape[0]
+    # Without tensor cores the assembler would spill to fit more programs.
+    limit = 255 if x.dtype == torch.float32 else None
     launches = []
     for name, a, y in (("gate_up", x, h), ("down", h, pairs)):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         if page_format.kind == "int4":
             scales = scales.view(torch.int32)
-        tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1])
+        tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], x.dtype)
         if not launches:
             grouping = group_by_slot(slots, pending, count, tiles.block_m)
         order, tile_slot, tile_first, slot_end = grouping
@@ -225,13 +227,15 @@ def plan_prefill(
             "BLOCK_N": tiles.block_n,
             "BLOCK_K": tiles.block_k,
         }
-        grid = (triton.cdiv(y.shape[-1], tiles.block_n), tile_slot.shape[0])
+        grid = (tile_slot.shape[0], triton.cdiv(y.shape[-1], tiles.block_n))
         launches.append(
-            Launch(_grouped_kernel, grid, arguments, constants, tiles.warps, tiles.stages, True, tiles.stages > 1)
+            Launch(
+                _grouped_kernel, grid, arguments, constants, tiles.warps, tiles.stages, True, tiles.stages > 1, limit
+            )
         )
     if finish:
         hidden, block_n = page_format.hidden, 256
         arguments = {"pairs_ptr": pairs, "gates_ptr": gates, "y_ptr": out, "H": hidden, "K": top_k}
         constants = {"PADDED_K": triton.next_power_of_2(top_k), "BLOCK_N": block_n}
-        launches.append(Launch(_combine_kernel, (triton.cdiv(hidden, block_n), tokens), arguments, constants))
+        launches.append(Launch(_combine_kernel, (tokens, triton.cdiv(hidden, block_n)), arguments, constants))
     return launches

@@ -58,15 +58,17 @@ def decode_tiles(dtype: torch.dtype, outputs: int, length: int, matrices: int, g
     return DecodeTiles(min(block_n, _power_of_two(outputs)), block_k, 4, 3)
 
 
-def prefill_tiles(pairs: int, slots: int, outputs: int, length: int) -> PrefillTiles:
+def prefill_tiles(pairs: int, slots: int, outputs: int, length: int, dtype: torch.dtype) -> PrefillTiles:
     """Tiles for ``pairs`` spread over at most ``slots`` experts.
 
     Args:
         outputs: rows of each matrix.
         length: inputs of each row.
+        dtype: of the tokens; float32 products take no tensor cores but registers, and so small tiles.
     """
+    largest = 32 if dtype == torch.float32 else 64
     each = pairs // max(1, min(pairs, slots))
-    block_m = min(64, max(16, _power_of_two(each)))
-    block_n = min(64, max(16, _power_of_two(outputs)))
-    block_k = min(64, max(16, _power_of_two(length)))
+    block_m = min(largest, max(16, _power_of_two(each)))
+    block_n = min(largest, max(16, _power_of_two(outputs)))
+    block_k = min(largest, max(16, _power_of_two(length)))
     return PrefillTiles(block_m, block_n, block_k, 4, 3)

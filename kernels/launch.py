@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,8 @@ class Launch:
         constants: ``tl.constexpr`` parameters by name.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline of loops around ``tl.dot``; other loops name their own.
-        streams_pages: claims that it reads pages 16 bytes a thread: a check of the compiled code holds it to that,
-        pipelined: and to this, that loads run ahead of the loop that needs them.
+        streams_pages: the claim that it reads pages 16 bytes a thread, to which the compiled code is held.
+        pipelined: the claim that loads run ahead of the loop that needs them, likewise.
         max_registers: of a thread; named, it keeps the assembler from spilling a few to fit more programs at a time.
     """
 
@@ -51,7 +52,12 @@ class Launch:
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+        devices = (
+            value.device for value in self.arguments.values() if isinstance(value, torch.Tensor) and value.is_cuda
+        )
+        device = next(devices, None)
+        with torch.cuda.device(device) if device else nullcontext():  # Triton launches on the current one
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
     def options(self) -> dict[str, int | None]:
         """What the compiler is told."""

@@ -68,16 +68,17 @@ def route_hidden(
     correction: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
     out: Routing | None = None,
+    ticket: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """``route`` from hidden states: on a GPU and for few tokens in the same launch as the router's matmul.
-
-    Calls on one stream follow each other; graphs captured on one stream must not be replayed at the same time.
 
     Args:
         hidden: ``[B, T, H]`` contiguous.
         router: ``[E, H]`` or ``[B, E, H]`` contiguous.
         logits: ``[B, T, E]`` contiguous, to be filled in, of the dtype that the model's router computes in; None for a
             new one in the hidden states' dtype.
+        ticket: ``[B]`` int32 zeros on the GPU, in which the launch counts its programs; it leaves zeros. No two calls
+            that may run at the same time can share one. None for a new one, at the price of a second launch.
 
     Returns:
         The logits and the ``Routing``.
@@ -92,9 +93,9 @@ def route_hidden(
     if not (hidden.is_contiguous() and router.is_contiguous() and logits.is_contiguous()):
         raise ValueError("the hidden states, the router's weight and the logits must be contiguous")
     if not torch.compiler.is_compiling():
-        return logits, _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out)
+        return logits, _route_hidden(hidden, router, logits, ticket, state, evict, top_k, bias, scores, correction, out)
     out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
-    _route_hidden_op(hidden, router, logits, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
+    _route_hidden_op(hidden, router, logits, ticket, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
     return logits, out
 
 
@@ -128,13 +129,14 @@ def _route(logits, state, evict, top_k, bias, scores, correction, out):
 
 
 @torch.no_grad()
-def _route_hidden(hidden, router, logits, state, evict, top_k, bias, scores, correction, out):
+def _route_hidden(hidden, router, logits, ticket, state, evict, top_k, bias, scores, correction, out):
     if not hidden.is_cuda or hidden.shape[1] > FUSED_TOKENS:
         logits.copy_(hidden.to(logits.dtype) @ router.to(logits.dtype).mT)
         return _route(logits, state, evict, top_k, bias, scores, correction, out)
     out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
-    gate = (hidden, router, _ticket(hidden.device, hidden.shape[0]))
-    _plan(logits, state, evict, top_k, bias, scores, correction, out, gate).run()
+    if ticket is None:
+        ticket = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)
+    _plan(logits, state, evict, top_k, bias, scores, correction, out, (hidden, router, ticket)).run()
     return out
 
 
@@ -142,20 +144,6 @@ def _plan(*arguments):
     from cachemoe.kernels.route_gpu import plan_route  # here, since not every machine has triton
 
     return plan_route(*arguments)
-
-
-_tickets: dict[tuple, torch.Tensor] = {}
-
-
-def _ticket(device: torch.device, caches: int) -> torch.Tensor:
-    """``[B]`` int32 zeros that the stream's fused launches count in, one after another."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream, caches)
-    if key in _tickets:
-        return _tickets[key]
-    ticket = torch.zeros(caches, dtype=torch.int32, device=device)
-    if not torch.cuda.is_current_stream_capturing():  # else it is the graph's, which zeroes it at each replay
-        _tickets[key] = ticket
-    return ticket
 
 
 def _op_arguments(state, evict, top_k, bias, scores, correction, out):
@@ -214,11 +202,12 @@ def _route_op(
     _route(logits, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction))
 
 
-@torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "state", "out"))
+@torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "ticket", "state", "out"))
 def _route_hidden_op(
     hidden: torch.Tensor,
     router: torch.Tensor,
     logits: torch.Tensor,
+    ticket: torch.Tensor | None,
     state: list[torch.Tensor],
     out: list[torch.Tensor],
     evict: str,
@@ -235,7 +224,9 @@ def _route_hidden_op(
     correction: torch.Tensor | None,
 ) -> None:
     scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route_hidden(hidden, router, logits, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction))
+    _route_hidden(
+        hidden, router, logits, ticket, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction)
+    )
 
 
 @_route_op.register_fake

@@ -1,5 +1,6 @@
 """The experts kernels against their reference: in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -323,7 +324,10 @@ def test_torch_compile_takes_the_operators_whole():
     "change, message",
     [
         ({"x": torch.zeros(2, 47), "out": torch.zeros(2, 47)}, "48 wide"),
-        ({"x": torch.zeros(48, 2).t()}, "contiguous"),
+        ({"x": torch.zeros(48, 2).t()}, "x must be contiguous"),
+        ({"x": torch.zeros(48)}, r"x must be \[T, H\]"),
+        ({"slots": torch.zeros(2, 2, dtype=torch.int64).t()}, "slots must be contiguous"),
+        ({"out": torch.zeros(48, 2).t()}, "out must be contiguous"),
         ({"slots": torch.zeros(2, 2, dtype=torch.int32)}, "slots is torch.int32"),
         ({"slots": torch.zeros(3, 2, dtype=torch.int64)}, "slots is"),
         ({"gates": torch.zeros(2, 2, dtype=torch.float16)}, "gates is torch.float16"),
@@ -341,6 +345,42 @@ def test_what_does_not_fit_together_is_refused(change, message):
     arguments["weights"] = {n: w.cpu() for n, w in arguments["weights"].items()}
     with pytest.raises(ValueError, match=message):
         experts(**(arguments | change))
+
+
+def test_transposed_weights_are_refused():
+    case = Case(FORMATS[0], tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    weights = {name: tensor.mT.contiguous().mT for name, tensor in case.weights.items()}
+    with pytest.raises(ValueError, match="gate_up must be contiguous"):
+        experts(case.x, case.slots, case.gates, weights, case.page_format)
+
+
+def test_weights_go_by_name():
+    page_format = PageFormat("bf16", 32, 32, gated=False)  # both matrices have one shape
+    case = Case(page_format, tokens=2, top_k=2, slots=3, dtype=torch.float32)
+    backwards = dict(reversed(case.weights.items())) | {"another": torch.zeros(1)}
+    y = experts(case.x, case.slots, case.gates, backwards, page_format)
+    assert_near(y, case.expected())
+
+
+@pytest.mark.parametrize(
+    "change", [{"store": torch.zeros(3, 64, dtype=torch.uint8)}, {"pages": torch.full((1, 2), -1, dtype=torch.int32)}]
+)
+def test_reading_through_refuses_another_store(change):
+    case = Case(FORMATS[0], tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    arguments = {"store": case.pool, "pages": torch.full((1, 2), -1)} | change
+    with pytest.raises(ValueError, match=r"one token|cannot be read into"):
+        experts_read_through(case.x, case.slots, case.gates, case.pool, page_format=FORMATS[0], **arguments)
+
+
+def test_threads_leave_torch_as_it_was():
+    case = Case(PageFormat("bf16", 64, 64), tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    x, slots, gates = (each.cpu() for each in (case.x.bfloat16(), case.slots, case.gates))
+    weights = case.page_format.views(case.pool.cpu())
+    before = torch.backends.mkldnn.enabled
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda _: experts(x, slots, gates, weights, case.page_format), range(200)))
+    assert torch.backends.mkldnn.enabled == before
+    assert all(torch.equal(y, outputs[0]) for y in outputs)
 
 
 def test_reading_through_is_for_one_token():

@@ -40,13 +40,15 @@ def test_one_token_keeps_132_multiprocessors_busy(hidden, intermediate, top_k, d
     assert hidden / down.block_n >= 132
 
 
-@given(sizes, st.integers(1, 512), sizes, sizes)
-def test_prefill_tiles_are_what_tensor_cores_take(pairs, slots, outputs, length):
-    tiles = prefill_tiles(pairs, slots, outputs, length)
+@given(sizes, st.integers(1, 512), sizes, sizes, st.sampled_from([torch.bfloat16, torch.float32]))
+def test_prefill_tiles_are_what_tensor_cores_take(pairs, slots, outputs, length, dtype):
+    tiles = prefill_tiles(pairs, slots, outputs, length, dtype)
     for size in (tiles.block_m, tiles.block_n, tiles.block_k):
         assert is_power_of_two(size) and 16 <= size <= 128
 
 
 def test_prefill_tiles_grow_with_the_pairs_of_an_expert():
-    heights = [prefill_tiles(pairs, 64, 2048, 2048).block_m for pairs in (64, 64 * 20, 64 * 50, 64 * 500)]
+    heights = [
+        prefill_tiles(pairs, 64, 2048, 2048, torch.bfloat16).block_m for pairs in (64, 64 * 20, 64 * 50, 64 * 500)
+    ]
     assert heights == sorted(heights) and heights[0] == 16 < heights[-1]

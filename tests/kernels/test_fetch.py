@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachemoe.kernels.fetch import fetch, plan_fetch
+from cachemoe.kernels.fetch import fetch
+from cachemoe.kernels.fetch_gpu import plan_fetch
 
 pytestmark = pytest.mark.kernel
 
@@ -78,12 +79,24 @@ def test_torch_compile_takes_the_operator_whole():
     assert torch.equal(pool, after)
 
 
-@pytest.mark.parametrize("store_bytes, pool_bytes", [(64, 80), (8, 8)])
-def test_pages_that_do_not_fit_are_refused(store_bytes, pool_bytes):
-    one = torch.zeros(1, dtype=torch.int64)
-    store, pool = (torch.zeros(2, size, dtype=torch.uint8) for size in (store_bytes, pool_bytes))
-    with pytest.raises(ValueError, match="multiples of 16"):
-        fetch(store, pool, one, one, one)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"store": torch.zeros(2, 80, dtype=torch.uint8)}, "do not fit slots of 64"),
+        (
+            {"store": torch.zeros(2, 8, dtype=torch.uint8), "pool": torch.zeros(2, 8, dtype=torch.uint8)},
+            "multiple of 16",
+        ),
+        ({"pool": torch.zeros(2, 64)}, "pool must be pages"),
+        ({"pages": torch.zeros(1, dtype=torch.int32)}, "pages must be a contiguous list"),
+        ({"slots": torch.zeros(1, 1, dtype=torch.int64)}, "slots must be"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(change, message):
+    pages, one = torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    arguments = {"store": pages, "pool": pages.clone(), "pages": one, "slots": one, "count": one} | change
+    with pytest.raises(ValueError, match=message):
+        fetch(**arguments)
 
 
 @pytest.mark.gpu
@@ -91,6 +104,15 @@ def test_a_gpu_does_not_read_pageable_memory():
     store, pool, *rest = case(4, 5, 3, 2, 1024)
     with pytest.raises(ValueError, match="pin_memory"):
         fetch(store.clone(), pool, *rest)
+
+
+@pytest.mark.gpu
+def test_torch_compile_takes_a_pinned_store():
+    store, pool, pages, slots, count = case(4, 5, 3, 2, 1024)
+    assert store.is_pinned()
+    after = expected(store, pool, pages, slots, count)
+    torch.compile(fetch, fullgraph=True, backend="aot_eager")(store, pool, pages, slots, count)
+    assert torch.equal(pool, after)
 
 
 @pytest.mark.gpu

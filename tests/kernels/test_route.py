@@ -275,8 +275,10 @@ def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n,
         assert not tickets.any()
     else:
         there = state.to("cuda")
-        for again in (state.to("cuda"), there):  # twice: the second finds the tickets that the first left
-            there_logits, result = route_hidden(x.cuda(), router.cuda(), again, LRU, k, bias)
+        ticket = torch.zeros(caches, dtype=torch.int32, device="cuda")
+        for again in (state.to("cuda"), there):  # twice: the second finds the ticket that the first left
+            there_logits, result = route_hidden(x.cuda(), router.cuda(), again, LRU, k, bias, ticket=ticket)
+        assert not ticket.any()
         logits.copy_(there_logits)
         copied(out, result)
         for name in STATE:
