@@ -239,7 +239,6 @@ def assert_as_written(routing, expected):
 
 SEEDS = st.integers(0, 2**32 - 1)
 
-# The bug that test_route_follows_the_papers_rules_over_a_long_sequence[lfu] shows; drop both marks with it.
 each_eviction = pytest.mark.parametrize("eviction", ["lru", "lfu"])
 
 # ------------------------------------------------------------------------------------------- the rules, literally
