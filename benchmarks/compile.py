@@ -57,7 +57,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     ptx = compiled.asm["ptx"]
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(
         registers=found["REG"],
         shared=compiled.metadata.shared,

@@ -1,7 +1,7 @@
 """Every launch that the kernels' heuristics choose for the geometries measured here, as data and without memory."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,9 +51,7 @@ def _formats(geometry: Geometry) -> Iterator[tuple[str, PageFormat, torch.dtype]
     yield "bf16 for float32", geometry.page_format("bf16"), torch.float32
     for group in INT4_GROUPS:
         if geometry.hidden % group == 0 and geometry.intermediate % group == 0:
-            options = dict(geometry.options)
-            page_format = PageFormat("int4", geometry.hidden, geometry.intermediate, group, **options)
-            yield f"int4 {group}", page_format, torch.bfloat16
+            yield f"int4 {group}", replace(geometry.page_format("int4"), group=group), torch.bfloat16
 
 
 def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:

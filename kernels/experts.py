@@ -10,6 +10,7 @@ import torch
 
 from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.experts_tiles import DECODE_PAIRS
+from cachemoe.kernels.fetch import check_gpu_can_read
 from cachemoe.kernels.formats import PageFormat
 
 
@@ -168,8 +169,7 @@ def _run_through(
         pool[slots[missing]] = store[pages[missing]]
         experts_cpu.experts(x, slots, gates, weights, page_format, out)
         return
-    if not (store.is_cuda or store.is_pinned()):
-        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
+    check_gpu_can_read(store)
     from cachemoe.kernels.experts_decode import plan_decode
 
     h = x.new_empty(slots.numel(), page_format.intermediate)

@@ -19,7 +19,7 @@ from cachemoe.kernels.launch import Launch
 
 
 @triton.jit
-def _two_floats(words, FLOAT: tl.constexpr):
+def two_floats(words, FLOAT: tl.constexpr):
     """The two numbers in each word, lower address first, as float32: no shuffle between threads is needed."""
     if FLOAT == tl.bfloat16:  # a bfloat16 is the upper half of a float32
         low = (words << 16).to(tl.float32, bitcast=True)
@@ -82,12 +82,12 @@ def _matvec(
             words = tl.load(scale_rows[:, :, None] + g[None, None, :], inside, 0)
             if READ_THROUGH:
                 tl.store(pool_scale_rows[:, :, None] + g[None, None, :], words, inside & missing[:, :, None])
-            scale, zero = _two_floats(words, tl.bfloat16)
+            scale, zero = two_floats(words, tl.bfloat16)
             products = tl.zeros([P, N, BLOCK_K], tl.float32)
             sums = tl.zeros([P, BLOCK_K], tl.float32)
             for byte in tl.static_range(4):
                 pair = tl.load(x_ptr + (x_first[:, None] + k[None, :]) * 4 + byte, inside_x, 0)
-                even, odd = _two_floats(pair, FLOAT)
+                even, odd = two_floats(pair, FLOAT)
                 products += _one_to_two(eight, one, 8 * byte) * even[:, None, :]
                 products += _one_to_two(eight, one, 8 * byte + 4) * odd[:, None, :]
                 sums += even + odd
@@ -293,7 +293,7 @@ def _decode_down_kernel(
 
 
 def as_words(floats: torch.Tensor) -> torch.Tensor:
-    """Pairs of numbers along the last dimension as integers of twice their size, for ``_two_floats``."""
+    """Pairs of numbers along the last dimension as integers of twice their size, for ``two_floats``."""
     if floats.storage_offset() % 2:  # between two words
         floats = floats.clone()
     return floats.view(torch.int64 if floats.dtype == torch.float32 else torch.int32)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from cachemoe.kernels.activations_gpu import activate_tile
+from cachemoe.kernels.experts_decode import as_words, two_floats
 from cachemoe.kernels.experts_tiles import prefill_tiles
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.launch import Launch
@@ -38,8 +39,7 @@ def _weight_tile(
         g = first // GROUP + tl.arange(0, GROUPS)
         at = scales + row[:, None] * (length // GROUP) + g[None, :]
         words = tl.load(at, live[:, None] & (g < length // GROUP)[None, :], 0)
-        scale = (words << 16).to(tl.float32, bitcast=True)
-        zero = (words & -65536).to(tl.float32, bitcast=True)
+        scale, zero = two_floats(words, tl.bfloat16)
         w = tl.reshape((q - 8.0) * scale[:, :, None] + zero[:, :, None], [row.shape[0], BLOCK_K])
     else:
         k = first + tl.arange(0, BLOCK_K)
@@ -193,7 +193,7 @@ def plan_prefill(
     for name, a, y in (("gate_up", x, h), ("down", h, pairs)):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         if page_format.kind == "int4":
-            scales = scales.view(torch.int32)
+            scales = as_words(scales)
         tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], x.dtype)
         if not launches:
             grouping = group_by_slot(slots, pending, count, tiles.block_m)

@@ -36,6 +36,16 @@ def fetch(
     run(store, pool, pages, slots, count)
 
 
+def check_gpu_can_read(store: torch.Tensor) -> None:
+    """Whether a kernel may be given this memory. Not for code that ``torch.compile`` traces: it asks the real tensor.
+
+    Raises:
+        ValueError: if it is the host's and not pinned.
+    """
+    if not (store.is_cuda or store.is_pinned()):
+        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
+
+
 def _run(
     store: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, count: torch.Tensor
 ) -> None:
@@ -43,8 +53,7 @@ def _run(
         n = int(count)
         pool[slots[:n]] = store[pages[:n]]
         return
-    if not (store.is_cuda or store.is_pinned()):
-        raise ValueError("a GPU reads host memory only where it is pinned: use store.pin_memory()")
+    check_gpu_can_read(store)
     from cachemoe.kernels.fetch_gpu import plan_fetch  # here, since not every machine has triton
 
     plan_fetch(store, pool, pages, slots, count).run()

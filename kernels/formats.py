@@ -85,7 +85,7 @@ class PageFormat:
 
     @cached_property
     def encoded(self) -> str:
-        """The format as text: what a ``torch.library`` operator can take, and a store's metadata hold."""
+        """The format as text, which a ``torch.library`` operator can take."""
         return json.dumps(asdict(self))
 
     @staticmethod
