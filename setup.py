@@ -31,7 +31,10 @@ setup(
     packages=[f"cachemoe.{name}" for name in PACKAGES],
     package_dir={f"cachemoe.{name}": name for name in PACKAGES},
     # One level deep on purpose: tinymoe/training stays in the repository.
-    package_data={"cachemoe.moe": ["tinymoe/*.json", "tinymoe/*.safetensors", "tinymoe/*.csv"]},
+    package_data={
+        "cachemoe.kernels": ["*.c"],
+        "cachemoe.moe": ["tinymoe/*.json", "tinymoe/*.safetensors", "tinymoe/*.csv"],
+    },
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',

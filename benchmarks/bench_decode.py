@@ -8,7 +8,7 @@ import torch
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.kernels.experts_cpu import expert
+from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
@@ -42,8 +42,7 @@ def routings():
 
 
 def matmuls(engine, x, routing):
-    for slot in routing.slots.flatten().tolist():
-        expert(x, engine._pool.weights(0, slot), PAGE_FORMAT)
+    side_by_side(x, engine._pool.weights(0), routing.slots.flatten(), PAGE_FORMAT)
 
 
 @pytest.mark.parametrize("implementation", ["matmuls alone", "cachemoe"])

@@ -20,11 +20,12 @@ from cachemoe.benchmarks.timing import plan_round
 from cachemoe.benchmarks.workload import Case, Workload
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.formats import FLOATS
+from cachemoe.kernels.quantize import unpack_nibbles
 
 CUDA = torch.cuda.is_available()
 REPETITIONS = range(3)
 PREFILL = 512
-DECODE_KINDS = ("bf16", "int8", "int4") if CUDA else ("int4-cpu", "bf16")
+DECODE_KINDS = ("bf16", "int8", "int4")
 # A prompt keeps a CPU busy for a second a call: there, only two models' layers.
 PREFILL_GEOMETRIES = tuple(GEOMETRIES) if CUDA else ("olmoe", "qwen1.5-moe")
 # Compiling takes some 10 s a layer: on a GPU for the finest experts, the coarsest, and those with biases.
@@ -74,27 +75,35 @@ def loop(workload: Workload, weights_of: Callable[[int], dict], x, slots, gates)
     return y
 
 
-def int4_loop(workload: Workload, x, slots, gates) -> torch.Tensor:
-    """Expert by expert, through torch's own int4 matmul for CPUs."""
+def make_int4_loop(workload: Workload) -> Callable:
+    """Expert by expert, through torch's own int4 matmul for CPUs and its packing."""
     group = workload.page_format.group
+    packed = {}
+    for name in ("gate_up", "down"):
+        packed[name] = [
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(weight).int(), 1)
+            for weight in workload.weights[name]
+        ]
+        packed[f"{name}_scales"] = workload.weights[f"{name}_scales"].transpose(1, 2).contiguous()
 
-    def linear(rows, w, name):
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, w[name], group, w[f"{name}_scales"])
-        return y + w[f"{name}_bias"].to(y.dtype) if f"{name}_bias" in w else y
+    def linear(rows, slot, name):
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed[name][slot], group, packed[f"{name}_scales"][slot])
+        bias = workload.weights.get(f"{name}_bias")
+        return y if bias is None else y + bias[slot].to(y.dtype)
 
-    y = torch.zeros_like(x)
-    for slot in slots.unique().tolist():
-        token, k = torch.where(slots == slot)
-        w = {name: tensor[slot] for name, tensor in workload.weights.items()}
-        out = linear(apply_gate(linear(x[token], w, "gate_up"), workload.geometry), w, "down") * gates[token, k, None]
-        y.index_add_(0, token, out.to(y.dtype))
-    return y
+    def run(x, slots, gates):
+        y = torch.zeros_like(x)
+        for slot in slots.unique().tolist():
+            token, k = torch.where(slots == slot)
+            h = apply_gate(linear(x[token], slot, "gate_up"), workload.geometry)
+            y.index_add_(0, token, (linear(h, slot, "down") * gates[token, k, None]).to(y.dtype))
+        return y
+
+    return run
 
 
 def reference(workload: Workload, x, slots, gates) -> torch.Tensor:
-    """``[T, H]`` in float32 arithmetic; int4-cpu pages, which only torch's matmul reads, in bfloat16."""
-    if workload.case.kind == "int4-cpu":
-        return int4_loop(workload, x, slots, gates)
+    """``[T, H]`` in float32 arithmetic."""
 
     def weights_of(slot):
         stored = {name: tensor[slot] for name, tensor in workload.weights.items()}
@@ -109,8 +118,8 @@ def make_cachemoe(workload: Workload) -> Callable:
 
 
 def make_eager_loop(workload: Workload) -> Callable:
-    if workload.case.kind == "int4-cpu":
-        return partial(int4_loop, workload)
+    if workload.case.kind == "int4":
+        return make_int4_loop(workload)
     rounded = {name: tensor.to(workload.dtype) for name, tensor in workload.weights.items() if name.endswith("_bias")}
     weights = workload.weights | rounded
     return partial(loop, workload, lambda slot: {name: tensor[slot] for name, tensor in weights.items()})
@@ -193,16 +202,14 @@ def swiglu_on_cuda(case: Case) -> bool:
 IMPLEMENTATIONS = {
     "cachemoe": Implementation(make_cachemoe, lambda case: True),
     "eager loop": Implementation(
-        make_eager_loop, lambda case: case.kind in FLOATS or case.kind == "int4-cpu", capturable=False
+        make_eager_loop, lambda case: case.kind in FLOATS or (case.kind == "int4" and not CUDA), capturable=False
     ),
     "transformers batched_mm": Implementation(partial(make_transformers, "batched_mm", False), bf16_decode),
     "transformers batched_mm, compiled": Implementation(
         partial(make_transformers, "batched_mm", True), lambda case: bf16_decode(case) and compiled_decode(case)
     ),
     "transformers grouped_mm": Implementation(partial(make_transformers, "grouped_mm", False), bf16),
-    "indexed einsum, compiled": Implementation(
-        make_indexed_einsum, lambda case: compiled_decode(case) and case.kind != "int4-cpu"
-    ),
+    "indexed einsum, compiled": Implementation(make_indexed_einsum, compiled_decode),
     "vLLM fused_experts": Implementation(make_vllm, swiglu_on_cuda, module="vllm"),
     "SGLang fused_experts": Implementation(make_sglang, swiglu_on_cuda, module="sglang"),
 }

@@ -34,7 +34,7 @@ class Geometry:
 
     def page_format(self, kind: str) -> PageFormat:
         """Layout of one expert's page."""
-        group = INT4_GROUP if kind.startswith("int4") else 0
+        group = INT4_GROUP if kind == "int4" else 0
         return PageFormat(kind, self.hidden, self.intermediate, group, **dict(self.options))
 
 

@@ -1,6 +1,5 @@
 """What the engine moves and computes: the model's own pages, or pages of a larger model's geometry."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,22 +8,15 @@ import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.progress import Progress
-from cachemoe.kernels.quantize import cpu_packing
+from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 NATIVE = "native"
 # Pages of a real model's geometry hold random weights, one page for each of the routing model's experts.
-PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4-cpu")}
+PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4")}
 PAYLOADS = (NATIVE, *PAYLOAD_FORMATS)
-
-
-def cache_directory() -> Path:
-    """Where stores are kept: ``$CACHEMOE_CACHE``, else ``$XDG_CACHE_HOME/cachemoe``, else ``~/.cache/cachemoe``."""
-    if chosen := os.environ.get("CACHEMOE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemoe"
 
 
 def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> ExpertStore:
@@ -48,11 +40,8 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
         layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
         pages = random_pages(layout)
     count = layout.layers * layout.experts
-    packing = f"-{cpu_packing()}" if layout.page_format.kind == "int4-cpu" else ""
-    path = (
-        cache_directory()
-        / f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}{packing}-v{VERSION}.safetensors"
-    )
+    file = f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}-v{VERSION}.safetensors"
+    path = cache_directory() / file
     if not path.exists():
         _check_space(path.parent, count * layout.page_format.page_bytes)
         with progress(f"making the {name} store", count) as advance:
@@ -61,7 +50,7 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
 
 
 def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
-    """int4-cpu pages of random weights, the same at every call, of a size that keeps activations finite."""
+    """int4 pages of random weights, the same at every call, of a size that keeps activations finite."""
     page_format = layout.page_format
     size = page_format.page_bytes
     generator = torch.Generator().manual_seed(0)

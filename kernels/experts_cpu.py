@@ -1,47 +1,61 @@
-"""Experts on the CPU, in PyTorch: one expert over its page, and the same call as the kernels make."""
+"""Experts on the CPU: an expert, or a few side by side, over their pages, and the same call as the kernels make."""
 
 from threading import Lock
 
 import torch
 import torch.nn.functional as F
 
+from cachemoe.kernels import quantized_cpu
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import FLOATS, PageFormat
 
+FEW_TOKENS = 8  # of quantised pages: beyond, taking a matrix apart once and a plain matmul is faster
 _ONE_AT_A_TIME = Lock()  # what two threads save and restore in turns is lost
 
 
-def expert(x: torch.Tensor, weights: dict[str, torch.Tensor], page_format: PageFormat) -> torch.Tensor:
-    """Apply one expert to the tokens that chose it.
+def side_by_side(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], slots: torch.Tensor, page_format: PageFormat
+) -> torch.Tensor:
+    """Apply several experts to the same tokens.
 
     Args:
-        x: ``[n, H]`` floating point; bfloat16 for int4-cpu pages.
-        weights: ``PageFormat.views`` of the expert's page.
-        page_format: layout of that page. int4 pages, which are for GPUs, are taken apart at every call.
+        x: ``[n, H]`` contiguous float32 or bfloat16.
+        weights: ``PageFormat.views`` of pages ``[S, page_bytes]``.
+        slots: ``[J]`` int64, where the experts are.
+        page_format: layout of the pages.
 
     Returns:
-        ``[n, H]`` in x's dtype.
-
-    Raises:
-        TypeError: for int4-cpu pages and an x that is not bfloat16 (torch's float32 path is some 30 times slower).
+        ``[J, n, H]`` float32; an expert's bits do not depend on the others.
     """
-    if page_format.kind == "int4-cpu" and x.dtype != torch.bfloat16:
-        raise TypeError(f"int4-cpu pages compute in bfloat16, and x is {x.dtype}: convert it first")
-    return _linear(activate(_linear(x, weights, "gate_up", page_format), page_format), weights, "down", page_format)
+    h = activate(_linear(x[None], weights, "gate_up", slots, page_format), page_format)
+    return _linear(h.to(x.dtype), weights, "down", slots, page_format).float()
 
 
-def _linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str, page_format: PageFormat) -> torch.Tensor:
-    """``[n, rows]``: one of the page's matrices times x, with its bias."""
+def _linear(x, weights, name, slots, page_format):
+    """``[J, n, rows]``: one matrix of each slot times x ``[1 or J, n, columns]``, with its bias."""
     weight = weights[name]
     if page_format.kind in FLOATS:
-        y = (_one_row if len(x) == 1 else F.linear)(x, weight.to(x.dtype))
-    elif page_format.kind == "int8":
-        y = torch.ops.aten._weight_int8pack_mm(x, weight, weights[f"{name}_scales"].to(x.dtype))
-    elif page_format.kind == "int4-cpu":
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, weight, page_format.group, weights[f"{name}_scales"])
+        few = _one_row if x.shape[1] == 1 else F.linear
+        y = torch.stack([few(rows, weight[slot].to(x.dtype)) for rows, slot in _paired(x, slots)])
+    elif x.shape[1] <= FEW_TOKENS and quantized_cpu.has_c():
+        y = quantized_cpu.linear(x.contiguous(), weight, weights[f"{name}_scales"], slots, page_format)
     else:
-        y = F.linear(x, page_format.dequantized(weights, name).to(x.dtype))
-    return y + weights[f"{name}_bias"].to(y.dtype) if page_format.bias else y
+        pairs = ((rows, _numbers(weights, name, slot, page_format, x.dtype)) for rows, slot in _paired(x, slots))
+        y = torch.stack([F.linear(rows, numbers) for rows, numbers in pairs])
+    return y + weights[f"{name}_bias"][slots, None].to(y.dtype) if page_format.bias else y
+
+
+def _paired(x, slots):
+    """Each slot with its rows of x."""
+    return zip(x.expand(len(slots), -1, -1), slots.tolist(), strict=True)
+
+
+def _numbers(weights, name, slot, page_format, dtype):
+    """``[rows, columns]`` of a quantised page, rounded to x's dtype."""
+    weight, scales = weights[name][slot], weights[f"{name}_scales"][slot]
+    if quantized_cpu.has_c():
+        return quantized_cpu.unpack(weight, scales, page_format, dtype)
+    return page_format.dequantized({name: weight, f"{name}_scales": scales}, name).to(dtype)
 
 
 def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -68,15 +82,13 @@ def experts(
 ) -> None:
     """As ``cachemoe.kernels.experts.experts``, into ``out``."""
     if len(x) == 1 and partial is None:  # decode: nothing to gather
-        pages = ({name: weight[slot] for name, weight in weights.items()} for slot in slots[0].tolist())
-        pairs = torch.cat([expert(x, page, page_format) for page in pages])[None].float()
+        pairs = side_by_side(x, weights, slots[0], page_format).transpose(0, 1)
     else:
         pairs = x.new_empty((*slots.shape, x.shape[1]), dtype=torch.float32) if partial is None else partial
         wanted = slots if pending is None else slots.masked_fill(~pending, -1)
-        for slot in dict.fromkeys(wanted.flatten().tolist()):
+        for slot in wanted.unique():
             if slot >= 0:
                 tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
-                page = {name: weight[slot] for name, weight in weights.items()}
-                pairs[tokens, ks] = expert(x[tokens], page, page_format).float()
+                pairs[tokens, ks] = side_by_side(x[tokens], weights, slot[None], page_format)[0]
     if finish:
         out.copy_(torch.bmm(gates[:, None], pairs)[:, 0])

@@ -6,8 +6,7 @@ starts at a multiple of 16 bytes, for wide loads, and the page ends at a multipl
 - ``bf16``, ``fp16``: as they are.
 - ``int8``: a float32 scale for each output channel.
 - ``int4``: two values a byte, consecutive along the input dimension, with a bfloat16 scale and zero for each group of
-  them; the kernels' format.
-- ``int4-cpu``: the same values as torch's int4 matmul on this processor wants them; the CPU's format.
+  them.
 """
 
 import json
@@ -19,7 +18,6 @@ import torch
 from cachemoe.kernels.quantize import (
     dequantize_int4,
     dequantize_int8,
-    pack_for_cpu,
     pack_nibbles,
     quantize_int4,
     quantize_int8,
@@ -29,7 +27,7 @@ from cachemoe.kernels.quantize import (
 PAGE_ALIGNMENT = 4096
 PART_ALIGNMENT = 16
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = (*FLOATS, "int8", "int4", "int4-cpu")
+KINDS = (*FLOATS, "int8", "int4")
 INT4_GROUPS = (32, 64, 128)
 ACTIVATIONS = ("silu", "gelu", "relu", "clamped-swiglu")
 
@@ -42,7 +40,7 @@ class PageFormat:
         kind: one of ``KINDS``.
         hidden: H, the model dimension.
         intermediate: I, the expert's inner dimension.
-        group: values that share a scale and a zero along the input dimension; 0 for all but the int4 kinds.
+        group: values that share a scale and a zero along the input dimension; 0 for all but int4.
         gated: whether ``gate_up`` has 2I rows, gate and up, or I.
         activation: one of ``ACTIVATIONS``; ``clamped-swiglu``, gated only, is gpt-oss's.
         bias: whether each matrix has one, in float32.
@@ -70,13 +68,12 @@ class PageFormat:
             raise ValueError(f"unknown activation {self.activation!r}: use {', '.join(ACTIVATIONS)}")
         if not self.gated and (self.activation == "clamped-swiglu" or self.interleaved):
             raise ValueError("an expert without a gate can neither be interleaved nor use clamped-swiglu")
-        if not self.kind.startswith("int4"):
+        if self.kind != "int4":
             if self.group != 0:
                 raise ValueError(f"{self.kind} pages have no groups: leave group at 0")
             return
         if self.group not in INT4_GROUPS:
             raise ValueError(f"int4 pages have groups of {INT4_GROUPS}, not {self.group}")
-        # torch's packing works on blocks of 32 rows, a divisor of every group; groups run along the input dimension.
         if self.hidden % self.group or self.intermediate % self.group:
             raise ValueError(
                 f"int4 pages need H and I divisible by the group: H={self.hidden}, I={self.intermediate}, "
@@ -104,9 +101,8 @@ class PageFormat:
             elif self.kind == "int8":
                 tensors = [(name, torch.int8, (rows, columns)), (f"{name}_scales", torch.float32, (rows,))]
             else:
-                groups = columns // self.group
-                scales = (rows, groups, 2) if self.kind == "int4" else (groups, rows, 2)
-                tensors = [(name, torch.uint8, (rows, columns // 2)), (f"{name}_scales", torch.bfloat16, scales)]
+                scales = (f"{name}_scales", torch.bfloat16, (rows, columns // self.group, 2))
+                tensors = [(name, torch.uint8, (rows, columns // 2)), scales]
             if self.bias:
                 tensors.append((f"{name}_bias", torch.float32, (rows,)))
             for part, dtype, shape in tensors:
@@ -134,8 +130,8 @@ class PageFormat:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that one token's input should have on the CPU."""
-        return torch.bfloat16 if self.kind == "int4-cpu" else torch.float32
+        """The dtype of x that is fastest on the CPU."""
+        return torch.bfloat16 if self.kind == "int4" else torch.float32
 
     def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pages' tensors by name, without a copy, in the order of ``parts``.
@@ -185,10 +181,7 @@ class PageFormat:
                 tensors[name], tensors[f"{name}_scales"] = quantize_int8(weight)
             else:
                 q, scale, zero = quantize_int4(weight, self.group)
-                scales = torch.stack((scale, zero), -1)
-                portable = self.kind == "int4"
-                tensors[name] = pack_nibbles(q) if portable else pack_for_cpu(q)
-                tensors[f"{name}_scales"] = scales if portable else scales.transpose(0, 1)
+                tensors[name], tensors[f"{name}_scales"] = pack_nibbles(q), torch.stack((scale, zero), -1)
             if bias is not None:
                 tensors[f"{name}_bias"] = bias
         for name, view in self.views(page).items():
@@ -196,13 +189,7 @@ class PageFormat:
         return page
 
     def dequantized(self, weights: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-        """float32 ``[..., rows, columns]`` of ``gate_up`` or ``down``, from ``views``.
-
-        Raises:
-            ValueError: for int4-cpu, whose packing only torch's matmul reads.
-        """
-        if self.kind == "int4-cpu":
-            raise ValueError("int4-cpu pages cannot be taken apart: make int4 pages of the same weights")
+        """float32 ``[..., rows, columns]`` of ``gate_up`` or ``down``, from ``views``."""
         if self.kind in FLOATS:
             return weights[name].float()
         scales = weights[f"{name}_scales"]

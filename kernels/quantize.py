@@ -56,18 +56,3 @@ def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """``[..., N, K]`` uint8 in 0..15 from what ``pack_nibbles`` returned."""
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
-
-
-def pack_for_cpu(q: torch.Tensor) -> torch.Tensor:
-    """``[N, K]`` integers in 0..15 as torch's int4 matmul on this processor wants them: ``[N, K / 2]`` uint8."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
-
-
-def cpu_packing() -> str:
-    """Name of this processor's ``pack_for_cpu``: torch interleaves rows by vector width, so its pages do not travel.
-
-    Returns:
-        Hexadecimal digest of a known matrix as packed here; a store records it and refuses another one.
-    """
-    packed = pack_for_cpu((torch.arange(64 * 64, dtype=torch.int32) * 7919 % 16).view(64, 64))
-    return format(int((packed.long().flatten() * (torch.arange(packed.numel()) + 1)).sum()), "x")

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.kernels.experts_cpu import expert
+from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.link import Link, Pacing
@@ -101,7 +101,7 @@ class _Call:
             self._outputs = [None] * ids.shape[1]
             self._rows = {e: k for k, e in enumerate(ids[0].tolist())}
         else:
-            self._outputs = x.new_empty((*ids.shape, x.shape[1]))
+            self._outputs = torch.empty(*ids.shape, x.shape[1])
             self._rows = {e: torch.nonzero(ids == e, as_tuple=True) for e in dict.fromkeys(ids.flatten().tolist())}
 
     @property
@@ -109,19 +109,25 @@ class _Call:
         """Experts not computed yet, in order of first use."""
         return list(self._rows)
 
-    def compute(self, e: int, weights: dict[str, torch.Tensor], page_format: PageFormat) -> None:
-        """Run one pending expert on the tokens that chose it."""
-        rows = self._rows.pop(e)
-        x = self._x if self._decode else self._x[rows[0]]
+    def compute(
+        self, placed: Sequence[tuple[int, int]], weights: dict[str, torch.Tensor], page_format: PageFormat
+    ) -> None:
+        """Run pending experts, (expert, slot) each, on the tokens that chose them."""
         start = perf_counter()
-        y = expert(x, weights, page_format)
+        if self._decode and placed:
+            y = side_by_side(self._x, weights, torch.tensor([slot for _, slot in placed]), page_format)
+            for (e, _), row in zip(placed, y, strict=True):
+                self._outputs[self._rows.pop(e)] = row
+        else:
+            for e, slot in placed:
+                rows = self._rows.pop(e)
+                self._outputs[rows] = side_by_side(self._x[rows[0]], weights, torch.tensor([slot]), page_format)[0]
         self.compute_s += perf_counter() - start
-        self._outputs[rows] = y
 
     def output(self) -> torch.Tensor:
         """``[T, H]``: the sum over k weighted by the gate, in float32, in the routing's order."""
         outputs = torch.cat(self._outputs)[None] if self._decode else self._outputs
-        return torch.bmm(self._weights[:, None], outputs.float())[:, 0].to(self._x.dtype)
+        return torch.bmm(self._weights[:, None], outputs)[:, 0].to(self._x.dtype)
 
 
 class ResidentEngine:
@@ -155,8 +161,7 @@ class ResidentEngine:
         """As ``OffloadEngine.forward``."""
         start = perf_counter()
         call = _Call(x, routing)
-        for e in call.pending:
-            call.compute(e, self._pool.weights(layer, e), self._pool.page_format)
+        call.compute([(e, e) for e in call.pending], self._pool.weights(layer), self.page_format)
         y, misses = call.output(), int(routing.misses.count.sum())
         self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
         return y
@@ -259,23 +264,22 @@ class OffloadEngine:
 
     def _run(self, layer: int, wave: Wave, call: _Call) -> None:
         """Fetch the wave's loads, computing its residents meanwhile and each load as it lands."""
-        counters, held, page_format = self.counters, self._held[layer], self._pool.page_format
+        counters, held, weights = self.counters, self._held[layer], self._pool.weights(layer)
         for _, slot in wave.loads:
             held[slot] = -1
         requests = [(layer, e, self._pool.buffer(layer, slot), (e, slot)) for e, slot in wave.loads]
         asked = landed = perf_counter()
         with self._link.fetch(requests) as arrivals:
-            for e, slot in wave.resident:
-                call.compute(e, self._pool.weights(layer, slot), page_format)
+            call.compute(wave.resident, weights, self.page_format)
             waiting = perf_counter()
             for e, slot in arrivals:
                 held[slot] = e
                 landed = perf_counter()
                 counters.stall_s += landed - waiting
                 counters.pages_read += 1
-                counters.bytes_read += page_format.page_bytes
+                counters.bytes_read += self.page_format.page_bytes
                 if e in call.pending:  # not so where it only returns to the slot that it had to give up
-                    call.compute(e, self._pool.weights(layer, slot), page_format)
+                    call.compute([(e, slot)], weights, self.page_format)
                 waiting = perf_counter()
         counters.link_s += landed - asked
 

@@ -22,7 +22,6 @@ class ExpertPool:
     """
 
     def __init__(self, capacity: Sequence[int], page_format: PageFormat):
-        self.page_format = page_format
         size, slots = page_format.page_bytes, sum(capacity)
         if slots * size > _available_memory():
             raise InputError(
@@ -31,17 +30,13 @@ class ExpertPool:
             )
         self._memory = aligned_buffer(slots * size)
         pages = torch.from_numpy(self._memory).view(slots, size)
-        views = [page_format.views(page) for page in pages]
-        buffers = [memoryview(page.numpy()) for page in pages]
-        self._weights, self._buffers, first = [], [], 0
-        for count in capacity:
-            self._weights.append(views[first : first + count])
-            self._buffers.append(buffers[first : first + count])
-            first += count
+        layers = pages.split(list(capacity))
+        self._weights = [page_format.views(slots) for slots in layers]
+        self._buffers = [[memoryview(page.numpy()) for page in slots] for slots in layers]
 
-    def weights(self, layer: int, slot: int) -> dict[str, torch.Tensor]:
-        """The page in a slot, as ``PageFormat.views``."""
-        return self._weights[layer][slot]
+    def weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """The layer's slots ``[C, ...]``, as ``PageFormat.views``."""
+        return self._weights[layer]
 
     def buffer(self, layer: int, slot: int) -> memoryview:
         """The slot's bytes, 4 KiB-aligned, for a read to fill."""

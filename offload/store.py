@@ -17,11 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat
-from cachemoe.kernels.quantize import cpu_packing
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class StoreLayout:
         """The layout as safetensors metadata."""
         fields = {"version": VERSION, "model": self.model, "layers": self.layers, "experts": self.experts}
         fields |= asdict(self.page_format)
-        if self.page_format.kind == "int4-cpu":
-            fields["packing"] = cpu_packing()
         return {"cachemoe": json.dumps(fields)}
 
     @classmethod
@@ -53,7 +50,7 @@ class StoreLayout:
         """The layout of the store at ``path``, from its metadata.
 
         Raises:
-            InputError: if it is no store, of another version, or packed for another processor.
+            InputError: if it is no store, or of another version.
         """
         try:
             fields = json.loads((metadata or {})["cachemoe"])
@@ -62,7 +59,6 @@ class StoreLayout:
             raise InputError(f"{path} is not a cachemoe store: give the path of one") from error
         if version != VERSION:
             raise InputError(f"{path} is a store of version {version}, and this is version {VERSION}: make it again")
-        packing = fields.pop("packing", None)
         try:
             layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
             numbers = (layout.layers, layout.experts, layout.page_format.hidden, layout.page_format.intermediate)
@@ -70,8 +66,6 @@ class StoreLayout:
                 raise ValueError(f"{numbers} are no dimensions")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
-        if packing is not None and packing != cpu_packing():
-            raise InputError(f"{path} was packed for another processor's int4 matmul: make it again on this machine")
         return layout
 
 

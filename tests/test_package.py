@@ -49,7 +49,7 @@ def test_top_level_is_cachemoe_alone(members):
 
 
 def test_every_source_and_data_file_is_in_and_nothing_else(members):
-    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".c")]
     data = [path for path in (ROOT / "moe" / "tinymoe").glob("*") if path.suffix in DATA_SUFFIXES]
     training = ROOT / "moe" / "tinymoe" / "training"
     expected = {f"cachemoe/{p.relative_to(ROOT).as_posix()}" for p in sources + data if training not in p.parents}

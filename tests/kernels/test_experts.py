@@ -1,7 +1,6 @@
 """The experts kernels against their reference: in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels import reference
+from cachemoe.kernels import quantized_cpu, reference
 from cachemoe.kernels.experts import experts, experts_read_through
+from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import group_by_slot, plan_prefill
 from cachemoe.kernels.formats import PageFormat
@@ -259,27 +259,53 @@ def test_tiles_hold_each_pair_once_with_its_slot(data):
 # ------------------------------------------------------------------------------------------------- the public function
 
 
-CPU_FORMATS = [*FORMATS, PageFormat("int4-cpu", 64, 128, 32), PageFormat("int4-cpu", 128, 128, 128, activation="gelu")]
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page_format", FORMATS, ids=name_of)
+def test_on_the_cpu(page_format, dtype, tokens):
+    case = Case(page_format, tokens, top_k=2, slots=3, dtype=dtype)
+    x, slots, gates, pool = (each.cpu() for each in (case.x, case.slots, case.gates, case.pool))
+    assert_near(experts(x, slots, gates, page_format.views(pool), page_format), case.expected().cpu())
 
 
-@pytest.mark.parametrize("page_format", CPU_FORMATS, ids=name_of)
-def test_on_the_cpu(page_format):
-    torch.manual_seed(0)
-    rows, hidden, inner = page_format.parts[0][-1][0], page_format.hidden, page_format.intermediate
-    # int4-cpu pages cannot be taken apart, int4 pages of the same weights hold the same numbers.
-    twin = replace(page_format, kind="int4") if page_format.kind == "int4-cpu" else page_format
-    pages, twins = [], []
-    for _ in range(3):
-        biases = [torch.randn(rows), torch.randn(hidden)] if page_format.bias else []
-        matrices = torch.randn(rows, hidden) * hidden**-0.5, torch.randn(hidden, inner) * inner**-0.5
-        pages.append(page_format.pack(*matrices, *biases))
-        twins.append(twin.pack(*matrices, *biases))
-    weights, dense = page_format.views(torch.stack(pages)), twin.views(torch.stack(twins))
-    dense = {n: w if n.endswith("bias") else twin.dequantized(dense, n) for n, w in dense.items() if n[-6:] != "scales"}
-    x = torch.randn(4, hidden).to(page_format.compute_dtype)
-    slots, gates = torch.stack([torch.randperm(3)[:2] for _ in range(4)]), torch.rand(4, 2)
-    y = experts(x, slots, gates, weights, page_format)
-    assert_near(y, reference.experts(x, slots, gates, dense, page_format))
+@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[7]], ids=name_of)
+def test_on_a_cpu_the_bits_do_not_depend_on_the_threads_or_on_the_other_experts(page_format):
+    case = Case(page_format, tokens=1, top_k=5, slots=6, dtype=torch.bfloat16)
+    x, slots, weights = case.x.cpu(), case.slots[0].cpu(), page_format.views(case.pool.cpu())
+    together, threads = side_by_side(x, weights, slots, page_format), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        alone = [side_by_side(x, weights, slot[None], page_format) for slot in slots]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[6], FORMATS[7]], ids=name_of)
+def test_on_a_cpu_a_page_taken_apart_is_the_formats_own_numbers(page_format, dtype):
+    case = Case(page_format, tokens=1, top_k=1, slots=1, dtype=dtype)
+    weights = page_format.views(case.pool.cpu()[int(case.used[0])])
+    for name in ("gate_up", "down"):
+        numbers = quantized_cpu.unpack(weights[name], weights[f"{name}_scales"], page_format, dtype)
+        assert torch.equal(numbers, page_format.dequantized(weights, name).to(dtype))
+
+
+@pytest.mark.parametrize("page_format", [FORMATS[5], FORMATS[6]], ids=name_of)
+def test_on_a_cpu_without_a_c_compiler(page_format, monkeypatch):
+    def refuse(source):
+        raise OSError("there is no C compiler")
+
+    monkeypatch.setattr(quantized_cpu, "_c", lambda: refuse(None))
+    quantized_cpu.has_c.cache_clear()
+    case = Case(page_format, tokens=1, top_k=2, slots=3, dtype=torch.float32)
+    x, slots, gates, pool = (each.cpu() for each in (case.x, case.slots, case.gates, case.pool))
+    try:
+        with pytest.warns(RuntimeWarning, match="slow: there is no C compiler"):
+            y = experts(x, slots, gates, page_format.views(pool), page_format)
+    finally:
+        quantized_cpu.has_c.cache_clear()
+    assert_near(y, case.expected().cpu())
 
 
 @pytest.mark.parametrize("finish", [True, False])

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.quantize import (
-    cpu_packing,
     dequantize_int4,
     dequantize_int8,
     pack_nibbles,
@@ -68,7 +67,7 @@ def test_bf16_lies_row_by_row_gate_first():
         (PageFormat("bf16", 32, 65), 12480, 16384),
         # Half a byte a value, and 4 bytes for each group's scale and zero.
         (PageFormat("int4", 64, 128, 32), 12288 + 768 * 4, 16384),
-        (PageFormat("int4-cpu", 64, 128, 64), 12288 + 384 * 4, 16384),
+        (PageFormat("int4", 64, 128, 64), 12288 + 384 * 4, 16384),
         (PageFormat("int4", 128, 128, 128), 24576 + 384 * 4, 28672),
         (PageFormat("fp16", 32, 64), 12288, 12288),
         # One byte a value, and a float32 scale for each of the 2I + H rows.
@@ -133,10 +132,9 @@ def test_int4_keeps_sixteen_even_levels_exactly():
     assert torch.equal(dequantize_int4(q, scale, zero), weight)
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4-cpu"])
-def test_int4_page_holds_the_scales_and_zeros_by_group(kind):
+def test_int4_page_holds_the_scales_and_zeros_by_group():
     gate_up, down = random_expert(3, 64, 32)
-    page_format = PageFormat(kind, 64, 32, 32)
+    page_format = PageFormat("int4", 64, 32, 32)
     views = page_format.views(page_format.pack(gate_up, down))
     for weight, stored in ((gate_up, views["gate_up_scales"]), (down, views["down_scales"])):
         for row, values in enumerate(weight.tolist()):
@@ -144,8 +142,7 @@ def test_int4_page_holds_the_scales_and_zeros_by_group(kind):
                 part = values[32 * group : 32 * group + 32]
                 step = (max(part) - min(part)) / 15
                 expected = [step, min(part) + 8 * step]
-                held = stored[row, group] if kind == "int4" else stored[group, row]
-                assert held.tolist() == pytest.approx(expected, rel=2 * BF16_ROUNDING, abs=0.01)
+                assert stored[row, group].tolist() == pytest.approx(expected, rel=2 * BF16_ROUNDING, abs=0.01)
 
 
 def test_int4_packs_two_consecutive_inputs_into_a_byte_the_first_in_its_low_half():
@@ -212,23 +209,12 @@ def test_every_part_can_be_loaded_16_bytes_at_a_time():
         assert all(first % 16 == 0 for _, first, *_ in page_format.parts)
 
 
-def test_the_cpus_packing_cannot_be_taken_apart():
-    page_format = PageFormat("int4-cpu", 64, 32, 32)
-    with pytest.raises(ValueError, match="make int4 pages"):
-        page_format.dequantized(page_format.views(random_page(1, page_format)), "down")
-
-
-@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int4", 32), ("int4-cpu", 32)])
+@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int4", 32)])
 def test_strides_do_not_matter(kind, group):
     page_format = PageFormat(kind, 64, 32, group)
     gate_up, down = random_expert(4, 64, 32)
     transposed = [weight.t().contiguous().t() for weight in (gate_up, down)]
     assert torch.equal(page_format.pack(*transposed), page_format.pack(gate_up, down))
-
-
-def test_cpu_packing_names_the_processor_the_same_each_time():
-    assert cpu_packing() == cpu_packing()
-    assert int(cpu_packing(), 16) > 0
 
 
 @pytest.mark.parametrize(
@@ -244,7 +230,6 @@ def test_cpu_packing_names_the_processor_the_same_each_time():
         (("int4", 48, 64, 32), "divisible"),
         (("int4", 64, 48, 32), "divisible"),
         (("int8", 64, 64, 64), "no groups"),
-        (("int4-cpu", 48, 64, 32), "divisible"),
         (("bf16", 64, 64, 0, True, "tanh"), "unknown activation 'tanh'"),
         (("bf16", 64, 64, 0, False, "clamped-swiglu"), "without a gate"),
         (("bf16", 64, 64, 0, False, "silu", False, True), "without a gate"),

@@ -192,13 +192,13 @@ def test_fill_keeps_the_pages_it_has(store, weights):
 
 def test_an_interrupt_while_waiting_poisons_nothing(store, weights):
     with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [TOP_K] * LAYERS) as engine:
-        original = engines.expert
-        engines.expert = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        original = engines.side_by_side
+        engines.side_by_side = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         try:
             with pytest.raises(KeyboardInterrupt):
                 step(engine, weights, 0, 0, 1)
         finally:
-            engines.expert = original
+            engines.side_by_side = original
         assert_consistent(engine)
         y, expected = step(engine, weights, 0, 1, 1)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.offload import store as store_module
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import ExpertStore, StoreLayout, aligned_buffer, write_store
 
@@ -84,7 +83,7 @@ def test_what_is_written_can_be_read(path):
 
 
 def test_an_int4_store_can_be_read(tmp_path):
-    layout = StoreLayout("m", LAYERS, EXPERTS, PageFormat("int4-cpu", 64, 32, 32))
+    layout = StoreLayout("m", LAYERS, EXPERTS, PageFormat("int4", 64, 32, 32))
     pages = random_pages(layout, seed=1)
     write_store(tmp_path / "store", layout, pages)
     with ExpertStore(tmp_path / "store") as store:
@@ -316,21 +315,6 @@ def test_another_version(stored):
     with pytest.raises(InputError, match="of version 99") as caught:
         ExpertStore(folder / "header")
     assert_one_sentence(caught.value)
-
-
-def test_packed_for_another_processor(tmp_path, monkeypatch):
-    layout = StoreLayout("m", LAYERS, EXPERTS, PageFormat("int4-cpu", 64, 32, 32))
-    write_store(tmp_path / "store", layout, random_pages(layout))
-    monkeypatch.setattr(store_module, "cpu_packing", lambda: "another")
-    with pytest.raises(InputError, match="packed for another processor") as caught:
-        ExpertStore(tmp_path / "store")
-    assert_one_sentence(caught.value)
-
-
-def test_bf16_pages_are_the_same_on_every_processor(path, monkeypatch):
-    monkeypatch.setattr(store_module, "cpu_packing", lambda: "another")
-    with ExpertStore(path) as store:
-        assert_holds(store, PAGES)
 
 
 @pytest.mark.parametrize("left", [0, 100, 4096, 5000])

@@ -1,0 +1,60 @@
+"""C beside the kernels: compiled for this very processor when first needed, and kept in the cache directory."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+# Threads come from the OpenMP that torch has loaded: it is not linked, or there could be a second pool of them.
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-strict-aliasing", "-fopenmp")
+COMPILERS = ("cc", "gcc", "clang")
+
+
+def cache_directory() -> Path:
+    """Of what can be made again: ``$CACHEMOE_CACHE``, else ``$XDG_CACHE_HOME/cachemoe``, else ``~/.cache/cachemoe``."""
+    if chosen := os.environ.get("CACHEMOE_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemoe"
+
+
+@cache
+def compile_c(source: Path) -> ctypes.CDLL:
+    """The source's functions, compiled by ``$CC`` or the first of ``COMPILERS``.
+
+    Raises:
+        OSError: if there is no compiler, it refuses the source, or the cache directory cannot be written.
+    """
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    if not compiler:
+        raise OSError(f"there is no C compiler ({', '.join(COMPILERS)})")
+    command = [*compiler, *FLAGS]
+    key = hashlib.sha256(b"\0".join((source.read_bytes(), shlex.join(command).encode(), _processor().encode())))
+    library = cache_directory() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=library.parent) as folder:  # beside it, so that it can be moved whole
+            compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
+            _run([*command, "-c", str(source), "-o", str(compiled)])
+            _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+            os.replace(linked, library)
+    return ctypes.CDLL(str(library))
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()}")
+
+
+def _processor() -> str:
+    """What distinguishes processors that share a home directory."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return " ".join((platform.machine(), platform.processor(), *told))
