@@ -42,7 +42,7 @@ def routings():
 
 
 def matmuls(engine, x, routing):
-    side_by_side(x, engine._pool.weights(0), routing.slots.flatten(), PAGE_FORMAT)
+    side_by_side(x, engine._pool.weights, routing.slots.flatten(), PAGE_FORMAT)
 
 
 @pytest.mark.parametrize("implementation", ["matmuls alone", "cachemoe"])

@@ -14,7 +14,8 @@ from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
-from cachemoe.offload.engine import Counters, OffloadEngine, ResidentEngine
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.residency import Residency
 
 RESIDENT = "resident"
@@ -153,6 +154,4 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
 
 def _trimmed(state: Residency, capacity: int) -> Residency:
     """The state with ``capacity`` slots; it came from a batch whose largest capacity was higher."""
-    trimmed = state.clone()
-    trimmed.expert_of = trimmed.expert_of[..., :capacity].contiguous()
-    return trimmed
+    return state.clone().with_slots(capacity)

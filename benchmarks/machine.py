@@ -15,8 +15,10 @@ from time import perf_counter
 import torch
 
 from cachemoe.kernels.reference import Routing
-from cachemoe.offload.engine import Counters, OffloadEngine, ResidentEngine
-from cachemoe.offload.link import CHUNK_BYTES, DEPTH
+from cachemoe.offload.carriers import READERS
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.link import CHUNK_BYTES
 from cachemoe.offload.store import ExpertStore, aligned_buffer
 
 
@@ -87,8 +89,8 @@ def disk_bandwidths(store: ExpertStore, slots: int = 12) -> dict[str, list[float
     draw = random.Random(0)
     measured: dict[str, list[float]] = {"bare": [], "engine": []}
     memory = memoryview(aligned_buffer(pages * size))
-    with ThreadPoolExecutor(DEPTH) as readers, OffloadEngine(store, [slots] * layers) as engine:
-        list(readers.map(time.sleep, [0.01] * DEPTH))  # the threads start before the clock does
+    with ThreadPoolExecutor(READERS) as readers, OffloadEngine(store, [slots] * layers) as engine:
+        list(readers.map(time.sleep, [0.01] * READERS))  # the threads start before the clock does
 
         def read(chunk):
             start, offset = chunk

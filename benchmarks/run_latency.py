@@ -64,7 +64,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         with progress("quality, stepped through the text", len(windows)) as advance:
             evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
         with progress("reading every page for the resident rows", store.pages) as advance:
-            resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance)
+            resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance=advance)
         speeds = _speeds(store, resident, shape)
         pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
         plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)

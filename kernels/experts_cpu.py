@@ -81,10 +81,14 @@ def experts(
     finish: bool = True,
 ) -> None:
     """As ``cachemoe.kernels.experts.experts``, into ``out``."""
-    if len(x) == 1 and partial is None:  # decode: nothing to gather
-        pairs = side_by_side(x, weights, slots[0], page_format).transpose(0, 1)
+    pairs = partial
+    if pairs is None:
+        pairs = torch.empty(*slots.shape, x.shape[1])
+    if len(x) == 1:  # decode: nothing to gather
+        ks = slice(None) if pending is None else pending[0].nonzero().flatten()
+        if len(chosen := slots[0, ks]):
+            pairs[0, ks] = side_by_side(x, weights, chosen, page_format)[:, 0]
     else:
-        pairs = x.new_empty((*slots.shape, x.shape[1]), dtype=torch.float32) if partial is None else partial
         wanted = slots if pending is None else slots.masked_fill(~pending, -1)
         for slot in wanted.unique():
             if slot >= 0:

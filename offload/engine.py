@@ -1,142 +1,37 @@
 """Engines that run a layer's experts from pages: ``OffloadEngine`` fetches missing ones, ``ResidentEngine`` has all.
 
-One call: the routing has chosen experts and slots; misses are asked for, hits are computed while they are read, misses
-as they land. Outputs are summed in the routing's order whatever order they land in: the bits do not depend on it.
+One call: the routing has chosen experts and slots; misses are asked for, then what the next layers will probably want;
+hits are computed while pages move, misses as they land. Outputs are summed in the routing's order whatever order pages
+land in: the bits do not depend on it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 import torch
 
-from cachemoe.kernels.experts_cpu import side_by_side
-from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels import experts_cpu
+from cachemoe.kernels.experts import experts
 from cachemoe.kernels.reference import Routing
-from cachemoe.offload.link import Link, Pacing
+from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.link import CHUNK_BYTES, Link, Pacing, Transfer
 from cachemoe.offload.pool import ExpertPool
-from cachemoe.offload.residency import Residency
-from cachemoe.offload.store import ExpertStore
-
-
-@dataclass
-class Counters:
-    """Totals since the engine was made or the counters were replaced.
-
-    A selection is one expert chosen by one token. It is a miss if the engine had to ask for its page, a hit otherwise:
-    in a call of many tokens an expert misses at most once. ``stall_s`` is time spent waiting for pages with nothing
-    left to compute, ``compute_s`` time in the experts' matmuls, ``link_s`` time with pages under way, ``engine_s`` all
-    time in the engine.
-    """
-
-    calls: int = 0
-    selections: int = 0
-    hits: int = 0
-    misses: int = 0
-    pages_read: int = 0
-    bytes_read: int = 0
-    stall_s: float = 0.0
-    compute_s: float = 0.0
-    link_s: float = 0.0
-    engine_s: float = 0.0
-
-    def count_call(self, selections: int, misses: int, compute_s: float, engine_s: float) -> None:
-        """Add one call."""
-        self.calls += 1
-        self.compute_s += compute_s
-        self.selections += selections
-        self.hits += selections - misses
-        self.misses += misses
-        self.engine_s += engine_s
-
-
-@dataclass(frozen=True)
-class Wave:
-    """(expert, slot) of experts computed together: ``resident`` have their page, ``loads`` are fetched meanwhile."""
-
-    resident: list[tuple[int, int]]
-    loads: list[tuple[int, int]]
-
-
-def plan_waves(held: Sequence[int], needed: Sequence[int], final: set[int]) -> list[Wave]:
-    """Order a call of many tokens so that each needed expert is computed once and ``final`` is what stays.
-
-    Args:
-        held: the expert in each slot, -1 for none.
-        needed: distinct experts of the call, in order of first use.
-        final: experts resident after the call, at most as many as slots; those not held are among ``needed``.
-
-    Returns:
-        Waves, to be run one after another. A wave's loads never overwrite a page that the wave computes with. An expert
-        is loaded at most once, but for one that must give up its slot where every slot holds an expert that stays.
-    """
-    here = [(e, slot) for slot, e in enumerate(held) if e in needed]
-    passing = [e for e in needed if e not in held and e not in final]
-    staying = [e for e in needed if e not in held and e in final]
-    free = [slot for slot, e in enumerate(held) if e not in final and e not in needed]
-    free_after_first = [slot for slot, e in enumerate(held) if e not in final and e in needed]
-    if passing and not free and not free_after_first:
-        free_after_first, staying = [len(held) - 1], [*staying, held[-1]]
-
-    waves: list[Wave] = []
-    todo = [*passing, *staying]
-    while todo or not waves:
-        loads = list(zip(todo, free, strict=False))
-        todo = todo[len(loads) :]
-        kept = {slot for e, slot in loads if e in final}
-        free = [slot for slot in free if slot not in kept] + (free_after_first if not waves else [])
-        waves.append(Wave(here if not waves else [], loads))
-    return waves
-
-
-class _Call:
-    """The inputs and outputs of one call, expert by expert, and the seconds its matmuls took."""
-
-    def __init__(self, x: torch.Tensor, routing: Routing):
-        ids, self._weights = routing.ids[0], routing.weights[0]
-        self._x = x
-        self.compute_s = 0.0
-        self._decode = ids.shape[0] == 1
-        if self._decode:  # one row an expert: a list is filled faster than a tensor
-            self._outputs = [None] * ids.shape[1]
-            self._rows = {e: k for k, e in enumerate(ids[0].tolist())}
-        else:
-            self._outputs = torch.empty(*ids.shape, x.shape[1])
-            self._rows = {e: torch.nonzero(ids == e, as_tuple=True) for e in dict.fromkeys(ids.flatten().tolist())}
-
-    @property
-    def pending(self) -> list[int]:
-        """Experts not computed yet, in order of first use."""
-        return list(self._rows)
-
-    def compute(
-        self, placed: Sequence[tuple[int, int]], weights: dict[str, torch.Tensor], page_format: PageFormat
-    ) -> None:
-        """Run pending experts, (expert, slot) each, on the tokens that chose them."""
-        start = perf_counter()
-        if self._decode and placed:
-            y = side_by_side(self._x, weights, torch.tensor([slot for _, slot in placed]), page_format)
-            for (e, _), row in zip(placed, y, strict=True):
-                self._outputs[self._rows.pop(e)] = row
-        else:
-            for e, slot in placed:
-                rows = self._rows.pop(e)
-                self._outputs[rows] = side_by_side(self._x[rows[0]], weights, torch.tensor([slot]), page_format)[0]
-        self.compute_s += perf_counter() - start
-
-    def output(self) -> torch.Tensor:
-        """``[T, H]``: the sum over k weighted by the gate, in float32, in the routing's order."""
-        outputs = torch.cat(self._outputs)[None] if self._decode else self._outputs
-        return torch.bmm(self._weights[:, None], outputs)[:, 0].to(self._x.dtype)
+from cachemoe.offload.prefetch import Prefetcher
+from cachemoe.offload.residency import Residency, admit, least_recently_used, resized
+from cachemoe.offload.staging import Staging
+from cachemoe.offload.timeline import Timeline
+from cachemoe.offload.waves import plan_waves
 
 
 class ResidentEngine:
-    """Every expert in DRAM: the reference that misses nothing, whatever the routing was told is resident.
+    """Every expert in memory: the reference that misses nothing, whatever the routing was told is resident.
 
     Args:
         store: where the pages are read from, once.
         capacity: slots of each layer in the state that routing sees; with less than E, misses are counted and cost
             nothing.
+        device: where the pages are and the experts run.
         advance: called after each page read.
 
     Attributes:
@@ -144,26 +39,36 @@ class ResidentEngine:
         counters: see ``Counters``.
     """
 
-    def __init__(self, store: ExpertStore, capacity: Sequence[int], advance: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        store,
+        capacity: Sequence[int],
+        device: torch.device | str = "cpu",
+        advance: Callable[[], None] = lambda: None,
+    ):
         layout = store.layout
         self.state = Residency.empty(torch.tensor(capacity), layout.experts)
         self.counters = Counters()
         self.page_format = layout.page_format
-        self._pool = ExpertPool([layout.experts] * layout.layers, layout.page_format)
-        pages = [(layer, e) for layer in range(layout.layers) for e in range(layout.experts)]
-        requests = [(*page, self._pool.buffer(*page), page) for page in pages]
-        with Link(store) as link, link.fetch(requests) as arrivals:
-            for _ in arrivals:
+        self._experts_a_layer = layout.experts
+        self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
+        self._compute = _Compute(self._pool, layout.page_format)
+        with Link(_carrier(store, self._pool)) as link:
+            pages = ((layer, e) for layer in range(layout.layers) for e in range(layout.experts))
+            for _ in link.landed([link.request(*page, frame) for frame, page in enumerate(pages)]):
                 advance()
 
     @torch.no_grad()
-    def forward(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def forward(
+        self, layer: int, x: torch.Tensor, routing: Routing, gate_input: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """As ``OffloadEngine.forward``."""
         start = perf_counter()
-        call = _Call(x, routing)
-        call.compute([(e, e) for e in call.pending], self._pool.weights(layer), self.page_format)
-        y, misses = call.output(), int(routing.misses.count.sum())
-        self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
+        y = torch.empty_like(x)
+        self._compute(x, routing.ids[0] + layer * self._experts_a_layer, routing.weights[0], y)
+        counters = self.counters
+        counters.compute_s += perf_counter() - start
+        counters.count_call(routing.ids.numel(), int(routing.misses.count.sum()), perf_counter() - start)
         return y
 
 
@@ -171,60 +76,95 @@ class OffloadEngine:
     """A pool of slots over a store: misses are fetched, hits computed meanwhile. Close it, or use it as a context.
 
     Args:
-        store: where every page is.
+        store: where every page is: a file, for a pool in DRAM; pinned memory, for one on a GPU.
         capacity: slots of each layer; at least K for the routing that will be used.
-        pacing: see ``Link``.
+        device: where the pool is and the experts run.
+        pacing, chunk_bytes: see ``Link``.
+        prefetcher: what predicts, None for no prefetch.
+        staging: pages that may be ahead at a time.
+        count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.
+        evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
+        timeline: records what happens when, if given.
 
     Attributes:
-        state: the ``Residency`` that routing reads and writes, ``[L, ...]``; ``route`` takes ``state[l : l + 1]``.
+        state: the ``Residency`` that routing reads and writes, ``[L, ...]``.
         counters: see ``Counters``.
     """
 
-    def __init__(self, store: ExpertStore, capacity: Sequence[int], pacing: Pacing | None = None):
+    def __init__(
+        self,
+        store,
+        capacity: Sequence[int],
+        device: torch.device | str = "cpu",
+        pacing: Pacing | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        prefetcher: Prefetcher | None = None,
+        staging: int = 0,
+        count_in_flight: bool = False,
+        evict: Callable = least_recently_used,
+        timeline: Timeline | None = None,
+    ):
         layout = store.layout
         if len(capacity) != layout.layers:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
-        self.state = Residency.empty(torch.tensor(capacity), layout.experts)
+        if (prefetcher is None) != (staging == 0):
+            raise ValueError("a prefetcher needs staging, and staging a prefetcher")
+        self._guests = staging if count_in_flight else 0
+        self.state = Residency.empty(torch.tensor(capacity), layout.experts).with_slots(max(capacity) + self._guests)
         self.counters = Counters()
         self.page_format = layout.page_format
-        self._pool = ExpertPool(capacity, layout.page_format)
+        self._evict, self._timeline = evict, timeline
+        self._pool = ExpertPool(sum(capacity) + staging, layout.page_format, device)
+        self._compute = _Compute(self._pool, layout.page_format)
+        frames = iter(range(sum(capacity)))
+        self._frames = [[next(frames) for _ in range(count)] for count in capacity]  # of each slot
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
-        self._link = Link(store, pacing)
+        self._link = Link(_carrier(store, self._pool), pacing, chunk_bytes, timeline)
+        self._busy_s = 0.0  # of the link, as counted so far
+        self._staging = None
+        if prefetcher is not None:
+            ahead = range(sum(capacity), sum(capacity) + staging)
+            self._staging = Staging(self._link, prefetcher, ahead, layout.page_format.page_bytes, self._holds)
+
+    def caches(self, layer: int) -> Residency:
+        """``[1, ...]``, what one token's routing of the layer is to see, and to update."""
+        state = self.state[layer : layer + 1]
+        if self._guests:
+            capacity = len(self._held[layer])
+            for slot, e in enumerate(self._staging.of_layer(layer), capacity):
+                state.slot_of[0, e], state.expert_of[0, slot] = slot, e
+        return state
 
     @torch.no_grad()
-    def forward(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def forward(
+        self, layer: int, x: torch.Tensor, routing: Routing, gate_input: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run the experts that ``route`` chose for this layer, fetching what is missing.
 
         Args:
-            x: ``[T, H]``, in a dtype that the page format computes in.
+            x: ``[T, H]`` contiguous, in a dtype that the page format computes in.
             routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it.
+            gate_input: ``[T, H]``, what the layer's router saw, for prefetchers that want it; None: x.
 
         Returns:
             ``[T, H]`` in x's dtype.
 
         Raises:
-            OSError: if a page could not be read. Its expert is then absent, and the engine can be used on.
+            Exception: what the store raised, if a page could not be read. Its expert is then absent, and the engine can
+                be used on.
         """
         start = perf_counter()
-        call = _Call(x, routing)
-        if x.shape[0] == 1:
-            placed = list(zip(routing.ids.flatten().tolist(), routing.slots.flatten().tolist(), strict=True))
-            held = self._held[layer]
-            waves = [Wave([p for p in placed if held[p[1]] == p[0]], [p for p in placed if held[p[1]] != p[0]])]
-            misses = len(waves[0].loads)
-        else:
-            final = set(torch.nonzero(self.state.slot_of[layer] >= 0).flatten().tolist())
-            waves = plan_waves(self._held[layer], call.pending, final)
-            misses = len(set(call.pending) - set(self._held[layer]))
         try:
-            for wave in waves:
-                self._run(layer, wave, call)
-        finally:
-            # After many tokens, a failure or Ctrl-C the pages decide which expert is in which slot.
-            if x.shape[0] > 1 or call.pending:
-                self._settle(layer)
-        y = call.output()
-        self.counters.count_call(routing.ids.numel(), misses, call.compute_s, perf_counter() - start)
+            if x.shape[0] == 1:
+                y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
+            else:
+                y, misses = self._prefill(layer, x, routing)
+        except BaseException:
+            self._recover()
+            raise
+        busy, self._busy_s = self._busy_s, self._link.busy_s
+        self.counters.link_s += self._busy_s - busy
+        self.counters.count_call(routing.ids.numel(), misses, perf_counter() - start)
         return y
 
     def fill(self) -> None:
@@ -233,9 +173,9 @@ class OffloadEngine:
         Pages that the pool holds stay in their slots: which slot an expert has may change, which are resident not.
 
         Raises:
-            OSError: as ``forward``.
+            Exception: as ``forward``.
         """
-        requests = []
+        transfers = {}
         for layer, held in enumerate(self._held):
             wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
             missing = iter([e for e in wanted if e not in held])
@@ -243,17 +183,53 @@ class OffloadEngine:
                 if e not in wanted:
                     held[slot] = -1
                     if (new := next(missing, None)) is not None:
-                        requests.append((layer, new, self._pool.buffer(layer, slot), (layer, new, slot)))
+                        transfers[self._link.request(layer, new, self._frames[layer][slot], paced=False)] = slot
         try:
-            with self._link.fetch(requests, paced=False) as arrivals:
-                for layer, e, slot in arrivals:
-                    self._held[layer][slot] = e
-        finally:
-            for layer in range(len(self._held)):
-                self._settle(layer)
+            for transfer in self._link.landed(transfers):
+                self._held[transfer.layer][transfers[transfer]] = transfer.expert
+        except BaseException:
+            self._recover()
+            raise
+        for layer in range(len(self._held)):
+            self._settle(layer)
+        self._busy_s = self._link.busy_s
+
+    def resize(self, capacity: Sequence[int]) -> None:
+        """Change the slots of each layer between two tokens; experts leave by the eviction policy, pages stay.
+
+        Raises:
+            ValueError: for a capacity below 1 or above E.
+            InputError: if memory cannot hold the pool; the engine is then as it was.
+        """
+        if self._staging is not None:
+            self._staging.drop(self.counters)
+        width = max(capacity) + self._guests
+        state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(width)
+        frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
+        held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
+        before = len(self._pool.pages)
+        total = before + sum(capacity) - sum(map(len, self._held))
+        if total > before:
+            self._pool.resize(total)
+        # Pages that stay keep their frames, but for those beyond the new end.
+        kept = [frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0]
+        free = iter(sorted(set(range(total)).difference(kept)))
+        frames = []
+        for layer, row in enumerate(held):
+            frames.append([frame_of[layer][e] if e >= 0 else -1 for e in row])
+            for slot, frame in enumerate(frames[layer]):
+                if frame < 0 or frame >= total:
+                    frames[layer][slot] = new = next(free)
+                    if frame >= total:
+                        self._pool.pages[new] = self._pool.pages[frame]
+        if total < before:
+            self._pool.resize(total)
+        self.state, self._held, self._frames = state, held, frames
+        if self._staging is not None:
+            self._staging.reset(free)
 
     def close(self) -> None:
-        """Wait for reads under way and end the reader threads; a second call does nothing."""
+        """Wait for pages under way and end the link's threads; a second call does nothing."""
         self._link.close()
 
     def __enter__(self):
@@ -262,30 +238,156 @@ class OffloadEngine:
     def __exit__(self, *_):
         self.close()
 
-    def _run(self, layer: int, wave: Wave, call: _Call) -> None:
-        """Fetch the wave's loads, computing its residents meanwhile and each load as it lands."""
-        counters, held, weights = self.counters, self._held[layer], self._pool.weights(layer)
-        for _, slot in wave.loads:
-            held[slot] = -1
-        requests = [(layer, e, self._pool.buffer(layer, slot), (e, slot)) for e, slot in wave.loads]
-        asked = landed = perf_counter()
-        with self._link.fetch(requests) as arrivals:
-            call.compute(wave.resident, weights, self.page_format)
-            waiting = perf_counter()
-            for e, slot in arrivals:
+    def _holds(self, layer: int, expert: int) -> bool:
+        return expert in self._held[layer]
+
+    def _decode(self, layer, x, routing, gate_input):
+        """One token: its output, and how many of its experts missed."""
+        ids, slots = routing.ids[0, 0].tolist(), routing.slots[0, 0].tolist()
+        if self._guests:
+            slots = self._seat_guests(layer, ids, slots)
+        held, frames = self._held[layer], self._frames[layer]
+        missing = [k for k, (e, slot) in enumerate(zip(ids, slots, strict=True)) if held[slot] != e]
+        loads = {self._load(layer, ids[k], slots[k]): k for k in missing}
+        if self._staging is not None:
+            self._staging.chosen(layer, ids, self.counters)
+            self._staging.look_ahead(layer, gate_input, ids, len(self._held), self.counters)
+        y, gates = torch.empty_like(x), routing.weights[0]
+        where = torch.tensor([[frames[slot] for slot in slots]])
+        if not loads:
+            self._timed(layer, x, where, gates, y)
+            return y, 0
+        partial = torch.empty(1, len(ids), x.shape[1], device=x.device)
+        pending = torch.ones(1, len(ids), dtype=torch.bool)
+        pending[0, missing] = False
+        if len(missing) < len(ids):
+            self._timed(layer, x, where, gates, y, pending, partial, False)
+        left = len(loads)
+        for transfer in self._landed(layer, loads):
+            k, left = loads[transfer], left - 1
+            held[slots[k]] = ids[k]
+            pending.zero_()
+            pending[0, k] = True
+            self._timed(layer, x, where, gates, y, pending, partial, left == 0)
+        return y, len(missing)
+
+    def _prefill(self, layer, x, routing):
+        """Many tokens: their output, and how many of their experts had no page when the call began."""
+        ids, held, frames = routing.ids[0], self._held[layer], self._frames[layer]
+        needed = list(dict.fromkeys(ids.flatten().tolist()))
+        misses = len(set(needed).difference(held))
+        final = set(torch.nonzero(self.state.slot_of[layer] >= 0).flatten().tolist())
+        y, gates = torch.empty_like(x), routing.weights[0]
+        partial = torch.empty(*ids.shape, x.shape[1], device=x.device)
+        frame_of = torch.zeros(self.state.slot_of.shape[1], dtype=torch.int64)
+
+        def compute(placed: list[tuple[int, int]]) -> None:
+            if placed:
+                experts, slots = map(list, zip(*placed, strict=True))
+                frame_of[experts] = torch.tensor([frames[slot] for slot in slots])
+                here = torch.isin(ids, torch.tensor(experts))
+                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False)
+
+        waiting = set(needed)
+        for wave in plan_waves(held, needed, final):
+            loads = {self._load(layer, *place): place for place in wave.loads}
+            compute(wave.resident)
+            waiting.difference_update(e for e, _ in wave.resident)
+            for transfer in self._landed(layer, loads):
+                e, slot = loads[transfer]
                 held[slot] = e
-                landed = perf_counter()
-                counters.stall_s += landed - waiting
-                counters.pages_read += 1
-                counters.bytes_read += self.page_format.page_bytes
-                if e in call.pending:  # not so where it only returns to the slot that it had to give up
-                    call.compute([(e, slot)], weights, self.page_format)
-                waiting = perf_counter()
-        counters.link_s += landed - asked
+                if e in waiting:  # not so where it only returns to the slot that it had to give up
+                    compute([(e, slot)])
+                    waiting.remove(e)
+        if self._staging is not None:
+            self._staging.chosen(layer, needed, self.counters)
+        self._timed(layer, x, frame_of[ids], gates, y, torch.zeros_like(ids, dtype=torch.bool), partial, True)
+        self._settle(layer)
+        return y, misses
+
+    def _load(self, layer: int, e: int, slot: int) -> Transfer:
+        """See that the expert's page comes to the slot: from staging, or asked for now."""
+        frames = self._frames[layer]
+        self._held[layer][slot] = -1
+        staged = self._staging.adopt(layer, e, frames[slot], self.counters) if self._staging else None
+        if staged is None:
+            return self._link.request(layer, e, frames[slot])
+        frames[slot] = staged.frame
+        return staged
+
+    def _landed(self, layer: int, loads: dict):
+        """The transfers as they land."""
+        counters = self.counters
+        waiting = perf_counter()
+        for transfer in self._link.landed(loads):
+            now = perf_counter()
+            counters.stall_s += now - waiting
+            counters.count_page(self.page_format.page_bytes)
+            if self._timeline is not None:
+                self._timeline.span("stall", f"layer {layer}", waiting, now, layer=layer, expert=transfer.expert)
+            yield transfer
+            waiting = perf_counter()
+
+    def _timed(self, layer: int, *arguments) -> None:
+        """Compute, and note the time."""
+        start = perf_counter()
+        self._compute(*arguments)
+        end = perf_counter()
+        self.counters.compute_s += end - start
+        if self._timeline is not None:
+            self._timeline.span("compute", f"layer {layer}", start, end, layer=layer)
+
+    def _seat_guests(self, layer: int, ids: list[int], slots: list[int]) -> list[int]:
+        """Give staged experts that were chosen as residents a slot of the layer's own, and show the guests out.
+
+        Returns:
+            The slots of ``ids``, all of them the layer's own.
+        """
+        capacity, state = len(self._held[layer]), self.state[layer]
+        guests = state.expert_of[capacity:]
+        state.slot_of[guests[guests >= 0]] = -1
+        guests.fill_(-1)
+        seated = list(slots)
+        for k, slot in enumerate(slots):
+            if slot >= capacity:
+                seated[k] = admit(state, ids[k], ids, self._evict)
+        return seated
+
+    def _recover(self) -> None:
+        """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""
+        try:
+            self._link.abandon()
+            if self._staging is not None:
+                used = {frame for frames in self._frames for frame in frames}
+                self._staging.reset(frame for frame in range(len(self._pool.pages)) if frame not in used)
+            for layer in range(len(self._held)):
+                self._settle(layer)
+        except BaseException:
+            self._link.broken = True
+            raise
 
     def _settle(self, layer: int) -> None:
         """Make the page table say what the slots hold."""
         held = torch.tensor(self._held[layer])
         self.state.slot_of[layer] = -1
         self.state.slot_of[layer, held[held >= 0]] = torch.nonzero(held >= 0).flatten()
+        self.state.expert_of[layer] = -1
         self.state.expert_of[layer, : len(held)] = held
+
+
+class _Compute:
+    """``cachemoe.kernels.experts.experts`` over the frames of a pool."""
+
+    def __init__(self, pool: ExpertPool, page_format):
+        self._pool, self._format = pool, page_format
+
+    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True) -> None:
+        run = experts_cpu.experts  # without the checks: all of it is the engine's own
+        if x.is_cuda:
+            run, (frames, gates) = experts, (each.to(x.device, non_blocking=True) for each in (frames, gates))
+            pending = None if pending is None else pending.to(x.device, non_blocking=True)
+        run(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
+
+
+def _carrier(store, pool: ExpertPool):
+    return CopyCarrier(store, pool) if pool.pages.is_cuda else ReadCarrier(store, pool)

@@ -1,20 +1,21 @@
-"""Link: reader threads that bring pages from the store into slots, several reads in flight, paced if asked."""
+"""Link: pages on their way from the store into frames of the pool, demand before prefetch, paced if asked."""
 
-import queue
 import threading
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.carriers import Carrier
+from cachemoe.offload.timeline import Timeline
 
-CHUNK_BYTES = 1 << 20  # a page is read in chunks, so that a single miss keeps several requests in flight too
-DEPTH = 4  # reads in flight
+CHUNK_BYTES = 1 << 20  # a page moves in chunks: a single miss keeps several readers busy, a demand overtakes a prefetch
+PACED_THREADS = 2  # one moves the next chunk while the other waits for the end of the last
 
 
 @dataclass(frozen=True)
 class Pacing:
-    """A slower link than the machine's own; it delays the end of real reads, never replaces them.
+    """A slower link than the machine's own; it delays the end of real transfers, never replaces them.
 
     Args:
         bytes_per_second: byte rate of the link.
@@ -24,124 +25,187 @@ class Pacing:
     bytes_per_second: float
     latency: float = 0.0
 
-
-class _Page:
-    """One page on its way, chunk by chunk."""
-
-    def __init__(self, tag, chunks: int, not_before: float, landed: queue.SimpleQueue):
-        self.tag = tag
-        self.error: BaseException | None = None
-        self.cancelled = False
-        self.ended = threading.Event()  # no reader writes the buffer any more
-        self._chunks_left = chunks
-        self._not_before = not_before
-        self._landed = landed
-        self._lock = threading.Lock()
-
-    def chunk_ended(self, error: BaseException | None) -> None:
-        """Note the end of a chunk; the last one reports the page, not before the paced link would have carried it."""
-        with self._lock:
-            self._chunks_left -= 1
-            self.error = self.error or error
-            last = self._chunks_left == 0
-        if last:
-            if not self.cancelled:
-                time.sleep(max(0.0, self._not_before - time.monotonic()))
-            self.ended.set()
-            self._landed.put(self)
+    def seconds(self, size: int, begins: bool) -> float:
+        """What ``size`` bytes take, with the latency where a page begins."""
+        return size / self.bytes_per_second + (self.latency if begins else 0.0)
 
 
-class Arrivals:
-    """Pages under way, iterated in the order they land. Use it as a context manager: leaving waits for the readers.
+class Transfer:
+    """One page on its way. Until it has landed its frame is the link's.
 
-    Iterating gives the tag of each page that arrived, and raises in the caller what ended a read that failed. After the
-    context no read writes any of the slots; those whose page was not iterated hold nothing to rely on.
+    Attributes:
+        layer, expert: the page.
+        frame: where it goes.
+        demand: whether somebody waits for it; else it is a prefetch.
+        landed: whether it has ended, well or not; on a GPU, whether the copy is queued.
+        error: what ended it, if it failed.
     """
 
-    def __init__(self, link: "Link", landed: queue.SimpleQueue, pages: list[_Page]):
-        self._link = link
-        self._landed = landed
-        self._pages = pages
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        try:
-            for page in self._pages:
-                page.cancelled = True
-            for page in self._pages:
-                page.ended.wait()
-        except BaseException:  # a second Ctrl-C: readers may still be writing, so nothing may be fetched again
-            self._link.broken = True
-            raise
-
-    def __iter__(self) -> Iterator:
-        for _ in self._pages:
-            page = self._landed.get()
-            if page.error is not None:
-                raise page.error
-            yield page.tag
+    def __init__(self, layer: int, expert: int, frame: int, demand: bool, paced: bool):
+        self.layer, self.expert, self.frame = layer, expert, frame
+        self.demand, self.paced = demand, paced
+        self.landed = False
+        self.error: BaseException | None = None
+        self.asked = time.perf_counter()
+        self.next_byte = 0  # the first that no thread has taken
+        self.moving = 0  # chunks under way
 
 
 class Link:
-    """Reader threads over one store. Close it, or use it as a context manager; closing joins the threads.
+    """Threads that move pages; a page whose move has begun is moved whole. Close it, or use it as a context manager.
+
+    A demand finds a thread that no prefetch holds, or waits for one chunk of a prefetch at most.
 
     Args:
-        store: where pages come from.
+        carrier: moves chunks.
         pacing: None for the machine's own speed.
-        depth: reads in flight.
+        chunk_bytes: a page is moved in pieces of this size, a multiple of 4 KiB.
+        timeline: records each chunk, if given.
 
     Attributes:
-        broken: set when an interrupt left reads that nobody waits for; the link then refuses to fetch.
+        broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests.
     """
 
-    def __init__(self, store: ExpertStore, pacing: Pacing | None = None, depth: int = DEPTH):
-        self.store = store
-        self.pacing = pacing
+    def __init__(
+        self,
+        carrier: Carrier,
+        pacing: Pacing | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        timeline: Timeline | None = None,
+    ):
         self.broken = False
+        self.pacing = pacing
+        self._carrier, self._chunk_bytes, self._timeline = carrier, chunk_bytes, timeline
+        self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
+        self._moving = {True: 0, False: 0}  # chunks under way, likewise
+        self._closed = False
         self._free_at = 0.0
-        self._chunks: queue.SimpleQueue = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._read, name=f"cachemoe-read-{i}") for i in range(depth)]
+        self._moved_bytes, self._busy_s, self._busy_since = 0, 0.0, 0.0
+        lock = threading.Lock()
+        self._work, self._landing = threading.Condition(lock), threading.Condition(lock)
+        self._closing = threading.Event()
+        count = min(carrier.threads, PACED_THREADS) if pacing else carrier.threads
+        self._most_prefetches = max(1, count - 1)
+        self._threads = [
+            threading.Thread(target=self._run, args=(f"{carrier.track} {i}",), name=f"cachemoe-link-{i}", daemon=True)
+            for i in range(count)  # daemons: Ctrl-C between start and close must not hang the interpreter's exit
+        ]
         for thread in self._threads:
-            thread.daemon = True  # Ctrl-C between start and close must not hang the interpreter's exit
             thread.start()
 
-    def fetch(self, requests: Iterable[tuple[int, int, memoryview, Hashable]], paced: bool = True) -> Arrivals:
-        """Ask for pages; returns at once.
+    def request(self, layer: int, expert: int, frame: int, demand: bool = True, paced: bool = True) -> Transfer:
+        """Ask for a page; returns at once.
 
         Args:
-            requests: (layer, expert, the slot's bytes, tag) of each page. The bytes belong to the readers until the
-                page has been iterated or the ``Arrivals`` left; the tag is what iterating gives.
-            paced: False for pages that are not part of what is measured.
+            layer, expert: the page.
+            frame: where it goes; nobody else may touch it before the transfer has landed.
+            demand: False for a prefetch, which waits for all demands.
+            paced: False for a page that is not part of what is measured.
 
         Raises:
-            RuntimeError: if an interrupt broke the link.
+            RuntimeError: if an interrupt broke the link, or it is closed.
         """
-        if self.broken:
-            raise RuntimeError("an interrupt left reads under way on this link: make a new engine")
-        landed: queue.SimpleQueue = queue.SimpleQueue()
-        pages: list[_Page] = []
+        if self.broken or self._closed:
+            raise RuntimeError(
+                f"the link is {'broken by an interrupt' if self.broken else 'closed'}: make a new engine"
+            )
+        transfer = Transfer(layer, expert, frame, demand, paced)
         try:
-            for layer, expert, buffer, tag in requests:
-                offset = self.store.offset(layer, expert)
-                starts = range(0, len(buffer), CHUNK_BYTES)
-                page = _Page(tag, len(starts), self._reserve(len(buffer)) if paced else 0.0, landed)
-                pages.append(page)
-                for start in starts:
-                    self._chunks.put((page, buffer[start : start + CHUNK_BYTES], offset + start))
-        except BaseException:  # Ctrl-C in the middle: what has been asked for is not known to the caller
+            self._carrier.prepare(transfer)
+            with self._work:
+                self._queues[demand].append(transfer)
+                self._work.notify_all()
+        except BaseException:  # Ctrl-C: the caller will not know whether it has been asked for
             self.broken = True
-            for page in pages:
-                page.cancelled = True
             raise
-        return Arrivals(self, landed, pages)
+        return transfer
+
+    def promote(self, transfer: Transfer) -> None:
+        """Make a prefetch a demand."""
+        with self._work:
+            if transfer in self._queues[False]:
+                self._queues[False].remove(transfer)
+                self._queues[True].append(transfer)
+            self._moving[False] -= 0 if transfer.demand else transfer.moving
+            self._moving[True] += 0 if transfer.demand else transfer.moving
+            transfer.demand = True
+            self._work.notify_all()
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """Take a transfer back if no byte of it has moved; whether that was so."""
+        with self._work:
+            queue = self._queues[transfer.demand]
+            if transfer.next_byte or transfer not in queue:
+                return False
+            queue.remove(transfer)
+            transfer.landed = True
+            return True
+
+    def landed(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
+        """The transfers in the order they land.
+
+        Raises:
+            Exception: what ended one that failed.
+        """
+        waiting = list(transfers)
+        while waiting:
+            with self._landing:
+                while not (ready := [transfer for transfer in waiting if transfer.landed]):
+                    self._landing.wait()
+            for transfer in ready:
+                waiting.remove(transfer)
+                if transfer.error is not None:
+                    raise transfer.error
+                self._carrier.use(transfer)
+                yield transfer
+
+    def abandon(self) -> None:
+        """See that no frame is written any more: cancel what has not begun to move, wait for the rest."""
+        try:
+            with self._landing:
+                for queue in self._queues.values():
+                    for transfer in [transfer for transfer in queue if not transfer.next_byte]:
+                        queue.remove(transfer)
+                        transfer.landed = True
+                while any(self._queues.values()) or any(self._moving.values()):
+                    self._landing.wait()
+        except BaseException:  # a second Ctrl-C: threads may still be writing, so nothing may be asked for again
+            self.broken = True
+            raise
+
+    @property
+    def queued_bytes(self) -> int:
+        """Of all pages asked for, what no thread has taken."""
+        with self._work:
+            waiting = (transfer for queue in self._queues.values() for transfer in queue)
+            return sum(self._carrier.page_bytes - transfer.next_byte for transfer in waiting)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds with a chunk under way, so far."""
+        with self._work:
+            now = time.perf_counter() if sum(self._moving.values()) else self._busy_since
+            return self._busy_s + now - self._busy_since
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """As measured while busy, None before the first chunk has landed."""
+        busy = self.busy_s
+        return self._moved_bytes / busy if self._moved_bytes and busy else None
 
     def close(self) -> None:
-        """End the threads after the reads already asked for; a second call does nothing."""
+        """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
+        with self._work:
+            self._closed = True
+            self._closing.set()
+            for queue in self._queues.values():
+                while queue:
+                    transfer = queue.popleft()
+                    transfer.error = RuntimeError("the link was closed before the page had landed")
+                    transfer.landed = transfer.moving == 0
+            self._work.notify_all()
+            self._landing.notify_all()
         threads, self._threads = self._threads, []
-        for _ in threads:
-            self._chunks.put(None)
         for thread in threads:
             thread.join()
 
@@ -151,21 +215,73 @@ class Link:
     def __exit__(self, *_):
         self.close()
 
-    def _reserve(self, size: int) -> float:
-        """When the paced link, one request after another, will have carried ``size`` more bytes."""
-        if self.pacing is None:
-            return 0.0
-        start = max(self._free_at, time.monotonic())
-        self._free_at = start + self.pacing.latency + size / self.pacing.bytes_per_second
-        return self._free_at
+    def _take(self) -> tuple[Transfer, int, int, float] | None:
+        """The next chunk, its first and last byte, and when a paced link will have carried it; None when closed."""
+        with self._work:
+            while True:
+                if self._closed:
+                    return None
+                if self._queues[True]:
+                    queue = self._queues[True]
+                    break
+                if self._queues[False] and self._moving[False] < self._most_prefetches:
+                    queue = self._queues[False]
+                    break
+                self._work.wait()
+            transfer = queue[0]
+            start, stop = transfer.next_byte, min(transfer.next_byte + self._chunk_bytes, self._carrier.page_bytes)
+            transfer.next_byte = stop
+            if stop == self._carrier.page_bytes:
+                queue.popleft()
+            if not sum(self._moving.values()):
+                self._busy_since = time.perf_counter()
+            transfer.moving += 1
+            self._moving[transfer.demand] += 1
+            end = 0.0
+            if self.pacing and transfer.paced:
+                # From when it was asked for, not from now: a thread that wakes late must not slow the link further.
+                end = max(self._free_at, transfer.asked) + self.pacing.seconds(stop - start, start == 0)
+                self._free_at = end
+            return transfer, start, stop, end
 
-    def _read(self) -> None:
-        while (request := self._chunks.get()) is not None:
-            page, buffer, offset = request
-            error = None
+    def _run(self, track: str) -> None:
+        while (taken := self._take()) is not None:
+            transfer, start, stop, end = taken
+            began, error = time.perf_counter(), None
             try:
-                if not page.cancelled:
-                    self.store.read_into(buffer, offset)
+                self._carrier.carry(transfer, start, stop)
             except BaseException as failure:  # handed to the caller, who raises it
                 error = failure
-            page.chunk_ended(error)
+            if (left := end - time.perf_counter()) > 0:
+                self._carrier.finish(transfer)
+                self._closing.wait(left)
+            now = time.perf_counter()
+            if self._timeline is not None:
+                self._record(track, transfer, stop - start, began, now)
+            with self._work:
+                self._ended(transfer, stop - start, error, now)
+
+    def _ended(self, transfer: Transfer, size: int, error: BaseException | None, now: float) -> None:
+        """A chunk's end; that of the last, or of the last under way after a failure, is the page's."""
+        transfer.moving -= 1
+        self._moving[transfer.demand] -= 1
+        self._moved_bytes += size if error is None else 0
+        if not sum(self._moving.values()):
+            self._busy_s += now - self._busy_since
+            self._busy_since = now
+        if error is not None and transfer.error is None:
+            transfer.error = error
+            if transfer in self._queues[transfer.demand]:
+                self._queues[transfer.demand].remove(transfer)
+        done = transfer.error is not None or transfer.next_byte == self._carrier.page_bytes
+        if done and transfer.moving == 0:
+            transfer.landed = True
+            self._landing.notify_all()
+        if not transfer.demand:
+            self._work.notify_all()  # another thread may take a prefetch
+
+    def _record(self, track: str, transfer: Transfer, size: int, began: float, ended: float) -> None:
+        kind = "demand" if transfer.demand else "prefetch"
+        name = f"layer {transfer.layer} expert {transfer.expert}"
+        details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": size, "kind": kind}
+        self._timeline.span(track, name, began, ended, **details)

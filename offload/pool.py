@@ -1,55 +1,75 @@
-"""ExpertPool: the slots, room for one page each, with a capacity for each layer."""
+"""ExpertPool: memory for pages, in frames of one page each."""
 
-from collections.abc import Sequence
-from pathlib import Path
+import mmap
 
+import numpy as np
 import torch
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import aligned_buffer
+from cachemoe.offload.memory import available_memory
 
 
 class ExpertPool:
-    """Slots in DRAM for the pages of all layers. Which expert is in which slot is ``Residency``'s to say.
+    """Frames for the pages of all layers. Which page is in which frame is the engine's to say.
 
     Args:
-        capacity: slots of each layer.
+        frames: F.
         page_format: layout of a page.
+        device: where the frames are.
+
+    Attributes:
+        pages: ``[F, page_bytes]`` uint8.
+        weights: their tensors ``[F, ...]``, as ``PageFormat.views``.
 
     Raises:
         InputError: if the machine has less memory available than that.
     """
 
-    def __init__(self, capacity: Sequence[int], page_format: PageFormat):
-        size, slots = page_format.page_bytes, sum(capacity)
-        if slots * size > _available_memory():
+    def __init__(self, frames: int, page_format: PageFormat, device: torch.device | str = "cpu"):
+        self._format, self._device = page_format, torch.device(device)
+        self._memory: mmap.mmap | None = None
+        self._make(frames)
+
+    def buffer(self, frame: int) -> memoryview:
+        """The bytes of a frame in DRAM, 4 KiB-aligned, for a read to fill."""
+        return self._buffers[frame]
+
+    def resize(self, frames: int) -> None:
+        """Change F; the frames that stay keep their pages.
+
+        Raises:
+            InputError: as when made; the pool is then as it was.
+        """
+        if self._device.type == "cpu":
+            self._make(frames)
+            return
+        kept = self.pages[:frames]
+        self._make(frames)
+        self.pages[: len(kept)] = kept
+
+    def _make(self, frames: int) -> None:
+        size, old = frames * self._format.page_bytes, 0 if self._memory is None else len(self._memory)
+        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_memory()
+        if size - old > free:
             raise InputError(
-                f"a pool of {slots} slots needs {slots * size / 1e9:.2f} GB of memory, and "
-                f"{_available_memory() / 1e9:.2f} GB are available: choose a smaller capacity or payload"
+                f"a pool of {frames} pages needs {size / 1e9:.2f} GB of memory, and {(free + old) / 1e9:.2f} GB are "
+                "available: choose a smaller capacity or payload"
             )
-        self._memory = aligned_buffer(slots * size)
-        pages = torch.from_numpy(self._memory).view(slots, size)
-        layers = pages.split(list(capacity))
-        self._weights = [page_format.views(slots) for slots in layers]
-        self._buffers = [[memoryview(page.numpy()) for page in slots] for slots in layers]
+        if self._device.type == "cuda":
+            self.pages = torch.empty(frames, self._format.page_bytes, dtype=torch.uint8, device=self._device)
+        else:
+            self._map(size)
+            self.pages = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8)).view(frames, -1)
+            self._buffers = [memoryview(page.numpy()) for page in self.pages]
+        self.weights = self._format.views(self.pages)
 
-    def weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """The layer's slots ``[C, ...]``, as ``PageFormat.views``."""
-        return self._weights[layer]
-
-    def buffer(self, layer: int, slot: int) -> memoryview:
-        """The slot's bytes, 4 KiB-aligned, for a read to fill."""
-        return self._buffers[layer][slot]
-
-
-def _available_memory() -> float:
-    """Bytes that can be had without swapping; infinite where the system does not say.
-
-    An allocation that is too large would succeed and the process be killed when it fills it.
-    """
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return float("inf")
-    (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024
+    def _map(self, size: int) -> None:
+        """Memory of the system's own, since it alone can grow and shrink in place."""
+        if self._memory is None:
+            self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            self._buffers = self.weights = self.pages = None  # memory that is looked at cannot be moved
+            self._memory.resize(size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -71,6 +71,12 @@ class Residency:
         """The state on another device; the same tensors where they are there already."""
         return Residency(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def with_slots(self, count: int) -> Residency:
+        """The state with C = ``count`` slots, ``expert_of`` cut or filled up with free ones; the rest is shared."""
+        kept = self.expert_of[..., :count]
+        free = kept.new_full((*kept.shape[:-1], count - kept.shape[-1]), -1)
+        return replace(self, expert_of=torch.cat((kept, free), -1))
+
     def resident(self) -> torch.Tensor:
         """``[..., E]`` bool: the experts that have a slot."""
         return self.slot_of >= 0
@@ -92,3 +98,57 @@ EVICTION_POLICIES: dict[str, Callable] = {
 }
 """An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
 token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share a definition."""
+
+
+def admit(state: Residency, expert: int, needed: Sequence[int], evict: Callable) -> int:
+    """Give an absent expert a slot of one cache, that of the expert that leaves if none is free.
+
+    Args:
+        state: of one cache, without leading dimensions; updated in place.
+        expert: who comes.
+        needed: experts that may not leave.
+        evict: eviction policy.
+
+    Returns:
+        The slot: the lowest free one, else that of the smallest key.
+
+    Raises:
+        ValueError: if every slot holds an expert that is needed.
+    """
+    capacity = int(state.capacity)
+    occupants = state.expert_of[:capacity]
+    free = torch.nonzero(occupants < 0)
+    if len(free):
+        slot = int(free[0])
+    else:
+        may_leave = ~torch.isin(occupants, torch.tensor(list(needed)))
+        if not may_leave.any():
+            raise ValueError(f"each of the {capacity} slots holds an expert that is needed")
+        keys = evict(state.last_use, state.uses)[occupants]
+        slot = int(keys.masked_fill(~may_leave, torch.iinfo(torch.int64).max).argmin())
+        state.slot_of[occupants[slot]] = -1
+    state.slot_of[expert], state.expert_of[slot] = slot, expert
+    return slot
+
+
+def resized(state: Residency, capacity: torch.Tensor, evict: Callable) -> Residency:
+    """The caches with other capacities: of those that shrink, experts leave by the policy; the rest move up.
+
+    Args:
+        state: ``[L, ...]``.
+        capacity: ``[L]`` int64.
+        evict: eviction policy.
+
+    Raises:
+        ValueError: if a capacity is below 1 or above E.
+    """
+    new = Residency.empty(capacity, state.slot_of.shape[-1])
+    keys = evict(state.last_use, state.uses)
+    for layer, count in enumerate(capacity.tolist()):
+        slots = state.expert_of[layer]
+        stay = slots[slots >= 0]
+        if len(stay) > count:
+            stay = stay[keys[layer, stay].argsort(descending=True, stable=True)[:count].sort().values]
+        new.expert_of[layer, : len(stay)] = stay
+        new.slot_of[layer, stay] = torch.arange(len(stay))
+    return replace(new, **{name: getattr(state, name) for name in ("last_use", "uses", "clock", "tokens", "range_sum")})

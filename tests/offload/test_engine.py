@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels import reference
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.offload import engine as engines
+from cachemoe.offload import waves
 from cachemoe.offload.link import Pacing
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
@@ -156,9 +157,7 @@ def test_a_failed_read_raises_and_the_next_call_reads_again(store, weights):
 
 def test_a_page_is_not_used_before_it_has_landed(store, weights):
     with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [TOP_K] * LAYERS) as engine:
-        for buffers in engine._pool._buffers:
-            for buffer in buffers:
-                buffer[:] = b"\xff" * len(buffer)  # NaN in bfloat16
+        engine._pool.pages.fill_(0xFF)  # NaN in bfloat16
         for seed in range(6):
             y, expected = step(engine, weights, 0, seed, 1)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
@@ -176,10 +175,8 @@ def test_fill_brings_what_the_state_says(store, weights):
 def test_fill_keeps_the_pages_it_has(store, weights):
     with engines.OffloadEngine(store, [4, 4]) as engine:
         reads = []
-        fetch = engine._link.fetch
-        engine._link.fetch = lambda requests, **paced: (
-            reads.append([r[1] for r in requests]) or fetch(requests, **paced)
-        )
+        request = engine._link.request
+        engine._link.request = lambda layer, e, *rest, **paced: reads.append(e) or request(layer, e, *rest, **paced)
         for experts in ([0, 1, 2, 3], [3, 2, 1, 5]):
             engine.state.slot_of[0] = -1
             engine.state.slot_of[0, torch.tensor(experts)] = torch.arange(4)
@@ -187,18 +184,16 @@ def test_fill_keeps_the_pages_it_has(store, weights):
             engine.fill()
             assert sorted(engine._held[0]) == sorted(experts)
             assert_consistent(engine)
-        assert reads == [[0, 1, 2, 3], [5]]
+        assert reads == [0, 1, 2, 3, 5]
 
 
 def test_an_interrupt_while_waiting_poisons_nothing(store, weights):
     with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [TOP_K] * LAYERS) as engine:
-        original = engines.side_by_side
-        engines.side_by_side = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                step(engine, weights, 0, 0, 1)
-        finally:
-            engines.side_by_side = original
+        compute = engine._compute
+        engine._compute = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            step(engine, weights, 0, 0, 1)
+        engine._compute = compute
         assert_consistent(engine)
         y, expected = step(engine, weights, 0, 1, 1)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
@@ -215,7 +210,7 @@ def test_closing_twice_leaves_no_thread(store):
 
 def test_pacing_holds_the_byte_rate(store, weights):
     rate = 20 * FORMAT.page_bytes  # 20 pages a second
-    with engines.OffloadEngine(store, [TOP_K] * LAYERS, Pacing(rate)) as engine:
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS, pacing=Pacing(rate)) as engine:
         step(engine, weights, 0, 0, 1)
         assert engine.counters.stall_s > 0.9 * engine.counters.pages_read / 20
 
@@ -236,7 +231,7 @@ def test_waves_compute_each_expert_once_from_its_own_page(held, data):
     may_stay = sorted(set(needed) | {e for e in held if e >= 0})
     final = set(data.draw(st.permutations(may_stay))[: data.draw(st.integers(0, len(held)))])
     slots, computed = list(held), []
-    for wave in engines.plan_waves(held, needed, final):
+    for wave in waves.plan_waves(held, needed, final):
         loading = {slot for _, slot in wave.loads}
         assert len(loading) == len(wave.loads)
         for e, slot in wave.resident:

@@ -9,26 +9,44 @@ from cachemoe.offload.errors import InputError
 FORMAT = PageFormat("bf16", 32, 32)
 
 
-def test_slots_are_aligned_and_apart():
-    slots = pool.ExpertPool([2, 3], FORMAT)
-    starts = [slot.data_ptr() for layer in (0, 1) for slot in slots.weights(layer)["gate_up"]]
+def test_frames_are_aligned_and_apart():
+    frames = pool.ExpertPool(5, FORMAT)
+    starts = [matrix.data_ptr() for matrix in frames.weights["gate_up"]]
     assert starts[0] % 4096 == 0
     assert [start - starts[0] for start in starts] == [i * FORMAT.page_bytes for i in range(5)]
 
 
-def test_what_is_read_into_a_slot_is_what_it_computes_with():
-    slots = pool.ExpertPool([1, 2], FORMAT)
-    slots.buffer(1, 1)[:2] = b"\x80\x3f"  # 1.0 in bfloat16
-    assert slots.weights(1)["gate_up"][1, 0, 0] == 1.0
+def test_what_is_read_into_a_frame_is_what_it_computes_with():
+    frames = pool.ExpertPool(3, FORMAT)
+    frames.buffer(2)[:2] = b"\x80\x3f"  # 1.0 in bfloat16
+    assert frames.weights["gate_up"][2, 0, 0] == 1.0
+
+
+def test_frames_that_stay_keep_their_pages():
+    frames = pool.ExpertPool(3, FORMAT)
+    for frame in range(3):
+        frames.pages[frame] = frame + 1
+    for count in (200, 2, 1, 3):
+        frames.resize(count)
+        assert frames.pages.shape == (count, FORMAT.page_bytes)
+        assert (frames.pages[0] == 1).all()
+        frames.buffer(count - 1)[-1] = 7
+        assert frames.pages[-1, -1] == 7
+        frames.pages[:] = frames.pages[:1].clone()
+        frames.pages[0] = 1
 
 
 def test_a_pool_that_memory_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(pool, "_available_memory", lambda: 10 * FORMAT.page_bytes - 1)
-    with pytest.raises(InputError, match="10 slots needs"):
-        pool.ExpertPool([5, 5], FORMAT)
-    assert pool.ExpertPool([5, 4], FORMAT)
+    monkeypatch.setattr(pool, "available_memory", lambda: 10 * FORMAT.page_bytes - 1)
+    with pytest.raises(InputError, match="10 pages needs"):
+        pool.ExpertPool(10, FORMAT)
+    frames = pool.ExpertPool(9, FORMAT)
+    frames.pages[8] = 5
+    with pytest.raises(InputError, match="20 pages needs"):
+        frames.resize(20)
+    assert (frames.pages[8] == 5).all()
 
 
 def test_an_absurd_pool_is_refused():
     with pytest.raises(InputError, match="choose a smaller capacity"):
-        pool.ExpertPool([10**12], FORMAT)
+        pool.ExpertPool(10**12, FORMAT)

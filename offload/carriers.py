@@ -1,0 +1,108 @@
+"""What moves a chunk of a page from the store into a frame: a read into DRAM, or a copy to a GPU on its own stream."""
+
+from typing import Protocol
+
+import torch
+
+from cachemoe.offload.pool import ExpertPool
+
+READERS = 4  # reads in flight that a disk needs to reach its bandwidth
+
+
+class Carrier(Protocol):
+    """How a link moves chunks.
+
+    Attributes:
+        threads: that may carry at the same time.
+        track: name of their lanes in a timeline.
+        page_bytes: of each page.
+    """
+
+    threads: int
+    track: str
+    page_bytes: int
+
+    def prepare(self, transfer) -> None:
+        """Called in the engine's thread when a page is asked for."""
+
+    def carry(self, transfer, start: int, stop: int) -> None:
+        """Move bytes ``start`` to ``stop``, in one of the link's threads; what it raises reaches the engine."""
+
+    def finish(self, transfer) -> None:
+        """Wait until what has been carried has arrived."""
+
+    def use(self, transfer) -> None:
+        """Called in the engine's thread before it computes with a page that has landed."""
+
+
+class ReadCarrier:
+    """Reads of a store's file, or of its memory, into a pool in DRAM.
+
+    Args:
+        store: anything with ``offset(layer, expert)`` and ``read_into(buffer, offset)``.
+        pool: whose frames are filled.
+    """
+
+    threads = READERS
+    track = "read"
+
+    def __init__(self, store, pool: ExpertPool):
+        self._store, self._pool = store, pool
+        self.page_bytes = store.page_bytes
+
+    def prepare(self, transfer) -> None:
+        """Nothing: a frame that is asked for is free."""
+
+    def carry(self, transfer, start: int, stop: int) -> None:
+        buffer = self._pool.buffer(transfer.frame)[start:stop]
+        self._store.read_into(buffer, self._store.offset(transfer.layer, transfer.expert) + start)
+
+    def finish(self, transfer) -> None:
+        """Nothing: a read has arrived when it returns."""
+
+    def use(self, transfer) -> None:
+        """Nothing, likewise."""
+
+
+class CopyCarrier:
+    """Copies from pinned memory to a pool on a GPU, on a stream of their own.
+
+    A page has landed once its copy is queued: ``use`` makes the current stream wait for the copy's event, so that the
+    host does not.
+
+    Args:
+        store: with ``lease(layer, expert)``, a context that gives the page ``[page_bytes]`` uint8 in pinned memory.
+        pool: whose frames are filled.
+    """
+
+    threads = 1  # one copy engine serves this direction
+    track = "copy"
+
+    def __init__(self, store, pool: ExpertPool):
+        self._store, self._pool = store, pool
+        self.page_bytes = store.page_bytes
+        self._device = pool.pages.device
+        self._stream = torch.cuda.Stream(self._device)
+        self._last: torch.cuda.Event | None = None
+
+    def prepare(self, transfer) -> None:
+        # What was queued before may still read the frame.
+        transfer.frame_free = torch.cuda.current_stream(self._device).record_event()
+
+    def carry(self, transfer, start: int, stop: int) -> None:
+        # The lease is held until the copy has left the host's page; pages of a PinnedStore cost nothing to lease.
+        with self._store.lease(transfer.layer, transfer.expert) as page, torch.cuda.stream(self._stream):
+            self._stream.wait_event(transfer.frame_free)
+            self._pool.pages[transfer.frame, start:stop].copy_(page[start:stop], non_blocking=True)
+            queued, self._last = self._last, self._stream.record_event()
+            transfer.copied = self._last
+            # At most two copies are queued, of prefetches one: what is queued cannot be overtaken.
+            wait_for = queued if transfer.demand and self._store.permanent else self._last
+            if wait_for is not None:
+                wait_for.synchronize()
+
+    def finish(self, transfer) -> None:
+        transfer.copied.synchronize()
+
+    def use(self, transfer) -> None:
+        torch.cuda.current_stream(self._device).wait_event(transfer.copied)

@@ -1,0 +1,58 @@
+"""What an engine counts."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counters:
+    """Totals since the engine was made or the counters were replaced.
+
+    A selection is one expert chosen by one token. It is a hit if the expert's page was in its slot when the token was
+    routed, else a miss; in a call of many tokens an expert misses at most once. A miss whose page a prefetch had
+    brought is a prefetch hit, one whose page a prefetch was still bringing a late prefetch; all others are demands.
+
+    Attributes:
+        calls: of a layer.
+        selections: hits + misses.
+        pages_read: pages that have landed, prefetches among them; ``bytes_read`` is their bytes.
+        predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose;
+            ``predictable`` the selections of the calls that were predicted.
+        prefetches: pages asked for ahead; ``cancelled_prefetches`` those taken back before a byte had moved;
+            ``wasted_prefetches`` those that moved and were not used.
+        stall_s: seconds spent waiting for pages with nothing left to compute.
+        compute_s: seconds in the experts.
+        link_s: seconds with pages under way.
+        engine_s: seconds in the engine, all of these included but the link's.
+    """
+
+    calls: int = 0
+    selections: int = 0
+    hits: int = 0
+    misses: int = 0
+    pages_read: int = 0
+    bytes_read: int = 0
+    predictable: int = 0
+    predicted: int = 0
+    predicted_right: int = 0
+    prefetches: int = 0
+    prefetch_hits: int = 0
+    late_prefetches: int = 0
+    cancelled_prefetches: int = 0
+    wasted_prefetches: int = 0
+    stall_s: float = 0.0
+    compute_s: float = 0.0
+    link_s: float = 0.0
+    engine_s: float = 0.0
+
+    def count_call(self, selections: int, misses: int, engine_s: float) -> None:
+        """Add one call."""
+        self.calls += 1
+        self.selections += selections
+        self.hits += selections - misses
+        self.misses += misses
+        self.engine_s += engine_s
+
+    def count_page(self, page_bytes: int) -> None:
+        """Add a page that has landed."""
+        self.pages_read += 1
+        self.bytes_read += page_bytes

@@ -1,0 +1,129 @@
+"""Staging: frames beside the layers' slots, in which prefetched pages wait until their layer asks for them.
+
+A prefetch evicts nothing. A page that is used changes frames with the slot that it goes to; one that is not is dropped
+as soon as its layer has chosen.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+
+import torch
+
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.link import Link, Transfer
+from cachemoe.offload.prefetch import Prefetcher, lands_in_time
+
+SMOOTHING = 0.1  # weight of the newest interval in the mean time from layer to layer
+
+
+class Staging:
+    """Prefetched pages, and the decision which to ask for.
+
+    Args:
+        link: moves them.
+        prefetcher: says what the next layers will want.
+        frames: to put them in: as many pages can be ahead at a time.
+        page_bytes: of a page.
+        held: (layer, expert) -> whether its slot has the page already.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        prefetcher: Prefetcher,
+        frames: Sequence[int],
+        page_bytes: int,
+        held: Callable[[int, int], bool],
+    ):
+        self._link, self._prefetcher, self._page_bytes, self._held = link, prefetcher, page_bytes, held
+        self._free = list(frames)
+        self._ahead: dict[tuple[int, int], Transfer] = {}
+        self._dropped: list[Transfer] = []  # of no use any more, and still moving
+        self._predicted: dict[int, set[int]] = {}
+        self._last_call: tuple[int, float] | None = None
+        self._layer_s: float | None = None
+
+    def of_layer(self, layer: int) -> list[int]:
+        """The experts of a layer that are staged or on their way."""
+        return [e for at, e in self._ahead if at == layer]
+
+    def adopt(self, layer: int, expert: int, frame: int, counters: Counters) -> Transfer | None:
+        """Take a page, and leave the frame in exchange for its own; None if it is not staged.
+
+        The page may still be on its way: it is a demand from now on.
+        """
+        transfer = self._ahead.pop((layer, expert), None)
+        if transfer is None:
+            return None
+        self._free.append(frame)
+        if transfer.landed:
+            counters.prefetch_hits += 1
+        else:
+            counters.late_prefetches += 1
+            self._link.promote(transfer)
+        return transfer
+
+    def chosen(self, layer: int, ids: Sequence[int], counters: Counters) -> None:
+        """The layer has chosen, and what it wanted has been adopted: compare with the prediction, drop the rest."""
+        if (predicted := self._predicted.pop(layer, None)) is not None:
+            counters.predictable += len(ids)
+            counters.predicted += len(predicted)
+            counters.predicted_right += len(predicted.intersection(ids))
+        for e in self.of_layer(layer):
+            transfer = self._ahead.pop((layer, e))
+            if self._link.cancel(transfer):
+                counters.cancelled_prefetches += 1
+                self._free.append(transfer.frame)
+            else:
+                counters.wasted_prefetches += 1
+                self._dropped.append(transfer)
+
+    def look_ahead(self, layer: int, gate_input: torch.Tensor, ids: list[int], layers: int, counters: Counters) -> None:
+        """Predict for the layers after this one, and ask for the pages that are expected to land in time."""
+        self._reclaim(counters)
+        elapsed = self._interval(layer)
+        for later, experts in self._prefetcher.predict(layer, gate_input, ids):
+            self._predicted[later] = set(experts)
+            distance = (later - layer) % layers or layers
+            for e in experts:
+                if not self._free or self._layer_s is None or (speed := self._link.bytes_per_second) is None:
+                    break
+                if (later, e) in self._ahead or self._held(later, e):
+                    continue
+                latency = self._link.pacing.latency if self._link.pacing else 0.0
+                needed_in = distance * self._layer_s - (perf_counter() - elapsed)
+                if not lands_in_time(self._link.queued_bytes, self._page_bytes, speed, latency, needed_in):
+                    break
+                counters.prefetches += 1
+                self._ahead[later, e] = self._link.request(later, e, self._free.pop(), demand=False)
+
+    def drop(self, counters: Counters) -> None:
+        """Drop every page, and wait for those that are moving."""
+        for later in {later for later, _ in self._ahead}:
+            self.chosen(later, (), counters)
+        self._link.abandon()
+        self._reclaim(counters)
+
+    def reset(self, frames: Iterable[int]) -> None:
+        """Begin anew with these frames; nothing may be moving."""
+        self._free, self._last_call = list(frames), None
+        self._ahead.clear()
+        self._dropped.clear()
+        self._predicted.clear()
+
+    def _reclaim(self, counters: Counters) -> None:
+        """Free the frames of dropped pages that have landed."""
+        for transfer in [transfer for transfer in self._dropped if transfer.landed]:
+            self._dropped.remove(transfer)
+            self._free.append(transfer.frame)
+            if transfer.error is None:
+                counters.count_page(self._page_bytes)
+
+    def _interval(self, layer: int) -> float:
+        """Follow the mean time from one layer's call to the next; returns when this one began."""
+        now = perf_counter()
+        if self._last_call is not None and layer == self._last_call[0] + 1:
+            passed = now - self._last_call[1]
+            self._layer_s = passed if self._layer_s is None else self._layer_s + SMOOTHING * (passed - self._layer_s)
+        self._last_call = layer, now
+        return now
