@@ -107,8 +107,9 @@ def _check(shape, state, top_k, scores, correction, out):
         raise ValueError(f"the state is of {tuple(state.slot_of.shape)} experts, the logits {(caches, experts)}")
     if state.expert_of.shape[1] < top_k:
         raise ValueError(f"{state.expert_of.shape[1]} slots cannot hold the {top_k} experts of one token")
-    if not all(getattr(state, name).is_contiguous() for name in STATE):
-        raise ValueError("route writes to the state's memory: its tensors must be contiguous")
+    for name in STATE:
+        if not getattr(state, name).is_contiguous():
+            raise ValueError("route writes to the state's memory: its tensors must be contiguous")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()
     ):

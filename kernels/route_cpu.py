@@ -37,8 +37,8 @@ def route_cpu(
     negated = -(logits if correction is None else corrected).numpy()
     order = negated.argsort(-1, kind="stable")
     caches, tokens, experts = order.shape
-    rows = np.arange(0, order.size, experts).reshape(caches, tokens, 1)  # where each token begins in a flat array
-    ends = negated.take(order[..., :: max(experts - 1, 1)] + rows)  # the highest and the lowest, or the only one
+    places = _places(order, experts)
+    ends = negated.take(places[..., :: max(experts - 1, 1)])  # the highest and the lowest, or the only one
     if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):  # numpy sorts NaN last
         # Only a router gone astray comes here.
         routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
@@ -48,140 +48,166 @@ def route_cpu(
             tensor.copy_(result)
         return out
 
-    gates, candidates = gates.numpy(), None
+    gates = gates.numpy()
     if scores.top_groups < scores.groups:
         candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
         negated = np.where(candidates, negated, np.float32(np.inf))
         order = negated.argsort(-1, kind="stable")
+        places = _places(order, experts)
     mean_range = _mean_range(ends[..., -1] - ends[..., 0], state)
-    biased = _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, top_k)
+    choose = _chooser(negated, order, places, gates, mean_range, bias, scores, top_k)
+    step = _step_one if caches == 1 else _step
+    ids, slots, hits, waves, *misses = step(choose, state, evict, tokens, top_k)
 
-    results = _empty(caches, tokens, top_k) if out is None else [tensor.numpy() for tensor in out.tensors()]
-    ids, weights, slots, hits, waves, *misses = results
-    if caches == 1:
-        _step_one(negated[0], order[0], biased, state, evict, ids[0], slots[0], hits[0], waves[0], misses)
-    else:
-        _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, misses)
-
-    weights[...] = gates.reshape(-1).take(ids + rows)
+    weights = gates.take(_places(ids, experts))
     if scores.renormalise:
         weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
+    results = (ids, weights, slots, hits, waves, *misses)
     if out is None:
         *tensors, miss_experts, miss_slots, miss_count = map(torch.from_numpy, results)
-        out = Routing(*tensors, Misses(miss_experts, miss_slots, miss_count))
+        return Routing(*tensors, Misses(miss_experts, miss_slots, miss_count))
+    for tensor, result in zip(out.tensors(), results, strict=True):
+        tensor.numpy()[...] = result
     return out
 
 
-def _empty(caches, tokens, top_k):
-    """The arrays of a ``Routing``."""
-    chosen, listed = (caches, tokens, top_k), (caches, tokens * top_k)
-    ids, slots = np.empty(chosen, np.int64), np.empty(chosen, np.int64)
-    weights, hits, waves = np.empty(chosen, np.float32), np.empty(chosen, np.bool_), np.empty(chosen[:2], np.int64)
-    return (
-        ids,
-        weights,
-        slots,
-        hits,
-        waves,
-        np.empty(listed, np.int64),
-        np.empty(listed, np.int64),
-        np.empty(caches, np.int64),
-    )
+def _places(ids, experts):
+    """Where experts ``[B, T, ...]`` stand in a flat array of ``[B, T, E]``."""
+    caches, tokens, _ = ids.shape
+    if caches == tokens == 1:
+        return ids
+    return ids + np.arange(0, caches * tokens * experts, experts).reshape(caches, tokens, 1)
 
 
 def _mean_range(ranges, state):
-    """``[B, T, 1]`` float32: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state.
+    """``[B, T]`` float64: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state.
 
     Summed in order in float64, so that a sequence cut anywhere gives the same bits.
     """
     seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
-    tokens = ranges.shape[1]
     if len(ranges) == 1:
-        means, past, total = np.empty((1, tokens, 1), np.float32), int(seen[0]), float(range_sum[0])
-        for t, added in enumerate(ranges[0].tolist()):
-            means[0, t, 0] = total / max(past, 1)
+        means, past, total = [], seen.item(), range_sum.item()
+        for added in ranges[0].tolist():
+            means.append(total / max(past, 1))
             past, total = past + 1, total + added
         seen[0], range_sum[0] = past, total
-        return means
+        return [means]
+    tokens = ranges.shape[1]
     past = np.maximum(seen[:, None] + np.arange(tokens), 1)
     sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
     range_sum[:] = sums[:, -1]
     seen += tokens
-    return (sums[:, :-1] / past).astype(np.float32)[..., None]
+    return sums[:, :-1] / past
 
 
 def _per_cache(value):
-    """A parameter of ``CacheBias`` against ``[B, T, E]``; None for the number 0, which asks for nothing."""
+    """A parameter of ``CacheBias``: a number, or an array against ``[B, T, E]``; None for 0, which asks for nothing."""
     if isinstance(value, torch.Tensor):
-        return value.numpy().reshape(-1, 1, 1)
+        if value.numel() > 1:
+            return value.numpy().reshape(-1, 1, 1)
+        value = value.item()
     return value or None
 
 
-def _biased(negated, order, rows, gates, candidates, mean_range, bias, scores, top_k):
-    """``[B, T, E]`` float32 keys, the smallest chosen, and by how much a resident's is less; None without a bias.
-
-    No key is NaN: outside the groups that a token may choose from it is infinite, of what is always kept minus that.
-    """
+def _chooser(negated, order, places, gates, mean_range, bias, scores, k):
+    """The strategy as a function: from a token's index into ``[B, T, E]``, of one cache or of all, and ``slot_of``
+    ``[..., E]`` to the chosen experts ``[..., K]``, the highest selection value first."""
     top_j, window, mass, prior = map(_per_cache, (bias.top_j, bias.window, bias.mass, bias.prior))
-    if window is None and mass is None:
-        if prior is None:
-            return None
-        key, less = negated.copy(), np.float32(prior) * mean_range
-    else:
-        size = 0 if window is None else window
-        if mass is not None:
-            size = np.maximum(size, _mass_window(gates, order, rows, np.float32(mass), scores))
-        key = order.argsort(-1).astype(np.float32)  # the rank
-        less = (key < size) * np.float32(order.shape[2])
-        if candidates is not None:
-            less *= candidates
-            key[~candidates] = np.inf
-        if prior is not None:
-            key, less = np.where(prior > 0, negated, key), np.where(prior > 0, np.float32(prior) * mean_range, less)
-    if top_j is not None:
-        flat = key.reshape(-1)
-        if isinstance(top_j, int):
-            flat[order[..., : min(top_j, top_k)] + rows] = -np.inf
-        else:
-            best = order[..., :top_k] + rows
-            flat[best] = np.where(np.arange(top_k) < top_j, -np.inf, flat[best])
-    return key, less
+    windowed = window is not None or mass is not None
+    if not windowed and prior is None:
+        return lambda at, slot_of: order[at][..., :k]
+    kept = _best(0 if top_j is None else top_j, (*order.shape[:2], k))
+    if windowed:
+        pick = by_window = _by_window(order, places, gates, window, mass, kept, scores, k)
+    if prior is not None:
+        boost = np.float32(prior) * np.array(mean_range, np.float32)[..., None]
+        pick = by_value = _by_value(negated, order, places, boost, kept, k)
+    if windowed and isinstance(prior, np.ndarray):
+
+        def pick(at, slot_of):
+            return np.where(prior[:, 0] > 0, by_value(at, slot_of), by_window(at, slot_of))
+
+    def choose(at, slot_of):
+        ranks = pick(at, slot_of)
+        ranks.sort(-1)
+        return _take(order[at], ranks)
+
+    return choose
 
 
-def _mass_window(gates, order, rows, mass, scores):
-    """``[B, T, 1]``: the fewest best-ranked experts whose scores are ``mass`` of the sum of all."""
+def _by_window(order, places, gates, window, mass, kept, scores, k):
+    """Pick the ranks of those kept (``kept`` indexes ``[B, T, K]`` by rank), then of the residents within the window,
+    then of the others."""
+    within = np.zeros(order.shape, np.bool_) if mass is None else _mass_window(gates, places, np.float32(mass), scores)
+    if window is not None:
+        within[_best(window, order.shape)] = True
+    within[..., order.shape[2] // scores.groups * scores.top_groups :] = False  # not of the groups to choose from
+    always = np.zeros((*order.shape[:2], k), np.bool_)
+    always[kept] = True
+
+    def pick(at, slot_of):
+        first = (_take(slot_of, order[at]) >= 0) & within[at]
+        first[..., :k] |= always[at]  # they rank above what else comes first
+        return (~first).argsort(-1, kind="stable")[..., :k]
+
+    return pick
+
+
+def _by_value(negated, order, places, boost, kept, k):
+    """Pick the ranks of those kept, as ``_by_window``, then of the others by selection value, a resident's higher by
+    ``boost`` ``[B, T, 1]``."""
+    key, rank = negated.copy(), order.argsort(-1)
+    key.put(places[..., :k][kept], -np.inf)  # no key is NaN
+
+    def pick(at, slot_of):
+        smallest = (key[at] - boost[at] * (slot_of >= 0)).argsort(-1, kind="stable")[..., :k]
+        return _take(rank[at], smallest)
+
+    return pick
+
+
+def _best(count, shape):
+    """Index of the ``count`` best, a number or ``[B, 1, 1]``, in an array of that shape by rank."""
+    if isinstance(count, int):
+        return ..., slice(count)
+    return np.broadcast_to(np.arange(shape[2]) < count, shape)
+
+
+def _take(values, positions):
+    """Along the last dimension, for one cache or several."""
+    return values.take(positions) if values.ndim == 1 else values[np.arange(len(values))[:, None], positions]
+
+
+def _mass_window(gates, places, mass, scores):
+    """``[B, T, E]`` bool, by rank: the fewest best-ranked experts whose scores are ``mass`` of the sum of all."""
     if scores.function != "softmax":
         gates = gates / np.maximum(gates.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
-    before = np.zeros_like(gates)
+    before = np.zeros(gates.shape, np.float32)
     # As torch sums: in float64, each partial sum rounded.
-    before[..., 1:] = gates.take(order + rows).cumsum(-1, dtype=np.float64)[..., :-1]
-    return ((before < mass) | (mass >= 1)).sum(-1, keepdims=True)
+    before[..., 1:] = gates.take(places).astype(np.float64).cumsum(-1)[..., :-1]
+    return (before < mass) | (mass >= 1)
 
 
-def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, misses):
-    """Step one cache: choose, touch and place each token's experts. ``[T, ...]`` arrays; fills in the last five."""
+def _step_one(choose, state, evict, tokens, k):
+    """Step one cache: choose, touch and place each token's experts.
+
+    Returns:
+        The arrays of a ``Routing`` in order, but for the weights.
+    """
     slot_of, expert_of = state.slot_of.numpy()[0], state.expert_of.numpy()[0]
     last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
-    (capacity,) = state.capacity.tolist()
-    tokens, k = ids.shape
-    touches = np.arange(k, 0, -1)
-    clock = int(clocks[0])
-    wave, wave_start, missed = 0, clock, []
+    capacity, clock = state.capacity.item(), clocks.item()
+    wave, wave_start = 0, clock
+    ids, slots = np.empty((1, tokens, k), np.int64), np.empty((1, tokens, k), np.int64)
+    hits, waves, missed, taken = [], [], [], []
     for t in range(tokens):
-        if biased is None:
-            chosen = order[t, :k]
-        else:
-            key, less = biased
-            chosen = (key[0, t] - less[0, t] * (slot_of >= 0)).argsort(kind="stable")[:k]
-            values = negated[t].take(chosen).tolist()
-            if values != sorted(values) or len(set(values)) < k:  # back into the order of the gate weights
-                chosen = np.array([e for _, e in sorted(zip(values, chosen.tolist(), strict=True))])
+        ids[0, t] = chosen = choose((0, t), slot_of)
         placed = slot_of.take(chosen).tolist()
-        ids[t], hits[t] = chosen, [slot >= 0 for slot in placed]
-        last_use[chosen] = touches + clock
+        last_use[chosen] = np.arange(clock + k, clock, -1)
         uses[chosen] += 1
+        hits.append([slot >= 0 for slot in placed])
         if min(placed) < 0:
             occupants = expert_of[:capacity]
             keys = evict(last_use, uses).take(occupants)
@@ -196,47 +222,40 @@ def _step_one(negated, order, biased, state, evict, ids, slots, hits, waves, mis
                 if placed[i] < 0:
                     placed[i] = slot = int(keys.argmin())
                     keys[slot] = NEVER
-                    old = int(expert_of[slot])
+                    old = expert_of.item(slot)
                     if old >= 0:
                         slot_of[old] = -1
-                        last_left = max(last_left, int(last_use[old]))
+                        last_left = max(last_left, last_use.item(old))
                     slot_of[expert], expert_of[slot] = slot, expert
-                    missed.append((expert, slot))
+                    missed.append(expert)
+                    taken.append(slot)
             if last_left > wave_start:
                 wave, wave_start = wave + 1, clock
-        slots[t], waves[t] = placed, wave
+        slots[0, t] = placed
+        waves.append(wave)
         clock += k
     clocks[0] = clock
-    experts, places, count = misses
-    experts.fill(-1)
-    places.fill(-1)
-    count[0] = len(missed)
-    for i, (expert, slot) in enumerate(missed):
-        experts[0, i], places[0, i] = expert, slot
+    count, nothing = len(missed), [-1] * (tokens * k - len(missed))
+    misses = np.array([missed + nothing]), np.array([taken + nothing]), np.array([count])
+    return ids, slots, np.array([hits]), np.array([waves]), *misses
 
 
-def _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, misses):
-    """As ``_step_one`` for B caches, on ``[B, T, ...]`` arrays."""
+def _step(choose, state, evict, tokens, k):
+    """As ``_step_one`` for B caches."""
     slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
+    caches = len(slot_of)
     first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]  # of each cache in the flat arrays
     clock, flat_slot_of, flat_last_use, flat_uses = (
         state.clock.numpy(),
         *(a.reshape(-1) for a in (slot_of, last_use, uses)),
     )
-    k = ids.shape[2]
+    ids, slots = np.empty((2, caches, tokens, k), np.int64)
+    hits, waves = np.empty(ids.shape, np.bool_), np.empty((caches, tokens), np.int64)
+    misses = (*np.full((2, caches, tokens * k), -1), np.zeros(caches, np.int64))
     touches = np.arange(k, 0, -1)
-    for listed, nothing in zip(misses, (-1, -1, 0), strict=True):
-        listed.fill(nothing)
     wave, wave_start = np.zeros_like(clock), clock.copy()
-    for t in range(ids.shape[1]):
-        if biased is None:
-            chosen = order[:, t, :k]
-        else:
-            key, less = biased
-            chosen = (key[:, t] - less[:, t] * (slot_of >= 0)).argsort(-1, kind="stable")[:, :k]
-            chosen.sort(-1)
-            by_value = negated.take(chosen + rows[:, t]).argsort(-1, kind="stable")
-            chosen = np.take_along_axis(chosen, by_value, -1)
+    for t in range(tokens):
+        chosen = choose((slice(None), t), slot_of)
         entries = chosen + first
         placed = flat_slot_of[entries]
         ids[:, t], hits[:, t] = chosen, placed >= 0
@@ -250,6 +269,7 @@ def _step(negated, order, rows, biased, state, evict, ids, slots, hits, waves, m
             wave += again
             np.copyto(wave_start, before, where=again)
         slots[:, t], waves[:, t] = placed, wave
+    return ids, slots, hits, waves, *misses
 
 
 def _place(chosen, placed, untouched, first, state, evict, misses):
