@@ -29,18 +29,9 @@ def route_cpu(
     """As :func:`cachemoe.kernels.reference.route`; the tensors of ``state`` and ``out`` are contiguous."""
     if (least := min(state.capacity.tolist())) < top_k:
         raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
-    if logits.requires_grad:
-        logits = logits.detach()
-    logits = logits.float()
-    gates = reference.gate_scores(logits, scores)
-    corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
-    negated = -(logits if correction is None else corrected).numpy()
-    order = negated.argsort(-1, kind="stable")
-    caches, tokens, experts = order.shape
-    places = _places(order, experts)
-    ends = negated.take(places[..., :: max(experts - 1, 1)])  # the highest and the lowest, or the only one
-    if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):  # numpy sorts NaN last
-        # Only a router gone astray comes here.
+    caches, tokens, experts = logits.shape
+    ranked = _rank(logits, scores, correction)
+    if ranked is None:
         routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
         if out is None:
             return routing
@@ -48,14 +39,8 @@ def route_cpu(
             tensor.copy_(result)
         return out
 
-    gates = gates.numpy()
-    if scores.top_groups < scores.groups:
-        candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
-        negated = np.where(candidates, negated, np.float32(np.inf))
-        order = negated.argsort(-1, kind="stable")
-        places = _places(order, experts)
-    mean_range = _mean_range(ends[..., -1] - ends[..., 0], state)
-    choose = _chooser(negated, order, places, gates, mean_range, bias, scores, top_k)
+    negated, order, places, gates, ranges = ranked
+    choose = _chooser(negated, order, places, gates, _mean_range(ranges, state), bias, scores, top_k)
     step = _step_one if caches == 1 else _step
     ids, slots, hits, waves, *misses = step(choose, state, evict, tokens, top_k)
 
@@ -71,6 +56,59 @@ def route_cpu(
     for tensor, result in zip(out.tensors(), results, strict=True):
         tensor.numpy()[...] = result
     return out
+
+
+def peek(
+    logits: torch.Tensor,
+    state,
+    top_k: int,
+    bias: CacheBias = reference.NO_BIAS,
+    scores: GateScores = reference.SOFTMAX,
+    correction: torch.Tensor | None = None,
+) -> list[int]:
+    """What ``route`` would choose for one token, with nothing updated: a prediction for a layer that is still to come.
+
+    Args:
+        logits: ``[E]``.
+        state: of one cache (B = 1).
+        top_k, bias, scores, correction: as for ``route``.
+
+    Returns:
+        K experts, the highest selection value first.
+    """
+    ranked = _rank(logits[None, None], scores, correction)
+    if ranked is None:
+        anyone = (lambda last_use, uses: last_use), top_k
+        routing = reference.route(logits[None, None], state.clone(), *anyone, bias, scores, correction)
+        return routing.ids.flatten().tolist()
+    negated, order, places, gates, _ = ranked
+    mean_range = [[state.range_sum.item() / max(state.tokens.item(), 1)]]
+    choose = _chooser(negated, order, places, gates, mean_range, bias, scores, top_k)
+    return choose((0, 0), state.slot_of.numpy()[0]).tolist()
+
+
+def _rank(logits, scores, correction):
+    """What does not depend on residency: selection values, negated, ``[B, T, E]``; experts in order of them, and where
+    these stand in a flat array; gate scores; the values' ranges ``[B, T]``. None where a value is not finite, as only a
+    router gone astray has it: numpy would sort NaN last."""
+    if logits.requires_grad:
+        logits = logits.detach()
+    logits = logits.float()
+    gates = reference.gate_scores(logits, scores)
+    corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
+    negated = -(logits if correction is None else corrected).numpy()
+    order = negated.argsort(-1, kind="stable")
+    experts = order.shape[2]
+    places = _places(order, experts)
+    ends = negated.take(places[..., :: max(experts - 1, 1)])  # the highest and the lowest, or the only one
+    if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):
+        return None
+    if scores.top_groups < scores.groups:
+        candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
+        negated = np.where(candidates, negated, np.float32(np.inf))
+        order = negated.argsort(-1, kind="stable")
+        places = _places(order, experts)
+    return negated, order, places, gates.numpy(), ends[..., -1] - ends[..., 0]
 
 
 def _places(ids, experts):
@@ -215,7 +253,7 @@ def _step_one(choose, state, evict, tokens, k):
                 free = (occupants < 0).nonzero()[0]
                 keys[free] = FIRST + free
             for slot in placed:
-                if slot >= 0:
+                if 0 <= slot < capacity:
                     keys[slot] = NEVER
             last_left = -1
             for i, expert in enumerate(chosen.tolist()):
@@ -287,10 +325,11 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
     occupants = np.maximum(expert_of, 0) + first
     key = evict(last_use, state.uses.numpy()).take(occupants)
     key[last_use.take(occupants) > untouched[:, None]] = NEVER
+    slot = np.arange(expert_of.shape[1])
     free = expert_of < 0
     if free.any():
-        slot = np.arange(expert_of.shape[1])
-        key = np.where(free, np.where(slot < state.capacity.numpy()[:, None], FIRST + slot, NEVER), key)
+        key = np.where(free, FIRST + slot, key)
+    key[slot >= state.capacity.numpy()[:, None]] = NEVER
     victims = key.argsort(-1, kind="stable")
 
     last_left = np.full(len(chosen), -1)

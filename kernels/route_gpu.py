@@ -285,7 +285,7 @@ def _route_kernel(
                 last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
                 uses = tl.load(uses_ptr + cache * E + e, real, 0) + touches
                 policy = tl.minimum(EVICT(tl.where(touched > 0, clock + touched, last_use), uses), NEVER - 1)
-                policy = tl.where(used | (slot_of < 0), NEVER, policy)
+                policy = tl.where(used | (slot_of < 0) | (slot_of >= capacity), NEVER, policy)
                 least = policy == tl.min(policy, 0)
                 slot = tl.min(tl.where(least & (slot_of >= 0), slot_of, C - 1), 0)
                 left_wave |= tl.max(((slot_of == slot) & (touched > wave_start)).to(tl.int32), 0)

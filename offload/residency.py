@@ -17,7 +17,8 @@ class Residency:
     Args:
         slot_of: ``[..., E]`` int64, the page table: the expert's slot, -1 when absent.
         expert_of: ``[..., C]`` int64, its inverse: the slot's expert, -1 when free. C is the largest capacity.
-        capacity: ``[...]`` int64, slots in use; slots from ``capacity`` on stay free.
+        capacity: ``[...]`` int64, slots in use. Slots from ``capacity`` on are given to nobody; an expert that the
+            engine has put there is a guest, resident and no victim.
         last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
         uses: ``[..., E]`` int64, touches.
         clock: ``[...]`` int64, touches of all experts.

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels import reference
 from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, STATE, CacheBias, GateScores, Routing
 from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
+from cachemoe.kernels.route_cpu import peek
 from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
 
@@ -340,6 +341,36 @@ def test_what_route_refuses():
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
     with pytest.raises(ValueError, match="cannot be split"):
         route(logits, state, LRU, 1, scores=GateScores(groups=3))
+
+
+# ------------------------------------------------------------------------------------------------ guests and peeking
+
+
+@every_backend
+@pytest.mark.parametrize("caches", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_guests_are_resident_and_never_leave(backend, caches, strategy):
+    state = Residency.empty(torch.tensor([4, 3][:caches]), 12).with_slots(7)
+    for guest, slot in ((10, 5), (11, 6)):
+        state.slot_of[:, guest], state.expert_of[:, slot] = slot, guest
+    routing = assert_as_reference(backend, normal_logits(3, caches, 25, 12), state, LRU, 3, STRATEGIES[strategy])
+    assert routing.hits[routing.ids >= 10].all()
+    assert (routing.misses.slots < 4).all()
+    assert (state.expert_of[:, 5:] == torch.tensor([10, 11])).all()
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("scores", [SOFTMAX, V2], ids=["softmax", "V2"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_peeking_tells_what_route_then_chooses(strategy, scores, bad):
+    state = Residency.empty(torch.tensor([5]), 12)
+    for seed in range(12):
+        logits = normal_logits(seed, 1, 1, 12)
+        logits[..., seed] = torch.nan if bad else logits[..., seed]
+        before = state.clone()
+        expected = peek(logits[0, 0], state, 3, STRATEGIES[strategy], scores)
+        assert_same_state(state, before)
+        assert route(logits, state, LRU, 3, STRATEGIES[strategy], scores).ids.flatten().tolist() == expected
 
 
 # -------------------------------------------------------------------------------------------------- torch.compile
