@@ -1,12 +1,12 @@
 """ExpertPool: the slots, room for one page each, with a capacity for each layer."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.memory import available_memory
 from cachemoe.offload.store import aligned_buffer
 
 
@@ -23,10 +23,10 @@ class ExpertPool:
 
     def __init__(self, capacity: Sequence[int], page_format: PageFormat):
         size, slots = page_format.page_bytes, sum(capacity)
-        if slots * size > _available_memory():
+        if slots * size > available_memory():
             raise InputError(
                 f"a pool of {slots} slots needs {slots * size / 1e9:.2f} GB of memory, and "
-                f"{_available_memory() / 1e9:.2f} GB are available: choose a smaller capacity or payload"
+                f"{available_memory() / 1e9:.2f} GB are available: choose a smaller capacity or payload"
             )
         self._memory = aligned_buffer(slots * size)
         pages = torch.from_numpy(self._memory).view(slots, size)
@@ -41,15 +41,3 @@ class ExpertPool:
     def buffer(self, layer: int, slot: int) -> memoryview:
         """The slot's bytes, 4 KiB-aligned, for a read to fill."""
         return self._buffers[layer][slot]
-
-
-def _available_memory() -> float:
-    """Bytes that can be had without swapping; infinite where the system does not say.
-
-    An allocation that is too large would succeed and the process be killed when it fills it.
-    """
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return float("inf")
-    (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(line.split()[1]) * 1024

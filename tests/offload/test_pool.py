@@ -23,7 +23,7 @@ def test_what_is_read_into_a_slot_is_what_it_computes_with():
 
 
 def test_a_pool_that_memory_cannot_hold_is_refused(monkeypatch):
-    monkeypatch.setattr(pool, "_available_memory", lambda: 10 * FORMAT.page_bytes - 1)
+    monkeypatch.setattr(pool, "available_memory", lambda: 10 * FORMAT.page_bytes - 1)
     with pytest.raises(InputError, match="10 slots needs"):
         pool.ExpertPool([5, 5], FORMAT)
     assert pool.ExpertPool([5, 4], FORMAT)
