@@ -2,6 +2,7 @@
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -251,6 +252,7 @@ class Link:
             try:
                 self._carrier.carry(transfer, start, stop)
             except BaseException as failure:  # handed to the caller, who raises it
+                traceback.clear_frames(failure.__traceback__)  # which would hold the frame's memory
                 error = failure
             if (left := end - time.perf_counter()) > 0:
                 self._carrier.finish(transfer)

@@ -66,10 +66,15 @@ class ExpertPool:
 
     def _map(self, size: int) -> None:
         """Memory of the system's own, since it alone can grow and shrink in place."""
-        if self._memory is None:
-            self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        else:
-            self._buffers = self.weights = self.pages = None  # memory that is looked at cannot be moved
-            self._memory.resize(size)
+        old, private = self._memory, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._buffers = self.weights = self.pages = None  # memory that is looked at cannot be moved
+        try:
+            if old is not None:
+                old.resize(size)
+            else:
+                self._memory = mmap.mmap(-1, size, private)
+        except BufferError:  # somebody else looks at it, a traceback say
+            self._memory, kept = mmap.mmap(-1, size, private), min(size, len(old))
+            memoryview(self._memory)[:kept] = memoryview(old)[:kept]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once

@@ -1,7 +1,11 @@
 """The engines against the reference arithmetic, under every residency, wave and fault."""
 
+import faulthandler
+import os
+import random
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +14,10 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels import reference
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.route import route
 from cachemoe.offload import engine as engines
-from cachemoe.offload import waves
+from cachemoe.offload import pool, staging, waves
+from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Pacing
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
@@ -65,7 +71,8 @@ def logits_of(seed, tokens):
 def step(engine, weights, layer, seed, tokens, bias=reference.CacheBias()):  # noqa: B008 (immutable)
     """Route and run one call; returns the engine's output and the reference's."""
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
-    state = engine.state[layer : layer + 1]
+    offloads = isinstance(engine, engines.OffloadEngine)
+    state = engine.caches(layer) if offloads and tokens == 1 else engine.state[layer : layer + 1]
     routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, bias)
     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
     expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
@@ -76,8 +83,48 @@ def assert_consistent(engine):
     """The page table is a bijection on the held pages, and says of every slot what the engine holds there."""
     for layer, held in enumerate(engine._held):
         assert engine.state.expert_of[layer, : len(held)].tolist() == held
+        assert (engine.state.expert_of[layer, len(held) :] == -1).all()
         table = {e: s for e, s in enumerate(engine.state.slot_of[layer].tolist()) if s >= 0}
         assert table == {e: s for s, e in enumerate(held) if e >= 0}
+
+    frames = [frame for frames in engine._frames for frame in frames]
+    if engine._staging is not None:
+        staging = engine._staging
+        frames += staging._free
+        frames += [transfer.frame for transfer in (*staging._ahead.values(), *staging._dropped)]
+    assert sorted(frames) == list(range(len(engine._pool.pages)))  # each once, none lost
+
+
+class Guess:
+    """Predicts at random, more often rightly: layers are called in turn, with ``logits_of`` the call's number."""
+
+    def __init__(self, seed):
+        self._draw, self._call = random.Random(seed), 0
+
+    def predict(self, layer, gate_input, ids):
+        self._call += 1
+        right = logits_of(self._call, 1)[0, 0].topk(TOP_K).indices.tolist()
+        return [
+            ((layer + 1) % LAYERS, [e if self._draw.random() < 0.7 else self._draw.randrange(EXPERTS) for e in right])
+        ]
+
+
+def foresight(seed, count_in_flight=False, staging=3):
+    return {"prefetcher": Guess(seed), "staging": staging, "count_in_flight": count_in_flight}
+
+
+@pytest.fixture(autouse=True)
+def admit_all(monkeypatch):
+    """Tiny pages and short calls: what is worth asking for is tested apart."""
+    monkeypatch.setattr(staging, "lands_in_time", lambda *_: True)
+
+
+@pytest.fixture(autouse=True)
+def watchdog():
+    """A test that hangs fails, and says where."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 calls = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sampled_from([1, 1, 1, 2, 5, 20])), min_size=1, max_size=8)
@@ -206,6 +253,212 @@ def test_closing_twice_leaves_no_thread(store):
     engine.close()
     engine.close()
     assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------------------------------------------- prefetching
+
+decode = st.integers(1, 30)
+
+
+@given(tokens=decode, capacity=capacities, seed=st.integers(0, 99), prior=st.sampled_from([0.0, 0.4]))
+def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prior):
+    bias = reference.CacheBias(top_j=1, prior=prior)
+    with (
+        engines.OffloadEngine(store, capacity) as plain,
+        engines.OffloadEngine(store, capacity, **foresight(seed)) as ahead,
+    ):
+        for call in range(tokens * LAYERS):
+            expected, _ = step(plain, weights, call % LAYERS, call, 1, bias)
+            y, _ = step(ahead, weights, call % LAYERS, call, 1, bias)
+            assert torch.equal(y, expected)
+            assert torch.equal(ahead.state.slot_of, plain.state.slot_of)
+            assert_consistent(ahead)
+        ahead._staging.drop(ahead.counters)
+        counters = ahead.counters
+        assert (counters.hits, counters.misses) == (plain.counters.hits, plain.counters.misses)
+        used = counters.prefetch_hits + counters.late_prefetches
+        assert counters.prefetches == used + counters.wasted_prefetches + counters.cancelled_prefetches
+        assert counters.pages_read == counters.misses + counters.wasted_prefetches
+        assert counters.bytes_read == counters.pages_read * FORMAT.page_bytes
+        assert counters.predicted_right <= counters.predicted
+
+
+@given(
+    calls=st.lists(st.sampled_from([1, 1, 1, 1, 4, 20]), max_size=20),
+    capacity=capacities,
+    seed=st.integers(0, 99),
+    faults=st.lists(st.sampled_from(["none", "none", "slow", "fail"]), max_size=60),
+    count_in_flight=st.booleans(),
+    new_capacity=st.none() | capacities,
+)
+def test_anything_that_happens_gives_the_exact_output_or_an_exception(
+    store, weights, calls, capacity, seed, faults, count_in_flight, new_capacity
+):
+    bias = reference.CacheBias(top_j=1, prior=0.4)
+    with engines.OffloadEngine(FaultyStore(store, faults), capacity, **foresight(seed, count_in_flight)) as engine:
+        for call, tokens in enumerate(calls):
+            if call == len(calls) // 2 and new_capacity:
+                engine.resize(new_capacity)
+                assert_consistent(engine)
+            try:
+                y, expected = step(engine, weights, call % LAYERS, call, tokens, bias)
+            except OSError as error:
+                assert str(error) == "injected"
+            else:
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            assert_consistent(engine)
+
+
+def test_what_was_prefetched_is_not_read_again(store, weights):
+    class Knows:
+        def predict(self, layer, gate_input, ids):
+            return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
+
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS, prefetcher=Knows(), staging=TOP_K) as engine:
+        step(engine, weights, 0, 7, 1)  # measures the link
+        step(engine, weights, 1, 8, 1)
+        step(engine, weights, 0, 0, 1)
+        asked = engine.counters.prefetches
+        assert 0 < asked <= TOP_K
+        while not all(transfer.landed for transfer in engine._staging._ahead.values()):
+            time.sleep(1e-3)
+        misses = engine.counters.misses
+        y, expected = step(engine, weights, 1, 1, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert engine.counters.prefetch_hits == asked
+        assert engine.counters.misses - misses >= asked
+        assert engine.counters.pages_read == engine.counters.misses
+
+
+def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
+    """With lambda = 1 and J = 0 the router takes what is resident: the guests among them."""
+
+    class Wants:
+        def predict(self, layer, gate_input, ids):
+            return [(1, [4, 5, 6])] if layer == 0 else []
+
+    bias = reference.CacheBias(window=EXPERTS)
+    for count_in_flight in (False, True):
+        capacity = [TOP_K, TOP_K]
+        with engines.OffloadEngine(
+            store, capacity, prefetcher=Wants(), staging=3, count_in_flight=count_in_flight
+        ) as engine:
+            step(engine, weights, 0, 7, 1)
+            step(engine, weights, 1, 8, 1)
+            before = engine.state[1].resident().clone()
+            step(engine, weights, 0, 0, 1)
+            y, expected = step(engine, weights, 1, 1, 1, bias)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            assert_consistent(engine)
+            if count_in_flight:
+                shown = before.clone()
+                shown[[4, 5, 6]] = True
+                best = [e for e in logits_of(1, 1)[0, 0].argsort(descending=True).tolist() if shown[e]][:TOP_K]
+                assert all(engine.state[1].resident()[best])
+            else:
+                assert torch.equal(engine.state[1].resident(), before)
+
+
+@given(
+    capacity=capacities,
+    sizes=st.lists(capacities, min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    with_prefetch=st.booleans(),
+)
+def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, seed, with_prefetch):
+    options = foresight(seed) if with_prefetch else {}
+    with engines.OffloadEngine(store, capacity, **options) as engine:
+        call = 0
+        for size in sizes:
+            for _ in range(4):
+                y, expected = step(engine, weights, call % LAYERS, call, 1)
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+                call += 1
+            before = engine.state.clone()
+            engine.resize(size)
+            assert_consistent(engine)
+            misses = engine.counters.misses
+            for layer in range(LAYERS):
+                stay = engine.state[layer].resident()
+                assert not (stay & ~before[layer].resident()).any()
+                assert int(stay.sum()) == min(int(before[layer].resident().sum()), size[layer])
+                gone = before[layer].resident() & ~stay
+                if gone.any():  # the least recent
+                    assert before.last_use[layer, gone].max() < before.last_use[layer, stay].min()
+                # What stayed computes from the page it had.
+                ids = stay.nonzero().flatten()[:TOP_K].view(1, 1, -1)
+                if ids.numel() == TOP_K:
+                    routing = reference.Routing.all_hits(ids)
+                    routing.slots.copy_(engine.state.slot_of[layer, ids])
+                    x = torch.ones(1, 32)
+                    dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
+                    expected = reference.experts(x, ids[0], routing.weights[0], dense, FORMAT)
+                    torch.testing.assert_close(engine.forward(layer, x, routing), expected, rtol=1e-4, atol=1e-5)
+            assert engine.counters.misses == misses
+
+
+def test_a_pool_that_cannot_grow_stays_as_it_was(store, weights, monkeypatch):
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS) as engine:
+        step(engine, weights, 0, 0, 1)
+        monkeypatch.setattr(pool, "available_memory", lambda: 0)
+        with pytest.raises(InputError, match="choose a smaller capacity"):
+            engine.resize([EXPERTS] * LAYERS)
+        assert_consistent(engine)
+        y, expected = step(engine, weights, 0, 1, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("leave", ["close", "exception", "interrupt"])
+def test_shutting_down_with_pages_under_way_leaves_nothing(store, weights, leave):
+    before = threading.active_count()
+    slow = FaultyStore(store, ["slow"] * 200)
+    engine = engines.OffloadEngine(slow, [TOP_K] * LAYERS, **foresight(3))
+    if leave == "close":
+        for call in range(4):
+            step(engine, weights, call % LAYERS, call, 1)
+    else:
+        error = KeyboardInterrupt if leave == "interrupt" else ZeroDivisionError
+        with pytest.raises(error), engine:
+            for call in range(4):
+                step(engine, weights, call % LAYERS, call, 1)
+            raise error
+    engine.close()
+    engine.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        step(engine, weights, 0, 1000, 1)
+
+
+def test_a_soak_keeps_counters_consistent_and_memory_flat(store, weights):
+    draw = random.Random(0)
+    bias = reference.CacheBias(top_j=1, prior=0.3)
+    logits = torch.randn(997, 1, 1, EXPERTS, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    with engines.OffloadEngine(store, [TOP_K, 4], **foresight(1)) as engine:
+        for token in range(20_000):
+            if token % 500 == 250:
+                engine.resize([draw.randint(TOP_K, EXPERTS) for _ in range(LAYERS)])
+            for layer in range(LAYERS):
+                routing = route(
+                    logits[(token * LAYERS + layer) % 997], engine.caches(layer), least_recently_used, TOP_K, bias
+                )
+                engine.forward(layer, x, routing)
+            if token == 200:
+                start = resident_bytes()
+        assert_consistent(engine)
+        engine._staging.drop(engine.counters)
+        counters = engine.counters
+        assert counters.hits + counters.misses == counters.selections == 20_000 * LAYERS * TOP_K
+        assert counters.bytes_read == counters.pages_read * FORMAT.page_bytes
+        assert counters.pages_read == counters.misses + counters.wasted_prefetches
+        assert resident_bytes() - start < 8 << 20
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ------------------------------------------------------------------------------------------------------------- pacing
 
 
 def test_pacing_holds_the_byte_rate(store, weights):

@@ -36,6 +36,16 @@ def test_frames_that_stay_keep_their_pages():
         frames.pages[0] = 1
 
 
+def test_memory_that_somebody_looks_at_is_copied():
+    frames = pool.ExpertPool(2, FORMAT)
+    frames.pages[1] = 3
+    held = frames.pages
+    frames.resize(4)
+    assert (frames.pages[1] == 3).all()
+    frames.pages[1] = 4
+    assert (held[1] == 3).all()
+
+
 def test_a_pool_that_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(pool, "available_memory", lambda: 10 * FORMAT.page_bytes - 1)
     with pytest.raises(InputError, match="10 pages needs"):
