@@ -70,7 +70,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)
         reports = []
         for capacity in capacities:
-            with OffloadEngine(store, [capacity] * len(shape.layers), pacing) as offload:
+            with OffloadEngine(store, [capacity] * len(shape.layers), pacing=pacing) as offload:
                 rows = rows_at(capacity, settings, evaluation, offload, resident, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)

@@ -80,8 +80,7 @@ class OffloadEngine:
         capacity: slots of each layer; at least K for the routing that will be used.
         device: where the pool is and the experts run.
         pacing, chunk_bytes: see ``Link``.
-        prefetcher: what predicts, None for no prefetch.
-        staging: pages that may be ahead at a time.
+        staging: pages that a prefetcher may have ahead at a time.
         count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
         timeline: records what happens when, if given.
@@ -98,7 +97,6 @@ class OffloadEngine:
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        prefetcher: Prefetcher | None = None,
         staging: int = 0,
         count_in_flight: bool = False,
         evict: Callable = least_recently_used,
@@ -107,8 +105,6 @@ class OffloadEngine:
         layout = store.layout
         if len(capacity) != layout.layers:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
-        if (prefetcher is None) != (staging == 0):
-            raise ValueError("a prefetcher needs staging, and staging a prefetcher")
         self._guests = staging if count_in_flight else 0
         self.state = Residency.empty(torch.tensor(capacity), layout.experts).with_slots(max(capacity) + self._guests)
         self.counters = Counters()
@@ -121,10 +117,25 @@ class OffloadEngine:
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
         self._link = Link(_carrier(store, self._pool), pacing, chunk_bytes, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
-        self._staging = None
-        if prefetcher is not None:
-            ahead = range(sum(capacity), sum(capacity) + staging)
-            self._staging = Staging(self._link, prefetcher, ahead, layout.page_format.page_bytes, self._holds)
+        ahead = range(sum(capacity), sum(capacity) + staging)
+        self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """What predicts the next layers' experts; None for no prefetch. To be set between tokens.
+
+        Raises:
+            ValueError: if it is set and there is no staging to prefetch to.
+        """
+        return self._staging.prefetcher if self._staging else None
+
+    @prefetcher.setter
+    def prefetcher(self, prefetcher: Prefetcher | None) -> None:
+        if self._staging is not None:
+            self._staging.drop(self.counters)
+            self._staging.prefetcher = prefetcher
+        elif prefetcher is not None:
+            raise ValueError("a prefetcher needs an engine made with staging")
 
     def caches(self, layer: int) -> Residency:
         """``[1, ...]``, what one token's routing of the layer is to see, and to update."""

@@ -21,21 +21,23 @@ class Staging:
 
     Args:
         link: moves them.
-        prefetcher: says what the next layers will want.
         frames: to put them in: as many pages can be ahead at a time.
         page_bytes: of a page.
         held: (layer, expert) -> whether its slot has the page already.
+
+    Attributes:
+        prefetcher: says what the next layers will want; None for no prefetch.
     """
 
     def __init__(
         self,
         link: Link,
-        prefetcher: Prefetcher,
         frames: Sequence[int],
         page_bytes: int,
         held: Callable[[int, int], bool],
     ):
-        self._link, self._prefetcher, self._page_bytes, self._held = link, prefetcher, page_bytes, held
+        self.prefetcher: Prefetcher | None = None
+        self._link, self._page_bytes, self._held = link, page_bytes, held
         self._free = list(frames)
         self._ahead: dict[tuple[int, int], Transfer] = {}
         self._dropped: list[Transfer] = []  # of no use any more, and still moving
@@ -81,8 +83,10 @@ class Staging:
     def look_ahead(self, layer: int, gate_input: torch.Tensor, ids: list[int], layers: int, counters: Counters) -> None:
         """Predict for the layers after this one, and ask for the pages that are expected to land in time."""
         self._reclaim(counters)
-        elapsed = self._interval(layer)
-        for later, experts in self._prefetcher.predict(layer, gate_input, ids):
+        began = self._interval(layer)
+        if self.prefetcher is None:
+            return
+        for later, experts in self.prefetcher.predict(layer, gate_input, ids):
             self._predicted[later] = set(experts)
             distance = (later - layer) % layers or layers
             for e in experts:
@@ -91,7 +95,7 @@ class Staging:
                 if (later, e) in self._ahead or self._held(later, e):
                     continue
                 latency = self._link.pacing.latency if self._link.pacing else 0.0
-                needed_in = distance * self._layer_s - (perf_counter() - elapsed)
+                needed_in = distance * self._layer_s - (perf_counter() - began)
                 if not lands_in_time(self._link.queued_bytes, self._page_bytes, speed, latency, needed_in):
                     break
                 counters.prefetches += 1

@@ -109,8 +109,10 @@ class Guess:
         ]
 
 
-def foresight(seed, count_in_flight=False, staging=3):
-    return {"prefetcher": Guess(seed), "staging": staging, "count_in_flight": count_in_flight}
+def foreseeing(store, capacity, prefetcher, **options):
+    engine = engines.OffloadEngine(store, capacity, staging=3, **options)
+    engine.prefetcher = prefetcher
+    return engine
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +267,7 @@ def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prio
     bias = reference.CacheBias(top_j=1, prior=prior)
     with (
         engines.OffloadEngine(store, capacity) as plain,
-        engines.OffloadEngine(store, capacity, **foresight(seed)) as ahead,
+        foreseeing(store, capacity, Guess(seed)) as ahead,
     ):
         for call in range(tokens * LAYERS):
             expected, _ = step(plain, weights, call % LAYERS, call, 1, bias)
@@ -295,7 +297,8 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
     store, weights, calls, capacity, seed, faults, count_in_flight, new_capacity
 ):
     bias = reference.CacheBias(top_j=1, prior=0.4)
-    with engines.OffloadEngine(FaultyStore(store, faults), capacity, **foresight(seed, count_in_flight)) as engine:
+    options = {"count_in_flight": count_in_flight}
+    with foreseeing(FaultyStore(store, faults), capacity, Guess(seed), **options) as engine:
         for call, tokens in enumerate(calls):
             if call == len(calls) // 2 and new_capacity:
                 engine.resize(new_capacity)
@@ -314,7 +317,7 @@ def test_what_was_prefetched_is_not_read_again(store, weights):
         def predict(self, layer, gate_input, ids):
             return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
 
-    with engines.OffloadEngine(store, [TOP_K] * LAYERS, prefetcher=Knows(), staging=TOP_K) as engine:
+    with foreseeing(store, [TOP_K] * LAYERS, Knows()) as engine:
         step(engine, weights, 0, 7, 1)  # measures the link
         step(engine, weights, 1, 8, 1)
         step(engine, weights, 0, 0, 1)
@@ -340,9 +343,7 @@ def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
     bias = reference.CacheBias(window=EXPERTS)
     for count_in_flight in (False, True):
         capacity = [TOP_K, TOP_K]
-        with engines.OffloadEngine(
-            store, capacity, prefetcher=Wants(), staging=3, count_in_flight=count_in_flight
-        ) as engine:
+        with foreseeing(store, capacity, Wants(), count_in_flight=count_in_flight) as engine:
             step(engine, weights, 0, 7, 1)
             step(engine, weights, 1, 8, 1)
             before = engine.state[1].resident().clone()
@@ -366,8 +367,7 @@ def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
     with_prefetch=st.booleans(),
 )
 def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, seed, with_prefetch):
-    options = foresight(seed) if with_prefetch else {}
-    with engines.OffloadEngine(store, capacity, **options) as engine:
+    with foreseeing(store, capacity, Guess(seed) if with_prefetch else None) as engine:
         call = 0
         for size in sizes:
             for _ in range(4):
@@ -397,6 +397,13 @@ def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, see
             assert engine.counters.misses == misses
 
 
+def test_a_prefetcher_needs_staging(store):
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS) as engine:
+        engine.prefetcher = None
+        with pytest.raises(ValueError, match="made with staging"):
+            engine.prefetcher = Guess(0)
+
+
 def test_a_pool_that_cannot_grow_stays_as_it_was(store, weights, monkeypatch):
     with engines.OffloadEngine(store, [TOP_K] * LAYERS) as engine:
         step(engine, weights, 0, 0, 1)
@@ -412,7 +419,7 @@ def test_a_pool_that_cannot_grow_stays_as_it_was(store, weights, monkeypatch):
 def test_shutting_down_with_pages_under_way_leaves_nothing(store, weights, leave):
     before = threading.active_count()
     slow = FaultyStore(store, ["slow"] * 200)
-    engine = engines.OffloadEngine(slow, [TOP_K] * LAYERS, **foresight(3))
+    engine = foreseeing(slow, [TOP_K] * LAYERS, Guess(3))
     if leave == "close":
         for call in range(4):
             step(engine, weights, call % LAYERS, call, 1)
@@ -434,7 +441,7 @@ def test_a_soak_keeps_counters_consistent_and_memory_flat(store, weights):
     bias = reference.CacheBias(top_j=1, prior=0.3)
     logits = torch.randn(997, 1, 1, EXPERTS, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
-    with engines.OffloadEngine(store, [TOP_K, 4], **foresight(1)) as engine:
+    with foreseeing(store, [TOP_K, 4], Guess(1)) as engine:
         for token in range(20_000):
             if token % 500 == 250:
                 engine.resize([draw.randint(TOP_K, EXPERTS) for _ in range(LAYERS)])
