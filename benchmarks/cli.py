@@ -102,6 +102,29 @@ def latency(
     profile: Annotated[
         str | None, typer.Option(help="Pace the link to a phone's flash: phone-ufs3.1 or phone-ufs4.0.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where experts run: cpu or cuda.", show_default="cuda where there is a GPU")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where missing pages come from: **file**; **pinned**, all in page-locked memory; or **pinned:PAGES**, "
+            "so many there and the rest in the file.",
+            show_default="file; pinned on a GPU",
+        ),
+    ] = None,
+    prefetch: Annotated[
+        list[str],
+        typer.Option(
+            help="Which experts are asked for ahead: none; **gate**, the next layers' routers on this layer's input, "
+            "or **gate:N**, its N likeliest; **previous**, the last token's; **frequency**; **oracle**, exact routing "
+            "only. Repeatable: a row each."
+        ),
+    ] = ["none"],  # noqa: B006 (typer copies it)
+    ahead: Annotated[int, typer.Option(help="Layers that prefetchers look ahead.")] = 1,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Where a Chrome trace of the decoding goes; Perfetto opens it.")
+    ] = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),
     plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/latency.png"),
 ):
@@ -124,9 +147,10 @@ def latency(
         from cachemoe.benchmarks.run_latency import LatencyOptions, run_latency
 
         options = LatencyOptions(
-            model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile
+            *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
+            *(device, store, prefetch, ahead, timeline),
         )
-        for path in (json_path, plot_path):
+        for path in (json_path, plot_path, *([timeline] if timeline else [])):
             _check_destination(path)
         report = run_latency(options, show_progress)
         _print_latency(report)

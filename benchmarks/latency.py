@@ -8,15 +8,18 @@ from time import perf_counter
 
 import torch
 
+from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
 from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
+from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.residency import Residency
+from cachemoe.offload.timeline import Timeline
 
 RESIDENT = "resident"
 FREE_MISSES = "free misses"
@@ -33,6 +36,7 @@ class Decode:
         setting: its strategy and capacity.
         engine: where its experts run.
         state: its caches between segments, ``[L]``.
+        prefetch: name of its prefetcher.
         seconds: of each token, a list for each segment.
         counters: of all segments together.
     """
@@ -41,6 +45,7 @@ class Decode:
     setting: Setting
     engine: OffloadEngine | ResidentEngine
     state: Residency
+    prefetch: str = NO_PREFETCH
     seconds: list[list[float]] = field(default_factory=list)
     counters: Counters = field(default_factory=Counters)
     route_s: float = 0.0
@@ -56,6 +61,8 @@ class DecodePlan:
         top_j: J.
         evict: eviction policy.
         native: whether the engine's experts are the model's own, or a payload beside them.
+        ahead: layers that prefetchers look ahead.
+        timeline: records routing and the tokens' beginnings, if given.
     """
 
     windows: torch.Tensor
@@ -63,27 +70,39 @@ class DecodePlan:
     top_j: int
     evict: Callable
     native: bool
+    ahead: int
+    timeline: Timeline | None = None
 
 
 def rows_at(
     capacity: int,
     settings: Sequence[Setting],
+    prefetchers: Sequence[str],
     evaluation: Evaluation,
     offload: OffloadEngine,
     resident: ResidentEngine,
     shape: MoeShape,
 ) -> list[Decode]:
-    """The rows of one capacity: the references, then the settings with the caches that the quality pass left."""
+    """The rows of one capacity: the references, then the settings with the caches that the quality pass left.
+
+    The oracle knows the unmodified model's choices, and so goes with exact routing alone.
+    """
     full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
     full.slot_of.copy_(torch.arange(shape.experts).expand_as(full.slot_of))
     full.expert_of.copy_(full.slot_of)
     here = [(s, q) for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity]
     original = next(q for s, q in here if s.strategy == ORIGINAL)
-    return [
+    rows = [
         Decode(RESIDENT, Setting(ORIGINAL, shape.experts), resident, full),
-        Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, _trimmed(original.state, capacity)),
-        *(Decode(str(s.strategy), s, offload, _trimmed(q.state, capacity)) for s, q in here),
+        Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, original.state.clone().with_slots(capacity)),
     ]
+    for s, q in here:
+        for prefetch in prefetchers:
+            if prefetch != ORACLE or s.strategy.label == EXACT:
+                name = str(s.strategy) if prefetch == NO_PREFETCH else f"{s.strategy} + {prefetch}"
+                # The state came from a batch whose largest capacity was higher.
+                rows.append(Decode(name, s, offload, q.state.clone().with_slots(capacity), prefetch))
+    return rows
 
 
 @torch.inference_mode()
@@ -108,34 +127,51 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
 
 
 def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
-    engine, strategy = row.engine, row.setting.strategy
+    engine, strategy, device = row.engine, row.setting.strategy, model.device
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
     scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
-    payload_input = payload_input.to(engine.page_format.compute_dtype)
+    payload_input = payload_input.to(device, engine.page_format.compute_dtype)
     route_s = 0.0
 
-    def route_layer(layer, logits):
-        return route(logits[None], states[layer], plan.evict, k, bias, scores)
+    def route_layer(layer, logits, hidden):
+        return route(logits[None].cpu(), states[layer], plan.evict, k, bias, scores)
 
-    def route_timed(layer, logits):
+    def route_timed(layer, logits, hidden):
         nonlocal route_s
         start = perf_counter()
-        routing = route_layer(layer, logits)
-        route_s += perf_counter() - start
+        routing = route_layer(layer, logits, hidden)
+        end = perf_counter()
+        route_s += end - start
+        if plan.timeline is not None:
+            plan.timeline.span("route", f"layer {layer}", start, end, layer=layer)
         return routing
 
-    def route_and_move(layer, logits):
-        routing = route_timed(layer, logits)
-        engine.forward(layer, payload_input, routing)
+    def route_and_move(layer, logits, hidden):
+        routing = route_timed(layer, logits, hidden)
+        engine.forward(layer, payload_input, routing, gate_input=hidden)
         return routing
 
-    with Swap(model, route_layer):
-        past = model(window[None, : plan.prefix], use_cache=True).past_key_values
+    swap = Swap(model, route_layer)
+    tokens = window.to(device)
+    # Which experts the unmodified model chooses, for the oracle.
+    chosen = model(tokens[None], output_router_logits=True).router_logits
+    trace = torch.stack([z[plan.prefix :].topk(shape.top_k, dim=-1).indices for z in chosen], 1).cpu()
+    with swap:
+        past = model(tokens[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):
         engine.fill()
+        engine.prefetcher = make_prefetcher(
+            row.prefetch,
+            engine,
+            swap.routers,
+            lambda layer, logits: peek(logits.cpu(), states[layer], k, bias, scores),
+            shape.top_k,
+            plan.ahead,
+            trace,
+        )
     engine.counters = row.counters
     seconds = []
     model.set_experts_implementation(DECODE_EXPERTS)
@@ -144,14 +180,15 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
             stack.enter_context(Swap(model, route_timed, engine.forward))
         else:
             stack.enter_context(Swap(model, route_and_move))
-        for token in window[plan.prefix :]:
+        for token in tokens[plan.prefix :]:
             start = perf_counter()
             model(token[None, None], past_key_values=past, use_cache=True)
+            if token.is_cuda:
+                torch.cuda.synchronize()
             seconds.append(perf_counter() - start)
+            if plan.timeline is not None:
+                plan.timeline.mark(f"token {len(seconds)}", start)
+    if isinstance(engine, OffloadEngine):
+        engine.prefetcher = None  # and what is still under way is counted as waste
     row.seconds.append(seconds)
     row.route_s += route_s
-
-
-def _trimmed(state: Residency, capacity: int) -> Residency:
-    """The state with ``capacity`` slots; it came from a batch whose largest capacity was higher."""
-    return state.clone().with_slots(capacity)

@@ -4,6 +4,7 @@ import os
 import platform
 import random
 import shutil
+import statistics
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ from cachemoe.kernels.reference import Routing
 from cachemoe.offload.carriers import READERS
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
-from cachemoe.offload.link import CHUNK_BYTES
-from cachemoe.offload.store import ExpertStore, aligned_buffer
+from cachemoe.offload.link import chunk_size
+from cachemoe.offload.store import aligned_buffer
 
 
 def describe() -> dict:
@@ -78,13 +79,13 @@ def _version(package: str) -> str | None:
         return None
 
 
-def disk_bandwidths(store: ExpertStore, slots: int = 12) -> dict[str, list[float]]:
+def store_bandwidths(store, slots: int = 12) -> dict[str, list[float]]:
     """Bytes a second at which pages are read: bare, and by an engine that fills its pool; three times each, in turns.
 
     Both read the same number of random pages at the link's queue depth and chunk size.
     """
     layers, experts, size = store.layout.layers, store.layout.experts, store.page_bytes
-    slots = min(slots, experts)
+    slots, piece = min(slots, experts), chunk_size(size, READERS)
     pages = layers * slots
     draw = random.Random(0)
     measured: dict[str, list[float]] = {"bare": [], "engine": []}
@@ -94,12 +95,12 @@ def disk_bandwidths(store: ExpertStore, slots: int = 12) -> dict[str, list[float
 
         def read(chunk):
             start, offset = chunk
-            store.read_into(memory[start : start + min(CHUNK_BYTES, size - start % size)], offset)
+            store.read_into(memory[start : start + min(piece, size - start % size)], offset)
 
         for _ in range(4):  # the first touches the memory, and does not count
             chosen = [(layer, draw.sample(range(experts), slots)) for layer in range(layers)]
             offsets = [store.offset(layer, e) for layer, ids in chosen for e in ids]
-            chunks = [(i * size + c, o + c) for i, o in enumerate(offsets) for c in range(0, size, CHUNK_BYTES)]
+            chunks = [(i * size + c, o + c) for i, o in enumerate(offsets) for c in range(0, size, piece)]
             start = perf_counter()
             list(readers.map(read, chunks))
             measured["bare"].append(pages * size / (perf_counter() - start))
@@ -162,15 +163,20 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / min(seconds[1:])
 
 
-def expert_bandwidth(engine: ResidentEngine, experts: int, top_k: int, calls: int = 60) -> float:
-    """Bytes of expert weights a second that decode computes with when every page is in memory."""
+def expert_bandwidth(engine: ResidentEngine, experts: int, top_k: int, device: str = "cpu", calls: int = 60) -> float:
+    """Bytes of expert weights a second that decode computes with when every page is in memory, the median of three."""
     layers = engine.state.slot_of.shape[0]
     draw = random.Random(0)
     x = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
-    x = x.to(engine.page_format.compute_dtype)
-    for call in range(-calls, calls):  # the first half warms up
-        if call == 0:
-            engine.counters = Counters()
-        ids = torch.tensor([[draw.sample(range(experts), top_k)]])
-        engine.forward(call % layers, x, Routing.all_hits(ids))
-    return calls * top_k * engine.page_format.weight_bytes / engine.counters.compute_s
+    x = x.to(device, engine.page_format.compute_dtype)
+    measured = []
+    for _ in range(5):  # two warm up: memory that was just filled is slower at first
+        engine.counters, start = Counters(), perf_counter()
+        for call in range(calls):
+            ids = torch.tensor([[draw.sample(range(experts), top_k)]])
+            engine.forward(call % layers, x, Routing.all_hits(ids))
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = perf_counter() - start if device == "cuda" else engine.counters.compute_s
+        measured.append(calls * top_k * engine.page_format.weight_bytes / seconds)
+    return statistics.median(measured[2:])

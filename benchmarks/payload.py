@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,9 +12,11 @@ from cachemoe.benchmarks.progress import Progress
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 NATIVE = "native"
+FILE, PINNED = "file", "pinned"
 # Pages of a real model's geometry hold random weights, one page for each of the routing model's experts.
 PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4")}
 PAYLOADS = (NATIVE, *PAYLOAD_FORMATS)
@@ -47,6 +50,34 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
         with progress(f"making the {name} store", count) as advance:
             write_store(path, layout, pages, advance)
     return ExpertStore(path, expected=layout)
+
+
+def check_level(name: str, device: str) -> None:
+    """Whether ``open_level`` would know the name, and the device can be fed from it.
+
+    Raises:
+        InputError: if not.
+    """
+    kind, _, size = name.partition(":")
+    if (kind, size) != (FILE, "") and not (kind == PINNED and (not size or size.isdecimal())):
+        raise InputError(f"--store is file, pinned or pinned:PAGES, as in pinned:100, not {name!r}")
+    if kind == FILE and device == "cuda":
+        raise InputError("a GPU is fed from pinned memory: use --store pinned, or pinned:PAGES for a bounded level")
+
+
+def open_level(name: str, file: ExpertStore, progress: Progress) -> AbstractContextManager:
+    """The store that pages move from: the ``file`` itself, ``pinned``, or ``pinned:PAGES`` of it over the file.
+
+    Raises:
+        InputError: if the memory cannot be had or locked.
+    """
+    kind, _, size = name.partition(":")
+    if kind == FILE:
+        return nullcontext(file)
+    if size:
+        return PinnedLevel(file, int(size))
+    with progress("reading every page into pinned memory", file.pages) as advance:
+        return PinnedStore(file, advance)
 
 
 def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:

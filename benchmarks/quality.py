@@ -117,7 +117,7 @@ def evaluate(
         for k, rows, state, bias in batches:
             misses = torch.zeros(len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, k=k, rows=rows, state=state, bias=bias, misses=misses):
+            def route_layer(layer, logits, hidden, k=k, rows=rows, state=state, bias=bias, misses=misses):
                 routing = route(logits.unflatten(0, (len(rows), -1)), state[layer], evict, k, bias, scores)
                 misses += routing.misses.count
                 return routing

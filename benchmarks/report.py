@@ -16,22 +16,30 @@ TARGET_PERPLEXITY_CHANGE = 0.03
 
 
 def capacity_report(
-    capacity: int, experts: int, rows: Sequence[Decode], settings: Sequence[Setting], evaluation: Evaluation
+    capacity: int,
+    experts: int,
+    rows: Sequence[Decode],
+    settings: Sequence[Setting],
+    evaluation: Evaluation,
+    speeds: dict,
 ) -> dict:
     """Everything measured at one capacity.
 
     Args:
         rows: as ``decode_rows`` left them.
         settings: the evaluation's, in its order.
+        speeds: of the machine: ``link_bytes_per_second`` and ``memory_bytes_per_second``.
     """
     by_name = {row.name: row for row in rows}
     original, resident = by_name[str(ORIGINAL)], by_name[RESIDENT]
     quality = {str(s.strategy): q for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity}
     report = []
     for row in rows:
-        entry = {"name": row.name, "label": row.setting.strategy.label} | _speed(row, original, resident)
-        if row.name in quality:
-            entry |= _quality(quality[row.name], evaluation.unmodified)
+        strategy = str(row.setting.strategy)
+        entry = {"name": row.name, "strategy": strategy, "label": row.setting.strategy.label, "prefetch": row.prefetch}
+        entry |= _speed(row, original, resident) | _movement(row, resident, speeds)
+        if row.name not in (RESIDENT, FREE_MISSES):
+            entry |= _quality(quality[strategy], evaluation.unmodified)
         report.append(entry)
     selections = evaluation.original_ids.numel()
     return {
@@ -79,6 +87,40 @@ def _speed(row: Decode, original: Decode, resident: Decode) -> dict:
     }
 
 
+def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
+    """How well pages moved: what was waited for, what was hidden, and how far from what cannot be beaten.
+
+    The bound of a token is that of its bytes, over the link or out of memory, whichever takes longer, and then the time
+    that the resident row spends outside its experts.
+    """
+    counters, page_bytes = row.counters, row.engine.page_format.page_bytes
+    tokens, seconds = (sum(f(segment) for segment in row.seconds) for f in (len, sum))
+    dense_s = sum(map(sum, resident.seconds)) / sum(map(len, resident.seconds))
+    dense_s -= resident.counters.compute_s / sum(map(len, resident.seconds))
+    missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
+    read_s = counters.selections / tokens * row.engine.page_format.weight_bytes / speeds["memory_bytes_per_second"]
+    bound_s = max(missed_s if counters.pages_read else 0.0, read_s) + dense_s
+    moved = {
+        "stall_ms_per_token": counters.stall_s / tokens * 1e3,
+        "overlap": 1 - counters.stall_s / counters.link_s if counters.link_s else None,
+        "link_fraction": counters.bytes_read / seconds / speeds["link_bytes_per_second"],
+        "bound_ms_per_token": bound_s * 1e3,
+        "times_bound": seconds / tokens / bound_s,
+    }
+    if not counters.prefetches and not counters.predicted:
+        return moved
+    used = counters.prefetch_hits + counters.late_prefetches
+    return moved | {
+        "precision": counters.predicted_right / counters.predicted if counters.predicted else None,
+        "recall": counters.predicted_right / counters.predictable if counters.predictable else None,
+        "prefetches_per_token": counters.prefetches / tokens,
+        "prefetches_used": used / counters.prefetches if counters.prefetches else None,
+        "misses_prefetched": used / counters.misses if counters.misses else None,
+        "prefetches_timely": counters.prefetch_hits / used if used else None,
+        "wasted_bytes_per_token": counters.wasted_prefetches / tokens * page_bytes,
+    }
+
+
 def _ratios(slow: Decode, fast: Decode) -> list[float]:
     """How many times faster, segment by segment: both decoded the same tokens, one after the other."""
     return [sum(a) / sum(b) for a, b in zip(slow.seconds, fast.seconds, strict=True)]
@@ -104,6 +146,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _some_percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}"
+
+
 # (heading, text of a row, whether only rows with a measured quality have one)
 SPEED_COLUMNS = (
     ("miss\n%", lambda r: _percent(r["miss_rate"]), True),
@@ -127,6 +173,21 @@ QUALITY_COLUMNS = (
     ("agree\n%", lambda r: _percent(r["top1_agreement"]), True),
     ("label", lambda r: r["label"], False),
 )
+MOVEMENT_COLUMNS = (
+    ("stall\nms", lambda r: f"{r['stall_ms_per_token']:.1f}", False),
+    ("over-\nlap %", lambda r: _some_percent(r["overlap"]), False),
+    ("link\n%", lambda r: _some_percent(r["link_fraction"] or None), False),
+    ("bound\nms", lambda r: f"{r['bound_ms_per_token']:.1f}", False),
+    ("times\nbound", lambda r: f"{r['times_bound']:.2f}", False),
+)
+PREFETCH_COLUMNS = (
+    ("preci-\nsion", lambda r: _some_percent(r.get("precision")), False),
+    ("re-\ncall", lambda r: _some_percent(r.get("recall")), False),
+    ("used", lambda r: _some_percent(r.get("prefetches_used")), False),
+    ("of\nmisses", lambda r: _some_percent(r.get("misses_prefetched")), False),
+    ("timely", lambda r: _some_percent(r.get("prefetches_timely")), False),
+    ("waste\nMB", lambda r: f"{r['wasted_bytes_per_token'] / 1e6:.1f}" if "wasted_bytes_per_token" in r else "", False),
+)
 WIDE = 130  # columns of terminal below which speed and quality go into two tables
 
 
@@ -140,7 +201,9 @@ def tables(report: dict, width: int) -> list[Table]:
             f"Belady on the original routing misses {_percent(capacity['belady_miss_rate'])} %"
         )
         best = best_within_target(capacity["rows"])
-        for columns in [SPEED_COLUMNS + QUALITY_COLUMNS] if width >= WIDE else [SPEED_COLUMNS, QUALITY_COLUMNS]:
+        ahead = PREFETCH_COLUMNS if any("precision" in row for row in capacity["rows"]) else ()
+        wide = [SPEED_COLUMNS + QUALITY_COLUMNS] if width >= WIDE else [SPEED_COLUMNS, QUALITY_COLUMNS]
+        for columns in [*wide, MOVEMENT_COLUMNS + ahead]:
             table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
             table.add_column("strategy", no_wrap=True)
             for heading, _, _ in columns:

@@ -2,14 +2,16 @@
 
 import hashlib
 import statistics
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from cachemoe.benchmarks import machine
+from cachemoe.benchmarks.foresight import NO_PREFETCH, STAGING, check_prefetchers
 from cachemoe.benchmarks.latency import ORIGINAL, DecodePlan, decode_rows, rows_at
-from cachemoe.benchmarks.payload import NATIVE, open_payload
+from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
 from cachemoe.benchmarks.progress import Progress
 from cachemoe.benchmarks.quality import Setting, evaluate
 from cachemoe.benchmarks.report import capacity_report
@@ -22,6 +24,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import EVICTION_POLICIES
 from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.timeline import Timeline
 
 SEGMENTS = 3
 PREFIX = 64
@@ -42,6 +45,11 @@ class LatencyOptions:
     context: int
     text: Path | None
     profile: str | None
+    device: str | None
+    store: str | None
+    prefetch: list[str]
+    ahead: int
+    timeline: Path | None
 
 
 def run_latency(options: LatencyOptions, progress: Progress) -> dict:
@@ -54,32 +62,54 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     checkpoint = Checkpoint(options.model or TINYMOE)
     shape = checkpoint.shape
     strategies, capacities = _check(options, shape)
+    prefetchers = list(dict.fromkeys(options.prefetch))
+    check_prefetchers(prefetchers, options.ahead, len(shape.layers))
+    device = _device(options.device)
+    level = options.store or (PINNED if device == "cuda" else FILE)
+    check_level(level, device)
     phone = profile(options.profile) if options.profile else None
     windows, segments = _tokens(options, shape)
     evict = EVICTION_POLICIES[options.eviction]
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
     model = load_model(checkpoint.path)
-    with open_payload(options.payload, checkpoint, progress) as store:
+    with ExitStack() as stack:
+        file = stack.enter_context(open_payload(options.payload, checkpoint, progress))
         with progress("quality, stepped through the text", len(windows)) as advance:
             evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
-        with progress("reading every page for the resident rows", store.pages) as advance:
-            resident = ResidentEngine(store, [shape.experts] * len(shape.layers), advance=advance)
-        speeds = _speeds(store, resident, shape)
+        store = stack.enter_context(open_level(level, file, progress))
+        model.to(device)
+        with progress("reading every page for the resident rows", file.pages) as advance:
+            resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
+        speeds = _speeds(file, store, resident, shape, device)
         pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
-        plan = DecodePlan(segments, PREFIX, options.top_j, evict, options.payload == NATIVE)
+        timeline = Timeline(device == "cuda") if options.timeline else None
+        native = options.payload == NATIVE
+        plan = DecodePlan(segments, PREFIX, options.top_j, evict, native, options.ahead, timeline)
         reports = []
         for capacity in capacities:
-            with OffloadEngine(store, [capacity] * len(shape.layers), pacing=pacing) as offload:
-                rows = rows_at(capacity, settings, evaluation, offload, resident, shape)
+            staging = STAGING if set(options.prefetch) != {NO_PREFETCH} else 0
+            with OffloadEngine(
+                *(store, [capacity] * len(shape.layers), device),
+                pacing=pacing,
+                staging=staging,
+                evict=evict,
+                timeline=timeline,
+            ) as offload:
+                rows = rows_at(capacity, settings, prefetchers, evaluation, offload, resident, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)
-            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation))
+            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds))
+    if timeline is not None:
+        timeline.write(options.timeline)
     # Names, not paths: a report is made to be shown.
     names = {
         "model": checkpoint.path.name,
         "text": options.text.name if options.text else HELD_OUT,
         "strategy": [str(strategy) for strategy in strategies],
+        "device": device,
+        "prefetch": prefetchers,
+        "timeline": options.timeline and options.timeline.name,
     }
     text = bytes(torch.cat((windows.flatten(), segments.flatten())).tolist())
     return {
@@ -95,11 +125,12 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         },
         "text_sha256": hashlib.sha256(text).hexdigest(),
         "store": {
-            "name": store.path.name,
-            "pages": store.pages,
-            "page_bytes": store.page_bytes,
-            "format": asdict(store.layout.page_format),
-            "direct": store.direct,
+            "name": file.path.name,
+            "level": level,
+            "pages": file.pages,
+            "page_bytes": file.page_bytes,
+            "format": asdict(file.layout.page_format),
+            "direct": file.direct,
         },
         "profile": asdict(phone) | {"name": options.profile, "link": asdict(pacing)} if phone else None,
         "unmodified": {
@@ -111,15 +142,32 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     }
 
 
-def _speeds(store: ExpertStore, resident: ResidentEngine, shape: MoeShape) -> dict:
-    disk = machine.disk_bandwidths(store)
+def _device(name: str | None) -> str:
+    """``cuda`` where there is a GPU, unless another is asked for."""
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device is cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a GPU that torch can use, and there is none: leave it out")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _speeds(file: ExpertStore, store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:
+    # Memory first: what the disk's measurement lets go of keeps the system busy for a while.
+    experts = machine.expert_bandwidth(resident, shape.experts, shape.top_k, device)
+    memory = machine.device_copy_bandwidth() if device == "cuda" else machine.memory_bandwidth()
+    disk = machine.store_bandwidths(file)
     ratios = [engine / bare for bare, engine in zip(disk["bare"], disk["engine"], strict=True)]
+    if device == "cuda":
+        link = machine.pinned_copy_bandwidth()
+    else:
+        link = statistics.median((disk if store is file else machine.store_bandwidths(store))["bare"])
     return {
         "disk_bytes_per_second": statistics.median(disk["bare"]),
         "engine_disk_bytes_per_second": statistics.median(disk["engine"]),
         "engine_over_bare_disk": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "memory_bytes_per_second": machine.memory_bandwidth(),
-        "resident_expert_bytes_per_second": machine.expert_bandwidth(resident, shape.experts, shape.top_k),
+        "link_bytes_per_second": link,  # at which a missing page could move at best
+        "memory_bytes_per_second": memory,
+        "resident_expert_bytes_per_second": experts,
     }
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.errors import InputError
 
-RouteLayer = Callable[[int, torch.Tensor], Routing]
+RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
 RunExperts = Callable[[int, torch.Tensor, Routing], torch.Tensor]
 
 # Blocks whose router is softmax over ``weight``, one name for each entry of checkpoint.MODEL_TYPES.
@@ -56,7 +56,7 @@ class Swap:
 
     Args:
         model: as ``load_model`` gives it.
-        route: (MoE layer, ``[S, E]`` router logits of S = B * T tokens) -> ``Routing``.
+        route: (MoE layer, ``[S, E]`` router logits of S = B * T tokens, ``[S, H]`` what the router saw) -> ``Routing``.
         experts: (MoE layer, ``[S, H]`` hidden states, the layer's ``Routing``) -> ``[S, H]``; None: the model's own.
 
     Raises:
@@ -70,6 +70,11 @@ class Swap:
             raise InputError(f"{type(model).__name__} has none of the MoE blocks {', '.join(_BLOCKS)}")
         self._route = route
         self._experts = experts
+
+    @property
+    def routers(self) -> list[torch.Tensor]:
+        """``[E, H]``, each MoE layer's router weight."""
+        return [block.gate.weight for block in self._blocks]
 
     def __enter__(self):
         self._routing: dict[int, Routing] = {}
@@ -90,9 +95,10 @@ class Swap:
 
     def _route_tokens(self, layer: int, router, hidden_states: torch.Tensor):
         """What the router's forward returns: logits, weights and ids of all tokens."""
-        logits = F.linear(hidden_states.reshape(-1, router.hidden_dim), router.weight)
-        self._routing[layer] = routing = self._route(layer, logits)
-        return logits, routing.weights.flatten(0, 1).to(logits.dtype), routing.ids.flatten(0, 1)
+        seen = hidden_states.reshape(-1, router.hidden_dim)
+        logits = F.linear(seen, router.weight)
+        self._routing[layer] = routing = self._route(layer, logits, seen)
+        return logits, routing.weights.flatten(0, 1).to(logits), routing.ids.flatten(0, 1).to(logits.device)
 
     def _run_experts(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._experts(layer, hidden_states, self._routing[layer])

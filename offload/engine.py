@@ -15,7 +15,7 @@ from cachemoe.kernels.experts import experts
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
 from cachemoe.offload.counters import Counters
-from cachemoe.offload.link import CHUNK_BYTES, Link, Pacing, Transfer
+from cachemoe.offload.link import Link, Pacing, Transfer
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
 from cachemoe.offload.residency import Residency, admit, least_recently_used, resized
@@ -96,7 +96,7 @@ class OffloadEngine:
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         staging: int = 0,
         count_in_flight: bool = False,
         evict: Callable = least_recently_used,

@@ -7,10 +7,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.carriers import Carrier
 from cachemoe.offload.timeline import Timeline
 
-CHUNK_BYTES = 1 << 20  # a page moves in chunks: a single miss keeps several readers busy, a demand overtakes a prefetch
+CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
+LEAST_CHUNK_BYTES = 1 << 18
 PACED_THREADS = 2  # one moves the next chunk while the other waits for the end of the last
 
 
@@ -29,6 +31,16 @@ class Pacing:
     def seconds(self, size: int, begins: bool) -> float:
         """What ``size`` bytes take, with the latency where a page begins."""
         return size / self.bytes_per_second + (self.latency if begins else 0.0)
+
+
+def chunk_size(page_bytes: int, threads: int) -> int:
+    """Bytes of the pieces in which a page moves: so many that all threads end together, near ``CHUNK_BYTES`` each.
+
+    Returns:
+        A multiple of 4 KiB.
+    """
+    pieces = threads * max(1, round(page_bytes / threads / CHUNK_BYTES))
+    return max(-(-page_bytes // pieces // PAGE_ALIGNMENT) * PAGE_ALIGNMENT, LEAST_CHUNK_BYTES)
 
 
 class Transfer:
@@ -60,7 +72,7 @@ class Link:
     Args:
         carrier: moves chunks.
         pacing: None for the machine's own speed.
-        chunk_bytes: a page is moved in pieces of this size, a multiple of 4 KiB.
+        chunk_bytes: a page is moved in pieces of this size, a multiple of 4 KiB; None: as ``chunk_size`` says.
         timeline: records each chunk, if given.
 
     Attributes:
@@ -71,12 +83,13 @@ class Link:
         self,
         carrier: Carrier,
         pacing: Pacing | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         timeline: Timeline | None = None,
     ):
         self.broken = False
         self.pacing = pacing
-        self._carrier, self._chunk_bytes, self._timeline = carrier, chunk_bytes, timeline
+        self._carrier, self._timeline = carrier, timeline
+        self._chunk_bytes = chunk_bytes or chunk_size(carrier.page_bytes, carrier.threads)
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
         self._moving = {True: 0, False: 0}  # chunks under way, likewise
         self._closed = False

@@ -71,14 +71,7 @@ class Staging:
             counters.predictable += len(ids)
             counters.predicted += len(predicted)
             counters.predicted_right += len(predicted.intersection(ids))
-        for e in self.of_layer(layer):
-            transfer = self._ahead.pop((layer, e))
-            if self._link.cancel(transfer):
-                counters.cancelled_prefetches += 1
-                self._free.append(transfer.frame)
-            else:
-                counters.wasted_prefetches += 1
-                self._dropped.append(transfer)
+        self._discard(layer, counters)
 
     def look_ahead(self, layer: int, gate_input: torch.Tensor, ids: list[int], layers: int, counters: Counters) -> None:
         """Predict for the layers after this one, and ask for the pages that are expected to land in time."""
@@ -104,7 +97,8 @@ class Staging:
     def drop(self, counters: Counters) -> None:
         """Drop every page, and wait for those that are moving."""
         for later in {later for later, _ in self._ahead}:
-            self.chosen(later, (), counters)
+            self._discard(later, counters)
+        self._predicted.clear()
         self._link.abandon()
         self._reclaim(counters)
 
@@ -114,6 +108,17 @@ class Staging:
         self._ahead.clear()
         self._dropped.clear()
         self._predicted.clear()
+
+    def _discard(self, layer: int, counters: Counters) -> None:
+        """Take back what was staged for a layer, or let it land and be dropped."""
+        for e in self.of_layer(layer):
+            transfer = self._ahead.pop((layer, e))
+            if self._link.cancel(transfer):
+                counters.cancelled_prefetches += 1
+                self._free.append(transfer.frame)
+            else:
+                counters.wasted_prefetches += 1
+                self._dropped.append(transfer)
 
     def _reclaim(self, counters: Counters) -> None:
         """Free the frames of dropped pages that have landed."""

@@ -43,7 +43,7 @@ def decode(model, shape, setting):
     scores = GateScores(renormalise=shape.renormalise)
     nats, misses = 0.0, 0
 
-    def route_layer(layer, logits):
+    def route_layer(layer, logits, hidden):
         nonlocal misses
         routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, bias, scores)
         misses += int((~routing.hits).sum())

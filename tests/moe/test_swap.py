@@ -46,7 +46,7 @@ class Router:
         self.bias = cache_bias([Strategy.parse(strategy, shape.experts, shape.top_k)], top_j)
         self.ids = [[] for _ in shape.layers]
 
-    def __call__(self, layer, logits):
+    def __call__(self, layer, logits, hidden):
         state = self.state[layer : layer + 1]
         scores = GateScores(renormalise=self.shape.renormalise)
         routing = route(logits[None], state, least_recently_used, self.shape.top_k, self.bias, scores)
@@ -123,7 +123,7 @@ def test_generate_runs_through_the_engine(model, checkpoint, store):
 
 def test_a_model_without_moe_blocks_is_refused(checkpoint):
     with pytest.raises(InputError, match="none of the MoE blocks"):
-        Swap(torch.nn.Linear(2, 2), lambda layer, logits: None)
+        Swap(torch.nn.Linear(2, 2), lambda layer, logits, hidden: None)
 
 
 def test_a_damaged_checkpoint_is_one_sentence(checkpoint, tmp_path):

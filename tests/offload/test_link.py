@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cachemoe.offload.link import Link, Pacing
+from cachemoe.offload.link import Link, Pacing, chunk_size
 
 PAGE, CHUNK = 16384, 4096
 
@@ -191,3 +191,17 @@ def test_a_paced_link_makes_up_for_a_slow_moment():
     late = dict(schedule)[3] - 0.04  # by so much was page 3 late; the pages after it only as long as it takes
     assert late > 0
     assert dict(schedule)[14] >= 0.15 - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("page", "threads", "expected"),
+    [
+        (4 << 20, 4, 1 << 20),
+        (4866048, 4, 1216512),  # Qwen1.5-MoE's int4: all four readers end together
+        (4096, 4, 1 << 18),
+        (17 << 20, 4, 1114112),  # 16 pieces
+        (17 << 20, 1, 1 << 20),
+    ],
+)
+def test_a_page_is_cut_so_that_all_threads_end_together(page, threads, expected):
+    assert chunk_size(page, threads) == expected

@@ -48,7 +48,7 @@ class Altered:
         self.shape, self.alter = shape, alter
         self.ids, self.weights = [[] for _ in shape.layers], [[] for _ in shape.layers]
 
-    def __call__(self, layer: int, logits: torch.Tensor) -> Routing:
+    def __call__(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
         everything = Residency.empty(torch.tensor([self.shape.experts]), self.shape.experts)
         scores = GateScores(renormalise=self.shape.renormalise)
         routing = route(logits[None], everything, least_recently_used, self.shape.top_k, scores=scores)

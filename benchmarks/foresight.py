@@ -1,0 +1,62 @@
+"""Prefetchers by name, as ``cachemoe latency --prefetch`` takes them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.prefetch import Frequency, NextLayerGate, Oracle, Prefetcher, PreviousToken
+
+NO_PREFETCH = "none"
+ORACLE = "oracle"
+GATE = "gate"
+PREFETCHERS = (NO_PREFETCH, GATE, "previous", "frequency", ORACLE)
+STAGING = 12  # pages ahead at a time
+
+
+def make_prefetcher(
+    name: str,
+    engine: OffloadEngine,
+    routers: Sequence[torch.Tensor],
+    choose: Callable[[int, torch.Tensor], list[int]],
+    top_k: int,
+    ahead: int,
+    trace: torch.Tensor,
+) -> Prefetcher | None:
+    """A prefetcher that knows nothing yet.
+
+    Args:
+        name: one of ``PREFETCHERS``, or ``gate:N``: of what the gate expects, the N likeliest.
+        engine: which will use it.
+        routers: ``[E, H]`` of each layer.
+        choose: (layer, ``[E]`` logits) -> what the routing in use would choose.
+        top_k: K.
+        ahead: layers looked ahead.
+        trace: ``[T, L, K]`` what the unmodified model chooses for the tokens to come.
+    """
+    layers = len(routers)
+    name, _, likeliest = name.partition(":")
+    count = int(likeliest or top_k)
+    makers = {
+        NO_PREFETCH: lambda: None,
+        GATE: lambda: NextLayerGate(routers, lambda *at: choose(*at)[:count], ahead),
+        "previous": lambda: PreviousToken(layers, ahead),
+        "frequency": lambda: Frequency(lambda: engine.state, top_k, ahead),
+        ORACLE: lambda: Oracle(trace, ahead),
+    }
+    return makers[name]()
+
+
+def check_prefetchers(names: Sequence[str], ahead: int, layers: int) -> None:
+    """Whether they exist and can look so far.
+
+    Raises:
+        InputError: if not.
+    """
+    for name in names:
+        kind, _, likeliest = name.partition(":")
+        if name not in PREFETCHERS and not (kind == GATE and likeliest.isdecimal() and int(likeliest) > 0):
+            raise InputError(f"unknown prefetcher {name!r}: choose among {', '.join(PREFETCHERS)} and gate:N")
+    if not 1 <= ahead < layers:
+        raise InputError(f"--ahead must lie between 1 and {layers - 1}, the layers after the first, not {ahead}")
