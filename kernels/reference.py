@@ -59,6 +59,11 @@ class Routing:
         misses = (self.misses.experts, self.misses.slots, self.misses.count)
         return (self.ids, self.weights, self.slots, self.hits, self.waves, *misses)
 
+    def __getitem__(self, caches: slice) -> Routing:
+        """The routing of some of the caches, the same memory."""
+        *tensors, experts, slots, count = (tensor[caches] for tensor in self.tensors())
+        return Routing(*tensors, Misses(experts, slots, count))
+
     @classmethod
     def empty(cls, caches: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> Routing:
         """Memory for the routing of ``[B, T]`` tokens."""
