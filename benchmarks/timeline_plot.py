@@ -70,7 +70,7 @@ def plot_timeline(
     axis.set_yticks(range(len(lanes)), lanes)
     axis.tick_params(axis="y", length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    dropped = f" (recording stopped at its limit: {timeline.dropped} later spans are missing)"
+    dropped = f" (recording stopped at its limit: {timeline.dropped} later spans and marks are missing)"
     axis.set_xlabel("ms" + (dropped if timeline.dropped else ""))
     figure.legend(loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9, handlelength=1.2)
     if title:

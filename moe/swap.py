@@ -49,6 +49,11 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32):
     return model.eval().requires_grad_(False)
 
 
+def static_cache(model, length: int):
+    """A key-value cache of fixed size, for ``DecodeGraph``: room for ``length`` tokens at addresses that stay."""
+    return transformers.StaticCache(config=model.config, max_cache_len=length)
+
+
 class Swap:
     """While it is open, a model's routers choose through ``route`` and, if given, its experts run through ``experts``.
 

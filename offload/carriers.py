@@ -1,5 +1,6 @@
 """What moves a chunk of a page from the store into a frame: a read into DRAM, or a copy to a GPU on its own stream."""
 
+import threading
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ class Carrier(Protocol):
 
     Attributes:
         threads: that may carry at the same time.
-        track: name of their lanes in a timeline.
+        track: what their lanes in a timeline are called.
         page_bytes: of each page.
     """
 
@@ -33,6 +34,9 @@ class Carrier(Protocol):
 
     def use(self, transfer) -> None:
         """Called in the engine's thread before it computes with a page that has landed."""
+
+    def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
+        """Show the chunk just carried in a timeline; ``began`` and ``ended`` are the link's thread's."""
 
 
 class ReadCarrier:
@@ -62,6 +66,9 @@ class ReadCarrier:
 
     def use(self, transfer) -> None:
         """Nothing, likewise."""
+
+    def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
+        timeline.span(threading.current_thread().name, name, began, ended, **details)
 
 
 class CopyCarrier:
@@ -93,8 +100,9 @@ class CopyCarrier:
         # The lease is held until the copy has left the host's page; pages of a PinnedStore cost nothing to lease.
         with self._store.lease(transfer.layer, transfer.expert) as page, torch.cuda.stream(self._stream):
             self._stream.wait_event(transfer.frame_free)
+            transfer.copying = self._stream.record_event(torch.cuda.Event(enable_timing=True))
             self._pool.pages[transfer.frame, start:stop].copy_(page[start:stop], non_blocking=True)
-            queued, self._last = self._last, self._stream.record_event()
+            queued, self._last = self._last, self._stream.record_event(torch.cuda.Event(enable_timing=True))
             transfer.copied = self._last
             # At most two copies are queued, of prefetches one: what is queued cannot be overtaken.
             wait_for = queued if transfer.demand and self._store.permanent else self._last
@@ -106,3 +114,6 @@ class CopyCarrier:
 
     def use(self, transfer) -> None:
         torch.cuda.current_stream(self._device).wait_event(transfer.copied)
+
+    def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
+        timeline.cuda_span(self.track, name, transfer.copying, transfer.copied, **details)

@@ -14,6 +14,7 @@ from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.reference import Routing
 from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
+from cachemoe.offload.clock import HostClock, StreamClock
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link, Pacing, Transfer
 from cachemoe.offload.pool import ExpertPool
@@ -87,7 +88,7 @@ class OffloadEngine:
 
     Attributes:
         state: the ``Residency`` that routing reads and writes, ``[L, ...]``.
-        counters: see ``Counters``.
+        counters: see ``Counters``; on a GPU, of its times what ``synchronize`` has brought up to date.
     """
 
     def __init__(
@@ -117,6 +118,8 @@ class OffloadEngine:
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
         self._link = Link(_carrier(store, self._pool), pacing, chunk_bytes, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
+        self._clock = StreamClock() if self._pool.pages.is_cuda else HostClock()
+        self._times: list[tuple] = []  # what and from when to when, not counted yet
         ahead = range(sum(capacity), sum(capacity) + staging)
         self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
 
@@ -239,6 +242,12 @@ class OffloadEngine:
         if self._staging is not None:
             self._staging.reset(free)
 
+    def synchronize(self) -> None:
+        """Wait for what is queued on the device, and bring the counters' times up to date."""
+        times, self._times = self._times, []
+        for name, start, end in times:
+            setattr(self.counters, name, getattr(self.counters, name) + self._clock.seconds(start, end))
+
     def close(self) -> None:
         """Wait for pages under way and end the link's threads; a second call does nothing."""
         self._link.close()
@@ -328,25 +337,27 @@ class OffloadEngine:
 
     def _landed(self, layer: int, loads: dict):
         """The transfers as they land."""
-        counters = self.counters
-        waiting = perf_counter()
+        waiting = self._clock.now()
         for transfer in self._link.landed(loads):
-            now = perf_counter()
-            counters.stall_s += now - waiting
-            counters.count_page(self.page_format.page_bytes)
-            if self._timeline is not None:
-                self._timeline.span("stall", f"layer {layer}", waiting, now, layer=layer, expert=transfer.expert)
+            self._note("stall", layer, waiting, expert=transfer.expert)
+            self.counters.count_page(self.page_format.page_bytes)
             yield transfer
-            waiting = perf_counter()
+            waiting = self._clock.now()
 
     def _timed(self, layer: int, *arguments) -> None:
         """Compute, and note the time."""
-        start = perf_counter()
+        start = self._clock.now()
         self._compute(*arguments)
-        end = perf_counter()
-        self.counters.compute_s += end - start
+        self._note("compute", layer, start)
+
+    def _note(self, what: str, layer: int, start, **details) -> None:
+        """Count the time from ``start`` to now as stalled or computing."""
+        end = self._clock.now()
+        self._times.append((f"{what}_s", start, end))
         if self._timeline is not None:
-            self._timeline.span("compute", f"layer {layer}", start, end, layer=layer)
+            self._clock.record(self._timeline, what, f"layer {layer}", start, end, layer=layer, **details)
+        if not self._clock.deferred:
+            self.synchronize()
 
     def _seat_guests(self, layer: int, ids: list[int], slots: list[int]) -> list[int]:
         """Give staged experts that were chosen as residents a slot of the layer's own, and show the guests out.

@@ -101,7 +101,7 @@ class Link:
         count = min(carrier.threads, PACED_THREADS) if pacing else carrier.threads
         self._most_prefetches = max(1, count - 1)
         self._threads = [
-            threading.Thread(target=self._run, args=(f"{carrier.track} {i}",), name=f"cachemoe-link-{i}", daemon=True)
+            threading.Thread(target=self._run, name=f"{carrier.track} {i}", daemon=True)
             for i in range(count)  # daemons: Ctrl-C between start and close must not hang the interpreter's exit
         ]
         for thread in self._threads:
@@ -258,7 +258,7 @@ class Link:
                 self._free_at = end
             return transfer, start, stop, end
 
-    def _run(self, track: str) -> None:
+    def _run(self) -> None:
         while (taken := self._take()) is not None:
             transfer, start, stop, end = taken
             began, error = time.perf_counter(), None
@@ -272,7 +272,12 @@ class Link:
                 self._closing.wait(left)
             now = time.perf_counter()
             if self._timeline is not None:
-                self._record(track, transfer, stop - start, began, now)
+                kind, name = (
+                    "demand" if transfer.demand else "prefetch",
+                    f"layer {transfer.layer} expert {transfer.expert}",
+                )
+                details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": stop - start, "kind": kind}
+                self._carrier.record(self._timeline, name, transfer, began, now, **details)
             with self._work:
                 self._ended(transfer, stop - start, error, now)
 
@@ -294,9 +299,3 @@ class Link:
             self._landing.notify_all()
         if not transfer.demand:
             self._work.notify_all()  # another thread may take a prefetch
-
-    def _record(self, track: str, transfer: Transfer, size: int, began: float, ended: float) -> None:
-        kind = "demand" if transfer.demand else "prefetch"
-        name = f"layer {transfer.layer} expert {transfer.expert}"
-        details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": size, "kind": kind}
-        self._timeline.span(track, name, began, ended, **details)

@@ -149,7 +149,7 @@ def test_closing_joins_the_threads_and_may_be_repeated():
         link.request(0, 0, 0)
     with pytest.raises(RuntimeError, match="closed before"):
         list(link.landed(asked))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cachemoe")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
 
 
 def test_bandwidth_is_measured_while_busy():
