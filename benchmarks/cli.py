@@ -122,6 +122,13 @@ def latency(
         ),
     ] = ["none"],  # noqa: B006 (typer copies it)
     ahead: Annotated[int, typer.Option(help="Layers that prefetchers look ahead.")] = 1,
+    drive: Annotated[
+        list[str],
+        typer.Option(
+            help="Who decides: **host**, page by page; or **graph**, the device itself, a whole decode step in one "
+            "CUDA graph (on a CPU, the same without the graph). Repeatable: a row each."
+        ),
+    ] = ["host"],  # noqa: B006 (typer copies it)
     timeline: Annotated[
         Path | None, typer.Option(help="Where a Chrome trace of the decoding goes; Perfetto opens it.")
     ] = None,
@@ -148,7 +155,7 @@ def latency(
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
-            *(device, store, prefetch, ahead, timeline),
+            *(device, store, prefetch, ahead, drive, timeline),
         )
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
             _check_destination(path)

@@ -10,19 +10,22 @@ import torch
 
 from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
-from cachemoe.kernels.reference import GateScores
+from cachemoe.kernels.reference import STATE, GateScores
 from cachemoe.kernels.route import route
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
-from cachemoe.moe.swap import Swap
+from cachemoe.moe.swap import Swap, static_cache
 from cachemoe.offload.counters import Counters
+from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.residency import Residency
 from cachemoe.offload.timeline import Timeline
 
 RESIDENT = "resident"
 FREE_MISSES = "free misses"
+IN_A_GRAPH = "in a graph"
 DECODE_EXPERTS = "batched_mm"  # transformers' own choice for one token at a time
 ORIGINAL = Strategy("original")
 
@@ -43,7 +46,7 @@ class Decode:
 
     name: str
     setting: Setting
-    engine: OffloadEngine | ResidentEngine
+    engine: OffloadEngine | ResidentEngine | DeviceEngine
     state: Residency
     prefetch: str = NO_PREFETCH
     seconds: list[list[float]] = field(default_factory=list)
@@ -81,11 +84,16 @@ def rows_at(
     evaluation: Evaluation,
     offload: OffloadEngine,
     resident: ResidentEngine,
+    driven: DeviceEngine | None,
+    driven_resident: DeviceEngine | None,
     shape: MoeShape,
 ) -> list[Decode]:
     """The rows of one capacity: the references, then the settings with the caches that the quality pass left.
 
     The oracle knows the unmodified model's choices, and so goes with exact routing alone.
+
+    Args:
+        driven, driven_resident: of the capacity and with everything resident, for rows driven by the device; or None.
     """
     full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
     full.slot_of.copy_(torch.arange(shape.experts).expand_as(full.slot_of))
@@ -102,6 +110,12 @@ def rows_at(
                 name = str(s.strategy) if prefetch == NO_PREFETCH else f"{s.strategy} + {prefetch}"
                 # The state came from a batch whose largest capacity was higher.
                 rows.append(Decode(name, s, offload, q.state.clone().with_slots(capacity), prefetch))
+    if driven is not None:
+        everything = Setting(ORIGINAL, shape.experts)
+        rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
+        for s, q in here:
+            if s.strategy.experts_used(shape.top_k) == shape.top_k:  # the engine's K
+                rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
 
@@ -120,20 +134,20 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
             shuffle(order)
             for row in order:
                 model.set_experts_implementation(prefill_experts)
-                _decode_segment(model, shape, row, window, plan)
+                decode = _decode_in_a_graph if isinstance(row.engine, DeviceEngine) else _decode_segment
+                decode(model, shape, row, window.to(model.device), plan)
                 progress()
     finally:
         model.set_experts_implementation(prefill_experts)
 
 
 def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
-    engine, strategy, device = row.engine, row.setting.strategy, model.device
+    engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
     scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
-    payload_input = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
-    payload_input = payload_input.to(device, engine.page_format.compute_dtype)
+    payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
     def route_layer(layer, logits, hidden):
@@ -155,12 +169,11 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
         return routing
 
     swap = Swap(model, route_layer)
-    tokens = window.to(device)
     # Which experts the unmodified model chooses, for the oracle.
-    chosen = model(tokens[None], output_router_logits=True).router_logits
+    chosen = model(window[None], output_router_logits=True).router_logits
     trace = torch.stack([z[plan.prefix :].topk(shape.top_k, dim=-1).indices for z in chosen], 1).cpu()
     with swap:
-        past = model(tokens[None, : plan.prefix], use_cache=True).past_key_values
+        past = model(window[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):
         engine.fill()
         engine.prefetcher = make_prefetcher(
@@ -180,7 +193,7 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
             stack.enter_context(Swap(model, route_timed, engine.forward))
         else:
             stack.enter_context(Swap(model, route_and_move))
-        for token in tokens[plan.prefix :]:
+        for token in window[plan.prefix :]:
             start = perf_counter()
             model(token[None, None], past_key_values=past, use_cache=True)
             if token.is_cuda:
@@ -190,5 +203,54 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
                 plan.timeline.mark(f"token {len(seconds)}", start)
     if isinstance(engine, OffloadEngine):
         engine.prefetcher = None  # and what is still under way is counted as waste
+        engine.synchronize()
     row.seconds.append(seconds)
     row.route_s += route_s
+
+
+def _decode_in_a_graph(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
+    engine, strategy = row.engine, row.setting.strategy
+    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
+    scores = GateScores(renormalise=shape.renormalise)
+    payload_input = _payload_input(engine, model.device)
+
+    def route_prefix(layer, logits, hidden):
+        return route(logits[None], engine.caches(layer), plan.evict, k, bias, scores)
+
+    def route_token(layer, logits, hidden):
+        return route(logits[None], engine.caches(layer), plan.evict, k, bias, scores, out=engine.routing(layer))
+
+    def route_and_move(layer, logits, hidden):
+        routing = route_token(layer, logits, hidden)
+        engine.forward(layer, payload_input, routing)
+        return routing
+
+    for name in STATE:
+        getattr(engine.state, name).copy_(getattr(row.state, name))
+    first = plan.prefix - WARM_UP - 1  # the last tokens of the context warm up and are captured
+    past = static_cache(model, len(window))
+    with Swap(model, route_prefix):
+        model(window[None, :first], past_key_values=past, use_cache=True)
+    engine.fill()
+    model.set_experts_implementation(DECODE_EXPERTS)
+    seconds = []
+    with Swap(model, route_token, engine.forward) if plan.native else Swap(model, route_and_move):
+        graph = DecodeGraph(model, past)
+        for place, token in enumerate(window[first:], first):
+            if place == plan.prefix:
+                engine.reset_counters()
+            start = perf_counter()
+            graph.step(token)
+            if token.is_cuda:
+                torch.cuda.synchronize()
+            if place >= plan.prefix:
+                seconds.append(perf_counter() - start)
+    row.counters.add(engine.counters)
+    row.state = engine.state.to("cpu").clone()
+    row.seconds.append(seconds)
+
+
+def _payload_input(engine, device) -> torch.Tensor:
+    """``[1, H]``, the same each time."""
+    x = torch.randn(1, engine.page_format.hidden, generator=torch.Generator().manual_seed(0))
+    return x.to(device, engine.page_format.compute_dtype)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from rich import box
 from rich.table import Table
 
-from cachemoe.benchmarks.latency import FREE_MISSES, ORIGINAL, RESIDENT, Decode
+from cachemoe.benchmarks.latency import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
 from cachemoe.benchmarks.payload import NATIVE
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
 from cachemoe.offload.simulate import belady_misses
@@ -37,8 +37,10 @@ def capacity_report(
     for row in rows:
         strategy = str(row.setting.strategy)
         entry = {"name": row.name, "strategy": strategy, "label": row.setting.strategy.label, "prefetch": row.prefetch}
-        entry |= _speed(row, original, resident) | _movement(row, resident, speeds)
-        if row.name not in (RESIDENT, FREE_MISSES):
+        # A row in a graph is held to everything resident in a graph.
+        like = by_name[f"{RESIDENT} {IN_A_GRAPH}"] if IN_A_GRAPH in row.name else resident
+        entry |= _speed(row, original, like) | _movement(row, like, speeds)
+        if not row.name.startswith((RESIDENT, FREE_MISSES)):
             entry |= _quality(quality[strategy], evaluation.unmodified)
         report.append(entry)
     selections = evaluation.original_ids.numel()
@@ -95,13 +97,14 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     """
     counters, page_bytes = row.counters, row.engine.page_format.page_bytes
     tokens, seconds = (sum(f(segment) for segment in row.seconds) for f in (len, sum))
+    read = counters.selections / tokens * row.engine.page_format.weight_bytes
     dense_s = sum(map(sum, resident.seconds)) / sum(map(len, resident.seconds))
-    dense_s -= resident.counters.compute_s / sum(map(len, resident.seconds))
+    dense_s -= read / speeds["resident_expert_bytes_per_second"]
     missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
-    read_s = counters.selections / tokens * row.engine.page_format.weight_bytes / speeds["memory_bytes_per_second"]
-    bound_s = max(missed_s if counters.pages_read else 0.0, read_s) + dense_s
+    bound_s = max(missed_s if counters.pages_read else 0.0, read / speeds["memory_bytes_per_second"]) + dense_s
     moved = {
-        "stall_ms_per_token": counters.stall_s / tokens * 1e3,
+        # Driven by the device, what waits for a page is part of a kernel.
+        "stall_ms_per_token": None if IN_A_GRAPH in row.name else counters.stall_s / tokens * 1e3,
         "overlap": 1 - counters.stall_s / counters.link_s if counters.link_s else None,
         "link_fraction": counters.bytes_read / seconds / speeds["link_bytes_per_second"],
         "bound_ms_per_token": bound_s * 1e3,
@@ -174,7 +177,7 @@ QUALITY_COLUMNS = (
     ("label", lambda r: r["label"], False),
 )
 MOVEMENT_COLUMNS = (
-    ("stall\nms", lambda r: f"{r['stall_ms_per_token']:.1f}", False),
+    ("stall\nms", lambda r: "" if r["stall_ms_per_token"] is None else f"{r['stall_ms_per_token']:.1f}", False),
     ("over-\nlap %", lambda r: _some_percent(r["overlap"]), False),
     ("link\n%", lambda r: _some_percent(r["link_fraction"] or None), False),
     ("bound\nms", lambda r: f"{r['bound_ms_per_token']:.1f}", False),

@@ -27,8 +27,11 @@ from cachemoe.offload.files import whole_file
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 10.0  # after the interrupt at a step's limit, for it to write what it has
-# A small part of the table: quality on a quarter of the text, one capacity, one strategy of each kind.
-LATENCY = ("--capacity=50%", "--quality-tokens=2048", "--strategy=max-rank:8", "--strategy=cache-prior:0.2")
+# A small part of the table: quality on a quarter of the text, one capacity, one strategy, driven both ways.
+LATENCY = (
+    *("--capacity=50%", "--quality-tokens=2048", "--strategy=cache-prior:0.2", "--store=pinned"),
+    *("--prefetch=none", "--prefetch=gate:1", "--drive=host", "--drive=graph"),
+)
 TAIL = 4000  # characters of output kept of a step that failed
 
 

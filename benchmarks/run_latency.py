@@ -19,6 +19,7 @@ from cachemoe.benchmarks.text import HELD_OUT, load_tokens
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import load_model
+from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.profiles import profile
@@ -27,6 +28,7 @@ from cachemoe.offload.store import ExpertStore
 from cachemoe.offload.timeline import Timeline
 
 SEGMENTS = 3
+HOST, GRAPH = "host", "graph"
 PREFIX = 64
 
 
@@ -49,6 +51,7 @@ class LatencyOptions:
     store: str | None
     prefetch: list[str]
     ahead: int
+    drive: list[str]
     timeline: Path | None
 
 
@@ -67,6 +70,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     device = _device(options.device)
     level = options.store or (PINNED if device == "cuda" else FILE)
     check_level(level, device)
+    _check_drive(options, level)
     phone = profile(options.profile) if options.profile else None
     windows, segments = _tokens(options, shape)
     evict = EVICTION_POLICIES[options.eviction]
@@ -83,6 +87,9 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
         speeds = _speeds(file, store, resident, shape, device)
         pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
+        driven_resident = None
+        if GRAPH in options.drive:
+            driven_resident = DeviceEngine(store, [shape.experts] * len(shape.layers), shape.top_k, device)
         timeline = Timeline(device == "cuda") if options.timeline else None
         native = options.payload == NATIVE
         plan = DecodePlan(segments, PREFIX, options.top_j, evict, native, options.ahead, timeline)
@@ -96,7 +103,11 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
                 evict=evict,
                 timeline=timeline,
             ) as offload:
-                rows = rows_at(capacity, settings, prefetchers, evaluation, offload, resident, shape)
+                driven = None
+                if GRAPH in options.drive:
+                    driven = DeviceEngine(store, [capacity] * len(shape.layers), shape.top_k, device)
+                engines = offload, resident, driven, driven_resident
+                rows = rows_at(capacity, settings, prefetchers, evaluation, *engines, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)
             reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds))
@@ -149,6 +160,16 @@ def _device(name: str | None) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs a GPU that torch can use, and there is none: leave it out")
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_drive(options: LatencyOptions, level: str) -> None:
+    """Whether the engines asked for can run on what was chosen."""
+    if unknown := set(options.drive).difference((HOST, GRAPH)):
+        raise InputError(f"--drive is {HOST} or {GRAPH}, not {min(unknown)!r}")
+    if GRAPH in options.drive and level != PINNED:
+        raise InputError(f"--drive {GRAPH} reads all pages from pinned memory: add --store {PINNED}")
+    if GRAPH in options.drive and options.profile:
+        raise InputError(f"--drive {GRAPH} has no host to pace the link: leave --profile out")
 
 
 def _speeds(file: ExpertStore, store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:

@@ -50,8 +50,8 @@ def _run(
     store: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, count: torch.Tensor
 ) -> None:
     if not pool.is_cuda:
-        n = int(count)
-        pool[slots[:n]] = store[pages[:n]]
+        for page, slot in zip(pages[: int(count)].tolist(), slots.tolist(), strict=False):
+            pool[slot].copy_(store[page])
         return
     check_gpu_can_read(store)
     from cachemoe.kernels.fetch_gpu import plan_fetch  # here, since not every machine has triton

@@ -79,7 +79,7 @@ class Strategy:
 
 
 def cache_bias(strategies: Sequence[Strategy], top_j: int) -> CacheBias:
-    """The strategies of B caches as one ``CacheBias``.
+    """The strategies of B caches as one ``CacheBias``, of numbers where B is 1.
 
     Args:
         top_j: J, the best-ranked experts that every strategy keeps.
@@ -87,5 +87,6 @@ def cache_bias(strategies: Sequence[Strategy], top_j: int) -> CacheBias:
     values = {}
     for *_, field in RULES.values():
         if field and any(RULES[s.name][-1] == field for s in strategies):
-            values[field] = torch.tensor([s.value if RULES[s.name][-1] == field else 0 for s in strategies])
+            each = [s.value if RULES[s.name][-1] == field else 0 for s in strategies]
+            values[field] = torch.tensor(each) if len(each) > 1 else each[0]
     return CacheBias(top_j=top_j, **values)

@@ -1,6 +1,6 @@
 """What an engine counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass
@@ -51,6 +51,11 @@ class Counters:
         self.hits += selections - misses
         self.misses += misses
         self.engine_s += engine_s
+
+    def add(self, other: "Counters") -> None:
+        """Add another's totals."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def count_page(self, page_bytes: int) -> None:
         """Add a page that has landed."""

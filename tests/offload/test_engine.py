@@ -19,6 +19,7 @@ from cachemoe.offload import engine as engines
 from cachemoe.offload import pool, staging, waves
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Pacing
+from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
 
@@ -395,6 +396,33 @@ def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, see
                     expected = reference.experts(x, ids[0], routing.weights[0], dense, FORMAT)
                     torch.testing.assert_close(engine.forward(layer, x, routing), expected, rtol=1e-4, atol=1e-5)
             assert engine.counters.misses == misses
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("level", ["all pinned", "bounded", "paced"])
+def test_over_pinned_memory(store, weights, device, level):
+    """The same engine on either device: from pinned memory, from a bounded level of it over the file, or paced."""
+    pacing = Pacing(1e9, 1e-4) if level == "paced" else None
+    with (
+        PinnedLevel(store, 4) if level == "bounded" else PinnedStore(store) as pinned,
+        foreseeing(pinned, [4, 5], Guess(1), device=device, pacing=pacing) as engine,
+    ):
+        for call, tokens in enumerate([1, 1, 1, 6, 1, 1, 1, 20, *[1] * 20]):
+            if call == 12:
+                engine.resize([6, 3])
+            layer = call % LAYERS
+            x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(call))
+            state = engine.caches(layer) if tokens == 1 else engine.state[layer : layer + 1]
+            routing = reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K)
+            dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
+            expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
+            y = engine.forward(layer, x.to(device), routing).cpu()
+            torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
+            assert_consistent(engine)
+        engine.synchronize()
+        assert engine.counters.compute_s > 0
+        if level == "paced":
+            assert engine.counters.stall_s > 0
 
 
 def test_a_prefetcher_needs_staging(store):
