@@ -100,8 +100,12 @@ def latency(
         typer.Option(help="Text to measure on.", show_default="prose of the Python language reference, held out"),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option(help="Pace the link to a phone's flash: phone-ufs3.1 or phone-ufs4.0.")
-    ] = None,
+        str,
+        typer.Option(
+            help="Pace the link, against this machine's memory, as a device's: phone-ufs3.1, phone-ufs4.0, pcie3, "
+            "pcie4 or pcie5."
+        ),
+    ] = "none",
     device: Annotated[
         str | None, typer.Option(help="Where experts run: cpu or cuda.", show_default="cuda where there is a GPU")
     ] = None,
@@ -130,7 +134,8 @@ def latency(
         ),
     ] = ["host"],  # noqa: B006 (typer copies it)
     timeline: Annotated[
-        Path | None, typer.Option(help="Where a Chrome trace of the decoding goes; Perfetto opens it.")
+        Path | None,
+        typer.Option(help="Where a Chrome trace of the decoding goes; Perfetto opens it. A picture goes beside it."),
     ] = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),
     plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/latency.png"),

@@ -200,7 +200,7 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
                 torch.cuda.synchronize()
             seconds.append(perf_counter() - start)
             if plan.timeline is not None:
-                plan.timeline.mark(f"token {len(seconds)}", start)
+                plan.timeline.mark(f"{row.name}: token {len(seconds)}", start)
     if isinstance(engine, OffloadEngine):
         engine.prefetcher = None  # and what is still under way is counted as waste
         engine.synchronize()

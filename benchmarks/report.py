@@ -263,12 +263,13 @@ def notes(report: dict) -> list[str]:
         )
     if not store["direct"]:
         said.append("The file system refuses O_DIRECT: the page cache took part, and misses are faster than the disk.")
-    if phone := report["profile"]:
-        link = phone["link"]["bytes_per_second"]
-        said.append(f"Link paced to {link / 1e9:.2f} GB/s: {phone['name']}'s flash against its DRAM. {phone['source']}")
-        if link > disk:
+    if device := report["profile"]:
+        link = device["pacing"]["bytes_per_second"]
+        said.append(f"Link paced to {link / 1e9:.2f} GB/s: {device['name']}, link against memory. {device['source']}")
+        if link > speeds["link_bytes_per_second"]:
             said.append(
-                f"The disk reads {disk / 1e9:.2f} GB/s, less than that: the times are the disk's, not the phone's."
+                f"This machine's own link moves {speeds['link_bytes_per_second'] / 1e9:.2f} GB/s, less than that: the "
+                "times are its, not the device's."
             )
     said.append(
         f"{ORIGINAL}: exact routing, {settings['eviction'].upper()} eviction. {RESIDENT}: every expert in memory. "

@@ -16,12 +16,14 @@ from cachemoe.benchmarks.progress import Progress
 from cachemoe.benchmarks.quality import Setting, evaluate
 from cachemoe.benchmarks.report import capacity_report
 from cachemoe.benchmarks.text import HELD_OUT, load_tokens
+from cachemoe.benchmarks.timeline_plot import plot_timeline
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import load_model
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import EVICTION_POLICIES
 from cachemoe.offload.store import ExpertStore
@@ -46,7 +48,7 @@ class LatencyOptions:
     quality_tokens: int
     context: int
     text: Path | None
-    profile: str | None
+    profile: str
     device: str | None
     store: str | None
     prefetch: list[str]
@@ -71,7 +73,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     level = options.store or (PINNED if device == "cuda" else FILE)
     check_level(level, device)
     _check_drive(options, level)
-    phone = profile(options.profile) if options.profile else None
+    device_profile = profile(options.profile)
     windows, segments = _tokens(options, shape)
     evict = EVICTION_POLICIES[options.eviction]
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
@@ -86,7 +88,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         with progress("reading every page for the resident rows", file.pages) as advance:
             resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
         speeds = _speeds(file, store, resident, shape, device)
-        pacing = phone.pacing(speeds["resident_expert_bytes_per_second"]) if phone else None
+        resident_speed = speeds["resident_expert_bytes_per_second"]
+        pacing = device_profile.pacing(resident_speed) if device_profile else None
         driven_resident = None
         if GRAPH in options.drive:
             driven_resident = DeviceEngine(store, [shape.experts] * len(shape.layers), shape.top_k, device)
@@ -110,9 +113,14 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
                 rows = rows_at(capacity, settings, prefetchers, evaluation, *engines, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)
-            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds))
+            link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else float("inf"))
+            speeds_here = speeds | {"link_bytes_per_second": link}
+            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds_here))
     if timeline is not None:
         timeline.write(options.timeline)
+        _picture(
+            timeline, options.timeline.with_suffix(".png"), [row for row in rows if row.engine is offload][-1].name
+        )
     # Names, not paths: a report is made to be shown.
     names = {
         "model": checkpoint.path.name,
@@ -143,7 +151,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             "format": asdict(file.layout.page_format),
             "direct": file.direct,
         },
-        "profile": asdict(phone) | {"name": options.profile, "link": asdict(pacing)} if phone else None,
+        "profile": asdict(device_profile) | {"name": options.profile, "pacing": asdict(pacing)} if pacing else None,
         "unmodified": {
             "tokens": evaluation.unmodified.tokens,
             "bits_per_byte": evaluation.unmodified.bits_per_byte,
@@ -162,13 +170,20 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _picture(timeline: Timeline, path: Path, row: str) -> None:
+    """Three tokens of the row's last segment."""
+    begins = [mark.at for mark in timeline.marks() if mark.name.startswith(f"{row}: ")]
+    with whole_file(path) as partial:
+        plot_timeline(timeline, partial, (begins[-4], begins[-1]), row)
+
+
 def _check_drive(options: LatencyOptions, level: str) -> None:
     """Whether the engines asked for can run on what was chosen."""
     if unknown := set(options.drive).difference((HOST, GRAPH)):
         raise InputError(f"--drive is {HOST} or {GRAPH}, not {min(unknown)!r}")
     if GRAPH in options.drive and level != PINNED:
         raise InputError(f"--drive {GRAPH} reads all pages from pinned memory: add --store {PINNED}")
-    if GRAPH in options.drive and options.profile:
+    if GRAPH in options.drive and options.profile != "none":
         raise InputError(f"--drive {GRAPH} has no host to pace the link: leave --profile out")
 
 

@@ -29,8 +29,8 @@ class Carrier(Protocol):
     def carry(self, transfer, start: int, stop: int) -> None:
         """Move bytes ``start`` to ``stop``, in one of the link's threads; what it raises reaches the engine."""
 
-    def finish(self, transfer) -> None:
-        """Wait until what has been carried has arrived."""
+    def drain(self) -> None:
+        """Wait until all that has been carried has arrived."""
 
     def use(self, transfer) -> None:
         """Called in the engine's thread before it computes with a page that has landed."""
@@ -61,7 +61,7 @@ class ReadCarrier:
         buffer = self._pool.buffer(transfer.frame)[start:stop]
         self._store.read_into(buffer, self._store.offset(transfer.layer, transfer.expert) + start)
 
-    def finish(self, transfer) -> None:
+    def drain(self) -> None:
         """Nothing: a read has arrived when it returns."""
 
     def use(self, transfer) -> None:
@@ -109,8 +109,8 @@ class CopyCarrier:
             if wait_for is not None:
                 wait_for.synchronize()
 
-    def finish(self, transfer) -> None:
-        transfer.copied.synchronize()
+    def drain(self) -> None:
+        self._stream.synchronize()
 
     def use(self, transfer) -> None:
         torch.cuda.current_stream(self._device).wait_event(transfer.copied)

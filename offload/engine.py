@@ -217,6 +217,7 @@ class OffloadEngine:
         """
         if self._staging is not None:
             self._staging.drop(self.counters)
+        self._link.abandon()  # nothing may move to a frame that moves
         width = max(capacity) + self._guests
         state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(width)
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]

@@ -183,6 +183,7 @@ class Link:
                         transfer.landed = True
                 while any(self._queues.values()) or any(self._moving.values()):
                     self._landing.wait()
+            self._carrier.drain()
         except BaseException:  # a second Ctrl-C: threads may still be writing, so nothing may be asked for again
             self.broken = True
             raise
@@ -268,7 +269,7 @@ class Link:
                 traceback.clear_frames(failure.__traceback__)  # which would hold the frame's memory
                 error = failure
             if (left := end - time.perf_counter()) > 0:
-                self._carrier.finish(transfer)
+                self._carrier.drain()
                 self._closing.wait(left)
             now = time.perf_counter()
             if self._timeline is not None:

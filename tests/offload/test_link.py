@@ -40,7 +40,7 @@ class Memory:
             raise OSError(f"page {page}")
         self.frames[transfer.frame, start:stop] = page
 
-    def finish(self, transfer):
+    def drain(self):
         pass
 
     def use(self, transfer):
