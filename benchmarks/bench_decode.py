@@ -1,4 +1,8 @@
-"""What the CPU engine adds to its experts: one token in one layer, every page in memory, at Qwen1.5-MoE's geometry."""
+"""What the CPU engine adds to its experts: one token in one layer, every page in memory, at Qwen1.5-MoE's geometry.
+
+``everything on`` records a timeline and prefetches: the next layer's gate under cache-prior, asked where a page could
+still land in time, which layers that hit may leave no time for.
+"""
 
 from functools import partial
 
@@ -9,26 +13,39 @@ from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts_cpu import side_by_side
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.reference import CacheBias, Routing
+from cachemoe.kernels.route_cpu import peek
 from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.prefetch import NextLayerGate
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
+from cachemoe.offload.timeline import Timeline
 
 REPETITIONS = range(3)
 GEOMETRY = "qwen1.5-moe"
-EXPERTS, TOP_K, PAGE_FORMAT = 60, 4, PAYLOAD_FORMATS[GEOMETRY]
+LAYERS, EXPERTS, TOP_K, PAGE_FORMAT = 2, 60, 4, PAYLOAD_FORMATS[GEOMETRY]
 WORK = Work(TOP_K * PAGE_FORMAT.weight_bytes)
+IMPLEMENTATIONS = ("matmuls alone", "cachemoe", "cachemoe, everything on")
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """All experts resident, expert e in slot e."""
+def engines(tmp_path_factory):
+    """Two engines with all experts resident, expert e in slot e; the second with everything on."""
     path = tmp_path_factory.mktemp("store") / "store.safetensors"
-    layout = StoreLayout("benchmark", 1, EXPERTS, PAGE_FORMAT)
+    layout = StoreLayout("benchmark", LAYERS, EXPERTS, PAGE_FORMAT)
     write_store(path, layout, random_pages(layout))
-    with ExpertStore(path) as store, OffloadEngine(store, [EXPERTS]) as engine:
-        engine.state.expert_of[0] = engine.state.slot_of[0] = torch.arange(EXPERTS)
-        engine.fill()
-        yield engine
+    capacity = [EXPERTS] * LAYERS
+    with (
+        ExpertStore(path) as store,
+        OffloadEngine(store, capacity) as plain,
+        OffloadEngine(store, capacity, staging=4, timeline=Timeline()) as full,
+    ):
+        for engine in (plain, full):
+            engine.state.expert_of[:] = engine.state.slot_of[:] = torch.arange(EXPERTS)
+            engine.fill()
+        routers = torch.randn(LAYERS, EXPERTS, PAGE_FORMAT.hidden, generator=torch.Generator().manual_seed(0))
+        states, bias = [full.state[layer : layer + 1] for layer in range(LAYERS)], CacheBias(top_j=2, prior=0.2)
+        full.prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer], TOP_K, bias))
+        yield {"cachemoe": plain, "cachemoe, everything on": full}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +62,15 @@ def matmuls(engine, x, routing):
     side_by_side(x, engine._pool.weights, routing.slots.flatten(), PAGE_FORMAT)
 
 
-@pytest.mark.parametrize("implementation", ["matmuls alone", "cachemoe"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("repetition", REPETITIONS)
-def test_engine(measure, engine, routings, repetition, implementation):
+def test_engine(measure, engines, routings, repetition, implementation):
     x = torch.randn(1, PAGE_FORMAT.hidden, generator=torch.Generator().manual_seed(0)).to(PAGE_FORMAT.compute_dtype)
-    run = partial(matmuls, engine, x) if implementation == "matmuls alone" else partial(engine.forward, 0, x)
+    if implementation == "matmuls alone":
+        calls = [partial(matmuls, engines["cachemoe"], x, routing) for routing in routings]
+    else:
+        forward = engines[implementation].forward
+        calls = [partial(forward, i % LAYERS, x, routing) for i, routing in enumerate([*routings, routings[0]])]
     with torch.inference_mode():
-        timed = plan_round([partial(run, routing) for routing in routings], torch.device("cpu"), capturable=False)
+        timed = plan_round(calls, torch.device("cpu"), capturable=False)
         measure(Subject("engine", GEOMETRY, 1, PAGE_FORMAT.kind, implementation), WORK, repetition, timed)

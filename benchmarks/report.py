@@ -98,8 +98,10 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     counters, page_bytes = row.counters, row.engine.page_format.page_bytes
     tokens, seconds = (sum(f(segment) for segment in row.seconds) for f in (len, sum))
     read = counters.selections / tokens * row.engine.page_format.weight_bytes
-    dense_s = sum(map(sum, resident.seconds)) / sum(map(len, resident.seconds))
-    dense_s -= read / speeds["resident_expert_bytes_per_second"]
+    resident_tokens = sum(map(len, resident.seconds))
+    # What the host only queues it cannot time: there, the experts' share is by their measured speed.
+    compute_s = resident.counters.compute_s / resident_tokens or read / speeds["resident_expert_bytes_per_second"]
+    dense_s = sum(map(sum, resident.seconds)) / resident_tokens - compute_s
     missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
     bound_s = max(missed_s if counters.pages_read else 0.0, read / speeds["memory_bytes_per_second"]) + dense_s
     moved = {

@@ -81,18 +81,28 @@ def experts(
     finish: bool = True,
 ) -> None:
     """As ``cachemoe.kernels.experts.experts``, into ``out``."""
-    pairs = partial
-    if pairs is None:
-        pairs = torch.empty(*slots.shape, x.shape[1])
-    if len(x) == 1:  # decode: nothing to gather
-        ks = slice(None) if pending is None else pending[0].nonzero().flatten()
-        if len(chosen := slots[0, ks]):
-            pairs[0, ks] = side_by_side(x, weights, chosen, page_format)[:, 0]
-    else:
-        wanted = slots if pending is None else slots.masked_fill(~pending, -1)
-        for slot in wanted.unique():
-            if slot >= 0:
-                tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
-                pairs[tokens, ks] = side_by_side(x[tokens], weights, slot[None], page_format)[0]
+    if len(x) == 1:
+        _one_token(x, slots[0], gates, weights, page_format, out, pending, partial, finish)
+        return
+    pairs = torch.empty(*slots.shape, x.shape[1]) if partial is None else partial
+    wanted = slots if pending is None else slots.masked_fill(~pending, -1)
+    for slot in wanted.unique():
+        if slot >= 0:
+            tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
+            pairs[tokens, ks] = side_by_side(x[tokens], weights, slot[None], page_format)[0]
     if finish:
         out.copy_(torch.bmm(gates[:, None], pairs)[:, 0])
+
+
+def _one_token(x, slots, gates, weights, page_format, out, pending, partial, finish):
+    """Decode: nothing to gather, and so little work that every operation counts."""
+    if pending is None:
+        pairs = side_by_side(x, weights, slots, page_format)[:, 0]
+    else:
+        pairs, ks = partial[0], pending[0].nonzero().flatten()
+        if len(ks):
+            pairs[ks] = side_by_side(x, weights, slots[ks], page_format)[:, 0]
+    if finish:
+        out.copy_(torch.mm(gates, pairs))
+    elif pending is None:
+        partial[0] = pairs

@@ -18,6 +18,7 @@
 #define BLOCK 64    // bytes of a row that are multiplied together: 16 lanes of 4 bytes
 #define COLUMNS 128 // in a block at most: int4's
 #define AHEAD 1024  // bytes between what is computed and what is asked of memory
+#define ONCE 0, 0   // to be read, and not again: weights should not drive everything else out of the caches
 
 typedef float lanes __attribute__((vector_size(64), aligned(4)));
 typedef float eight __attribute__((vector_size(32), aligned(4)));
@@ -160,8 +161,8 @@ INLINE void two_rows(const uint8_t *packed, const uint32_t *scales, const block 
     const uint32_t *scales2 = scales + apart * row_scales;
     lanes first = {0}, second = {0};
     for (int64_t b = 0; b < whole; b++) {
-        __builtin_prefetch(packed + b * BLOCK + AHEAD);
-        __builtin_prefetch(packed2 + b * BLOCK + AHEAD);
+        __builtin_prefetch(packed + b * BLOCK + AHEAD, ONCE);
+        __builtin_prefetch(packed2 + b * BLOCK + AHEAD, ONCE);
         first += times(packed + b * BLOCK, scales + b * block_scales, x + b, f);
         second += times(packed2 + b * BLOCK, scales2 + b * block_scales, x + b, f);
     }

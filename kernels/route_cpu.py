@@ -76,7 +76,8 @@ def peek(
     Returns:
         K experts, the highest selection value first.
     """
-    ranked = _rank(logits[None, None], scores, correction)
+    needs_gates = correction is not None or not isinstance(bias.mass, float) or bias.mass > 0 or scores.groups > 1
+    ranked = _rank(logits[None, None], scores, correction, needs_gates)
     if ranked is None:
         anyone = (lambda last_use, uses: last_use), top_k
         routing = reference.route(logits[None, None], state.clone(), *anyone, bias, scores, correction)
@@ -87,14 +88,14 @@ def peek(
     return choose((0, 0), state.slot_of.numpy()[0]).tolist()
 
 
-def _rank(logits, scores, correction):
+def _rank(logits, scores, correction, needs_gates=True):
     """What does not depend on residency: selection values, negated, ``[B, T, E]``; experts in order of them, and where
-    these stand in a flat array; gate scores; the values' ranges ``[B, T]``. None where a value is not finite, as only a
-    router gone astray has it: numpy would sort NaN last."""
+    these stand in a flat array; gate scores if needed; the values' ranges ``[B, T]``. None where a value is not finite,
+    as only a router gone astray has it: numpy would sort NaN last."""
     if logits.requires_grad:
         logits = logits.detach()
     logits = logits.float()
-    gates = reference.gate_scores(logits, scores)
+    gates = reference.gate_scores(logits, scores) if needs_gates else logits
     corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
     negated = -(logits if correction is None else corrected).numpy()
     order = negated.argsort(-1, kind="stable")

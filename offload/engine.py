@@ -37,7 +37,7 @@ class ResidentEngine:
 
     Attributes:
         state: the ``Residency`` that routing reads and writes, ``[L, ...]``.
-        counters: see ``Counters``.
+        counters: see ``Counters``; on a GPU without ``compute_s``.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class ResidentEngine:
         y = torch.empty_like(x)
         self._compute(x, routing.ids[0] + layer * self._experts_a_layer, routing.weights[0], y)
         counters = self.counters
-        counters.compute_s += perf_counter() - start
+        if not x.is_cuda:
+            counters.compute_s += perf_counter() - start
         counters.count_call(routing.ids.numel(), int(routing.misses.count.sum()), perf_counter() - start)
         return y
 
@@ -264,7 +265,7 @@ class OffloadEngine:
 
     def _decode(self, layer, x, routing, gate_input):
         """One token: its output, and how many of its experts missed."""
-        ids, slots = routing.ids[0, 0].tolist(), routing.slots[0, 0].tolist()
+        ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
         if self._guests:
             slots = self._seat_guests(layer, ids, slots)
         held, frames = self._held[layer], self._frames[layer]

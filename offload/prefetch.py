@@ -12,15 +12,23 @@ Prediction = tuple[int, list[int]]
 
 
 class Prefetcher(Protocol):
-    """Predicts what the layers after ``layer`` will choose for the token that this layer has just routed."""
+    """Predicts what the next layers will choose for the token that a layer has just routed.
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ids: list[int]) -> list[Prediction]:
-        """The nearest layer first.
+    Attributes:
+        ahead: layers looked ahead.
+    """
+
+    ahead: int
+
+    def observe(self, layer: int, ids: list[int]) -> None:
+        """Learn what a layer chose; called for every token and layer, in order."""
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
+        """For the layers after this one, the nearest first; called only where a page could still land in time.
 
         Args:
             layer: that has routed.
             gate_input: ``[1, H]``, what its router saw.
-            ids: the experts that it chose.
         """
 
 
@@ -30,21 +38,26 @@ class NextLayerGate:
     Args:
         routers: ``[E, H]``, each layer's weight.
         choose: (layer, ``[E]`` logits) -> the experts that the layer would choose with them.
-        ahead: p, layers looked ahead; the last layer's next is the next token's first, of which it knows nothing.
+        ahead: p; the last layer's next is the next token's first, of which it knows nothing.
     """
 
     def __init__(
         self, routers: Sequence[torch.Tensor], choose: Callable[[int, torch.Tensor], list[int]], ahead: int = 1
     ):
-        self._choose = choose
+        self.ahead = ahead
+        self._choose, self._experts = choose, len(routers[0])
         # One matmul for all layers looked at.
-        self._stacked = [torch.stack(list(routers[i + 1 : i + 1 + ahead])) for i in range(len(routers) - 1)]
+        self._stacked = [torch.cat(list(routers[i + 1 : i + 1 + ahead])) for i in range(len(routers) - 1)]
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ids: list[int]) -> list[Prediction]:
+    def observe(self, layer: int, ids: list[int]) -> None:
+        """Nothing: it has no memory."""
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
         if layer >= len(self._stacked):
             return []
-        logits = self._stacked[layer] @ gate_input[0].to(self._stacked[layer].dtype)
-        return [(layer + 1 + i, self._choose(layer + 1 + i, each)) for i, each in enumerate(logits)]
+        weight = self._stacked[layer]
+        logits = (weight @ gate_input[0].to(weight.dtype)).split(self._experts)
+        return [(later, self._choose(later, each)) for later, each in enumerate(logits, layer + 1)]
 
 
 class PreviousToken:
@@ -56,12 +69,14 @@ class PreviousToken:
     """
 
     def __init__(self, layers: int, ahead: int = 1):
+        self.ahead = ahead
         self._chosen: list[list[int]] = [[] for _ in range(layers)]
-        self._ahead = ahead
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ids: list[int]) -> list[Prediction]:
+    def observe(self, layer: int, ids: list[int]) -> None:
         self._chosen[layer] = ids
-        after = [(layer + 1 + i) % len(self._chosen) for i in range(self._ahead)]
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
+        after = [(layer + 1 + i) % len(self._chosen) for i in range(self.ahead)]
         return [(later, self._chosen[later]) for later in after]
 
 
@@ -75,11 +90,15 @@ class Frequency:
     """
 
     def __init__(self, state: Callable[[], Residency], top_k: int, ahead: int = 1):
-        self._state, self._top_k, self._ahead = state, top_k, ahead
+        self.ahead = ahead
+        self._state, self._top_k = state, top_k
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ids: list[int]) -> list[Prediction]:
+    def observe(self, layer: int, ids: list[int]) -> None:
+        """Nothing: the residency remembers."""
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
         uses = self._state().uses
-        after = [(layer + 1 + i) % len(uses) for i in range(self._ahead)]
+        after = [(layer + 1 + i) % len(uses) for i in range(self.ahead)]
         return [(later, uses[later].topk(self._top_k).indices.tolist()) for later in after]
 
 
@@ -92,14 +111,17 @@ class Oracle:
     """
 
     def __init__(self, trace: torch.Tensor, ahead: int = 1):
+        self.ahead = ahead
         self._layers = trace.shape[1]
         self._chosen = trace.flatten(0, 1).tolist()
-        self._ahead, self._token = ahead, -1
+        self._token = -1
 
-    def predict(self, layer: int, gate_input: torch.Tensor, ids: list[int]) -> list[Prediction]:
+    def observe(self, layer: int, ids: list[int]) -> None:
         self._token += layer == 0
+
+    def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
         place = self._token * self._layers + layer + 1
-        known = self._chosen[place : place + self._ahead]
+        known = self._chosen[place : place + self.ahead]
         return [((place + i) % self._layers, experts) for i, experts in enumerate(known)]
 
 

@@ -75,24 +75,32 @@ class Staging:
 
     def look_ahead(self, layer: int, gate_input: torch.Tensor, ids: list[int], layers: int, counters: Counters) -> None:
         """Predict for the layers after this one, and ask for the pages that are expected to land in time."""
-        self._reclaim(counters)
         began = self._interval(layer)
+        if self._dropped:
+            self._reclaim(counters)
         if self.prefetcher is None:
             return
-        for later, experts in self.prefetcher.predict(layer, gate_input, ids):
+        self.prefetcher.observe(layer, ids)
+        # Where not even the farthest layer could be served in time, predicting would cost time for nothing.
+        if not self._lands_in_time(self.prefetcher.ahead, began):
+            return
+        for later, experts in self.prefetcher.predict(layer, gate_input):
             self._predicted[later] = set(experts)
-            distance = (later - layer) % layers or layers
             for e in experts:
-                if not self._free or self._layer_s is None or (speed := self._link.bytes_per_second) is None:
-                    break
                 if (later, e) in self._ahead or self._held(later, e):
                     continue
-                latency = self._link.pacing.latency if self._link.pacing else 0.0
-                needed_in = distance * self._layer_s - (perf_counter() - began)
-                if not lands_in_time(self._link.queued_bytes, self._page_bytes, speed, latency, needed_in):
+                if not self._lands_in_time((later - layer) % layers or layers, began):
                     break
                 counters.prefetches += 1
                 self._ahead[later, e] = self._link.request(later, e, self._free.pop(), demand=False)
+
+    def _lands_in_time(self, distance: int, began: float) -> bool:
+        """Whether there is room for a page, and it would land before the layer at that distance needs it."""
+        if not self._free or self._layer_s is None or (speed := self._link.bytes_per_second) is None:
+            return False
+        latency = self._link.pacing.latency if self._link.pacing else 0.0
+        needed_in = distance * self._layer_s - (perf_counter() - began)
+        return lands_in_time(self._link.queued_bytes, self._page_bytes, speed, latency, needed_in)
 
     def drop(self, counters: Counters) -> None:
         """Drop every page, and wait for those that are moving."""

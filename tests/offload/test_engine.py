@@ -99,11 +99,15 @@ def assert_consistent(engine):
 class Guess:
     """Predicts at random, more often rightly: layers are called in turn, with ``logits_of`` the call's number."""
 
+    ahead = 1
+
     def __init__(self, seed):
         self._draw, self._call = random.Random(seed), 0
 
-    def predict(self, layer, gate_input, ids):
+    def observe(self, layer, ids):
         self._call += 1
+
+    def predict(self, layer, gate_input):
         right = logits_of(self._call, 1)[0, 0].topk(TOP_K).indices.tolist()
         return [
             ((layer + 1) % LAYERS, [e if self._draw.random() < 0.7 else self._draw.randrange(EXPERTS) for e in right])
@@ -315,7 +319,12 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
 
 def test_what_was_prefetched_is_not_read_again(store, weights):
     class Knows:
-        def predict(self, layer, gate_input, ids):
+        ahead = 1
+
+        def observe(self, layer, ids):
+            pass
+
+        def predict(self, layer, gate_input):
             return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
 
     with foreseeing(store, [TOP_K] * LAYERS, Knows()) as engine:
@@ -338,7 +347,12 @@ def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
     """With lambda = 1 and J = 0 the router takes what is resident: the guests among them."""
 
     class Wants:
-        def predict(self, layer, gate_input, ids):
+        ahead = 1
+
+        def observe(self, layer, ids):
+            pass
+
+        def predict(self, layer, gate_input):
             return [(1, [4, 5, 6])] if layer == 0 else []
 
     bias = reference.CacheBias(window=EXPERTS)

@@ -22,9 +22,9 @@ def test_the_next_layers_gate_is_its_router_on_this_layers_input():
     def expected(layer):
         return layer, [layer, *(routers[layer] @ x[0]).topk(2).indices.tolist()]
 
-    assert prefetcher.predict(0, x, []) == [expected(1), expected(2)]
-    assert prefetcher.predict(2, x, []) == [expected(3)]
-    assert prefetcher.predict(3, x, []) == []  # of the next token nothing is known
+    assert prefetcher.predict(0, x) == [expected(1), expected(2)]
+    assert prefetcher.predict(2, x) == [expected(3)]
+    assert prefetcher.predict(3, x) == []  # of the next token nothing is known
 
 
 def test_the_gate_predicts_with_the_biased_strategy():
@@ -37,7 +37,7 @@ def test_the_gate_predicts_with_the_biased_strategy():
     prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer : layer + 1], 2, bias))
     for seed in range(5):
         x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
-        ((layer, experts),) = prefetcher.predict(1, x, [])
+        ((layer, experts),) = prefetcher.predict(1, x)
         state = states[layer : layer + 1].clone()
         assert (
             experts
@@ -49,15 +49,17 @@ def test_the_gate_predicts_with_the_biased_strategy():
 def test_the_previous_tokens_experts_wrap_to_the_next_token():
     prefetcher = PreviousToken(LAYERS, ahead=2)
     x = torch.zeros(1, HIDDEN)
-    assert prefetcher.predict(0, x, [1, 2]) == [(1, []), (2, [])]
-    assert prefetcher.predict(3, x, [5, 4]) == [(0, [1, 2]), (1, [])]
-    assert prefetcher.predict(2, x, [0, 3]) == [(3, [5, 4]), (0, [1, 2])]
+    prefetcher.observe(0, [1, 2])
+    assert prefetcher.predict(0, x) == [(1, []), (2, [])]
+    prefetcher.observe(3, [5, 4])
+    assert prefetcher.predict(3, x) == [(0, [1, 2]), (1, [])]
+    assert prefetcher.predict(2, x) == [(3, [5, 4]), (0, [1, 2])]
 
 
 def test_the_most_frequent_experts():
     state = Residency.empty(torch.full((LAYERS,), 3), EXPERTS)
     state.uses[1] = torch.tensor([0, 5, 1, 9, 2, 0])
-    assert Frequency(lambda: state, 2).predict(0, torch.zeros(1, HIDDEN), []) == [(1, [3, 1])]
+    assert Frequency(lambda: state, 2).predict(0, torch.zeros(1, HIDDEN)) == [(1, [3, 1])]
 
 
 @given(st.integers(1, 3), st.integers(1, 3 * LAYERS))
@@ -65,7 +67,8 @@ def test_the_oracle_knows_what_comes(ahead, calls):
     trace = torch.arange(3 * LAYERS * 2).view(3, LAYERS, 2)
     oracle, flat = Oracle(trace, ahead), trace.flatten(0, 1).tolist()
     for call in range(calls):
-        predicted = oracle.predict(call % LAYERS, torch.zeros(1, HIDDEN), flat[call])
+        oracle.observe(call % LAYERS, flat[call])
+        predicted = oracle.predict(call % LAYERS, torch.zeros(1, HIDDEN))
         assert [experts for _, experts in predicted] == flat[call + 1 : call + 1 + ahead]
         assert [layer for layer, _ in predicted] == [(call + 1 + i) % LAYERS for i in range(len(predicted))]
 
