@@ -56,9 +56,10 @@ def micro_notes(report: dict) -> list[str]:
     """What a reader must know beside the tables."""
     machine, speeds = report["machine"], report["speeds"]
     gpu = machine["gpu"]
+    how = "device copy, read and write" if gpu else _read(speeds)
     said = [
         f"Machine: {gpu['name'] if gpu else machine['processor']}, {machine['torch_threads']} threads. Measured in "
-        f"this run: memory {speeds[MEMORY] / 1e9:.1f} GB/s ({'device copy, read and write' if gpu else 'read'}), "
+        f"this run: memory {speeds[MEMORY] / 1e9:.1f} GB/s ({how}), "
         f"bfloat16 matmul {speeds[MATMUL] / 1e12:.2f} TFLOP/s"
         + (f", pinned memory to the device {speeds[PINNED] / 1e9:.1f} GB/s." if PINNED in speeds else "."),
         "Times are the median of the repetitions' medians, with the least and the greatest; every implementation of a "
@@ -69,3 +70,9 @@ def micro_notes(report: dict) -> list[str]:
     if any(row["timing"] == QUEUED for row in report["rows"]):
         said.append("*: waits for the GPU, so no graph can hold it; queued call by call, launches included.")
     return said + report["notes"]
+
+
+def _read(speeds: dict) -> str:
+    """How a CPU's memory was measured, and how much that varied."""
+    samples = [sample / 1e9 for sample in speeds.get("memory_samples", [])]
+    return f"read; the median of {len(samples)}, {min(samples):.1f}-{max(samples):.1f}" if samples else "read"

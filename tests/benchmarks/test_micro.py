@@ -121,7 +121,12 @@ def test_a_session_writes_its_figures_and_its_picture(session):
     output, folder = session
     report = json.loads((folder / "micro.json").read_text(), parse_constant=pytest.fail)
     rows = {(row["kernel"], row["implementation"]): row for row in report["rows"]}
-    assert list(rows) == [("engine", "matmuls alone"), ("engine", "cachemoe"), ("route", "cachemoe")]
+    assert list(rows) == [
+        ("engine", "matmuls alone"),
+        ("engine", "cachemoe"),
+        ("engine", "cachemoe, everything on"),
+        ("route", "cachemoe"),
+    ]
     assert all(row["repetitions"] == 3 for row in rows.values())
     assert all(0 < r["seconds"]["min"] <= r["seconds"]["median"] <= r["seconds"]["max"] for r in rows.values())
     assert set(report["speeds"]) >= {MEMORY, MATMUL}
