@@ -116,10 +116,46 @@ def test_no_partial_file_is_left(report):
         (("--profile", "phone-x"), ("'phone-x'", "phone-ufs4.0")),
         (("--text", "absent.txt"), ("absent.txt", "cannot be read")),
         (("--model", "absent"), ("absent", "config.json")),
+        (("--prefetch", "luck"), ("'luck'", "gate")),
+        (("--prefetch", "gate:0"), ("'gate:0'", "gate:N")),
+        (("--ahead", "2"), ("--ahead", "between 1 and 1")),
+        (("--store", "tape"), ("'tape'", "pinned:100")),
+        (("--store", "pinned:0"), ("pinned level of 0",)),
+        (("--device", "tpu"), ("'tpu'", "cuda")),
+        (("--drive", "wheel"), ("'wheel'", "graph")),
+        (("--drive", "graph"), ("--store pinned",)),
+        (("--drive", "graph", "--store", "pinned", "--profile", "pcie4"), ("--profile",)),
     ],
 )
 def test_bad_options_are_refused_in_a_sentence(command, arguments, words):
     assert_refused(command(*arguments), *words)
+
+
+def test_every_way_to_move_pages(command, tmp_path):
+    """Prefetchers, both drives and the timeline in one run, and the counters that must agree among them."""
+    options = ("--capacity", "50%", "--strategy", "cache-prior:0.5", "--store", "pinned", "--timeline", "t.json")
+    prefetch = [word for name in ("none", "gate:1", "previous", "oracle") for word in ("--prefetch", name)]
+    result = command(*options, *prefetch, "--drive", "host", "--drive", "graph")
+    assert result.exit_code == 0, result.output
+    (capacity,) = json.loads((tmp_path / "results" / "latency.json").read_text())["capacities"]
+    rows = {row["name"]: row for row in capacity["rows"]}
+    for strategy in ("original", "cache-prior:0.5"):
+        others = [rows[f"{strategy} {how}"] for how in ("+ gate:1", "+ previous", "in a graph")]
+        for row in others:  # however pages move, the same experts are chosen, and as many miss
+            assert row["counters"]["misses"] == rows[strategy]["counters"]["misses"]
+            assert row["miss_rate"] == rows[strategy]["miss_rate"]
+    assert "cache-prior:0.5 + oracle" not in rows
+    assert rows["original + oracle"]["prefetch"] == "oracle"
+    assert rows["original in a graph"]["stall_ms_per_token"] is None
+    for row in rows.values():
+        assert row["times_bound"] > 0
+        for share in ("precision", "recall", "prefetches_used", "misses_prefetched", "prefetches_timely"):
+            assert row.get(share) is None or 0 <= row[share] <= 1
+    tracks = {
+        e["args"].get("name") for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "M"
+    }
+    assert {"route", "compute", "stall", "read 0"} <= {track for track in tracks if isinstance(track, str)}
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_short_text_is_refused(command, tmp_path):
