@@ -34,6 +34,8 @@ def side_by_side(
 def _linear(x, weights, name, slots, page_format):
     """``[J, n, rows]``: one matrix of each slot times x ``[1 or J, n, columns]``, with its bias."""
     weight = weights[name]
+    if page_format.kind not in FLOATS and x.dtype == torch.float16:  # which the C does not know
+        x = x.float()
     if page_format.kind in FLOATS:
         few = _one_row if x.shape[1] == 1 else F.linear
         y = torch.stack([few(rows, weight[slot].to(x.dtype)) for rows, slot in _paired(x, slots)])

@@ -1,6 +1,7 @@
 """What moves a chunk of a page from the store into a frame: a read into DRAM, or a copy to a GPU on its own stream."""
 
 import threading
+from collections import deque
 from typing import Protocol
 
 import torch
@@ -31,6 +32,9 @@ class Carrier(Protocol):
 
     def drain(self) -> None:
         """Wait until all that has been carried has arrived."""
+
+    def busy_s(self) -> float | None:
+        """Seconds spent moving, by the device's own clock; None where the link's threads can tell."""
 
     def use(self, transfer) -> None:
         """Called in the engine's thread before it computes with a page that has landed."""
@@ -64,6 +68,9 @@ class ReadCarrier:
     def drain(self) -> None:
         """Nothing: a read has arrived when it returns."""
 
+    def busy_s(self) -> None:
+        """None: while a thread reads, the disk is busy."""
+
     def use(self, transfer) -> None:
         """Nothing, likewise."""
 
@@ -91,6 +98,8 @@ class CopyCarrier:
         self._device = pool.pages.device
         self._stream = torch.cuda.Stream(self._device)
         self._last: torch.cuda.Event | None = None
+        self._copies: deque = deque()  # (begin, end) of those not counted yet
+        self._busy_s = 0.0
 
     def prepare(self, transfer) -> None:
         # What was queued before may still read the frame.
@@ -100,17 +109,25 @@ class CopyCarrier:
         # The lease is held until the copy has left the host's page; pages of a PinnedStore cost nothing to lease.
         with self._store.lease(transfer.layer, transfer.expert) as page, torch.cuda.stream(self._stream):
             self._stream.wait_event(transfer.frame_free)
-            transfer.copying = self._stream.record_event(torch.cuda.Event(enable_timing=True))
+            began = self._stream.record_event(torch.cuda.Event(enable_timing=True))
             self._pool.pages[transfer.frame, start:stop].copy_(page[start:stop], non_blocking=True)
-            queued, self._last = self._last, self._stream.record_event(torch.cuda.Event(enable_timing=True))
-            transfer.copied = self._last
-            # At most two copies are queued, of prefetches one: what is queued cannot be overtaken.
-            wait_for = queued if transfer.demand and self._store.permanent else self._last
+            transfer.copying, transfer.copied = began, self._stream.record_event(torch.cuda.Event(enable_timing=True))
+            self._copies.append((began, transfer.copied))
+            queued, self._last = self._last, transfer.copied
+            # What is queued cannot be overtaken: at most two copies are, of prefetches one. A page of a bounded level
+            # must stay until it is copied.
+            wait_for = queued if transfer.demand and self._store.permanent else transfer.copied
             if wait_for is not None:
                 wait_for.synchronize()
 
     def drain(self) -> None:
         self._stream.synchronize()
+
+    def busy_s(self) -> float:
+        while self._copies and self._copies[0][1].query():
+            began, ended = self._copies.popleft()
+            self._busy_s += began.elapsed_time(ended) / 1e3
+        return self._busy_s
 
     def use(self, transfer) -> None:
         torch.cuda.current_stream(self._device).wait_event(transfer.copied)

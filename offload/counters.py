@@ -18,7 +18,8 @@ class Counters:
         predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose;
             ``predictable`` the selections of the calls that were predicted.
         prefetches: pages asked for ahead; ``cancelled_prefetches`` those taken back before a byte had moved;
-            ``wasted_prefetches`` those that moved and were not used.
+            ``wasted_prefetches`` those that moved and were not used; ``failed_prefetches`` those that could not be
+            read.
         stall_s: seconds spent waiting for pages with nothing left to compute.
         compute_s: seconds in the experts.
         link_s: seconds with pages under way.
@@ -39,6 +40,7 @@ class Counters:
     late_prefetches: int = 0
     cancelled_prefetches: int = 0
     wasted_prefetches: int = 0
+    failed_prefetches: int = 0
     stall_s: float = 0.0
     compute_s: float = 0.0
     link_s: float = 0.0

@@ -24,6 +24,8 @@ from cachemoe.offload.staging import Staging
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
+MOST_TIMES = 10_000  # events kept before they are read, if nobody asks
+
 
 class ResidentEngine:
     """Every expert in memory: the reference that misses nothing, whatever the routing was told is resident.
@@ -190,23 +192,23 @@ class OffloadEngine:
         Raises:
             Exception: as ``forward``.
         """
-        transfers = {}
-        for layer, held in enumerate(self._held):
-            wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
-            missing = iter([e for e in wanted if e not in held])
-            for slot, e in enumerate(held):
-                if e not in wanted:
-                    held[slot] = -1
-                    if (new := next(missing, None)) is not None:
-                        transfers[self._link.request(layer, new, self._frames[layer][slot], paced=False)] = slot
+        slot_of = {}
         try:
-            for transfer in self._link.landed(transfers):
-                self._held[transfer.layer][transfers[transfer]] = transfer.expert
+            for layer, held in enumerate(self._held):
+                wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
+                missing = iter([e for e in wanted if e not in held])
+                for slot, e in enumerate(held):
+                    if e not in wanted:
+                        held[slot] = -1
+                        if (new := next(missing, None)) is not None:
+                            slot_of[self._link.request(layer, new, self._frames[layer][slot], paced=False)] = slot
+            for transfer in self._link.landed(slot_of):
+                self._held[transfer.layer][slot_of[transfer]] = transfer.expert
+            for layer in range(len(self._held)):
+                self._settle(layer)
         except BaseException:
             self._recover()
             raise
-        for layer in range(len(self._held)):
-            self._settle(layer)
         self._busy_s = self._link.busy_s
 
     def resize(self, capacity: Sequence[int]) -> None:
@@ -214,13 +216,15 @@ class OffloadEngine:
 
         Raises:
             ValueError: for a capacity below 1 or above E.
-            InputError: if memory cannot hold the pool; the engine is then as it was.
+            InputError: if memory cannot hold the pool. The engine can be used on, with the capacities that it had or
+                with the new ones.
         """
         if self._staging is not None:
             self._staging.drop(self.counters)
         self._link.abandon()  # nothing may move to a frame that moves
-        width = max(capacity) + self._guests
-        state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(width)
+        for layer in range(len(self._held)):
+            self._settle(layer)
+        state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(max(capacity) + self._guests)
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
         held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
         before = len(self._pool.pages)
@@ -228,21 +232,29 @@ class OffloadEngine:
         if total > before:
             self._pool.resize(total)
         # Pages that stay keep their frames, but for those beyond the new end.
-        kept = [frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0]
-        free = iter(sorted(set(range(total)).difference(kept)))
-        frames = []
+        stay = {frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0}
+        free = iter(sorted(set(range(total)).difference(stay)))
+        frames = [[frame_of[layer].get(e, total) if e >= 0 else total for e in row] for layer, row in enumerate(held)]
+        moves = []
         for layer, row in enumerate(held):
-            frames.append([frame_of[layer][e] if e >= 0 else -1 for e in row])
-            for slot, frame in enumerate(frames[layer]):
-                if frame < 0 or frame >= total:
-                    frames[layer][slot] = new = next(free)
-                    if frame >= total:
-                        self._pool.pages[new] = self._pool.pages[frame]
-        if total < before:
-            self._pool.resize(total)
-        self.state, self._held, self._frames = state, held, frames
-        if self._staging is not None:
-            self._staging.reset(free)
+            for slot, e in enumerate(row):
+                if frames[layer][slot] >= total:
+                    frames[layer][slot] = next(free)
+                    if e >= 0:
+                        moves.append((frame_of[layer][e], frames[layer][slot]))
+        try:
+            # From here on the pages of those that leave count for nothing, whatever happens.
+            self._held = [[e if e in row else -1 for e in old] for old, row in zip(self._held, held, strict=True)]
+            for old, new in moves:
+                self._pool.pages[new] = self._pool.pages[old]
+            self.state, self._held, self._frames = state, held, frames
+            if total < before:
+                self._pool.resize(total)
+            if self._staging is not None:
+                self._staging.reset(free)
+        except BaseException:
+            self._recover()
+            raise
 
     def synchronize(self) -> None:
         """Wait for what is queued on the device, and bring the counters' times up to date."""
@@ -298,7 +310,9 @@ class OffloadEngine:
         ids, held, frames = routing.ids[0], self._held[layer], self._frames[layer]
         needed = list(dict.fromkeys(ids.flatten().tolist()))
         misses = len(set(needed).difference(held))
-        final = set(torch.nonzero(self.state.slot_of[layer] >= 0).flatten().tolist())
+        # Of whom the table says that they stay: but guests do not, nor those whose page never came.
+        here = {e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0}
+        final = here.intersection((*held, *needed))
         y, gates = torch.empty_like(x), routing.weights[0]
         partial = torch.empty(*ids.shape, x.shape[1], device=x.device)
         frame_of = torch.zeros(self.state.slot_of.shape[1], dtype=torch.int64)
@@ -329,8 +343,10 @@ class OffloadEngine:
 
     def _load(self, layer: int, e: int, slot: int) -> Transfer:
         """See that the expert's page comes to the slot: from staging, or asked for now."""
-        frames = self._frames[layer]
-        self._held[layer][slot] = -1
+        held, frames = self._held[layer], self._frames[layer]
+        if e in held:  # in another slot than the table says: a call never came
+            held[held.index(e)] = -1
+        held[slot] = -1
         staged = self._staging.adopt(layer, e, frames[slot], self.counters) if self._staging else None
         if staged is None:
             return self._link.request(layer, e, frames[slot])
@@ -358,7 +374,7 @@ class OffloadEngine:
         self._times.append((f"{what}_s", start, end))
         if self._timeline is not None:
             self._clock.record(self._timeline, what, f"layer {layer}", start, end, layer=layer, **details)
-        if not self._clock.deferred:
+        if not self._clock.deferred or len(self._times) > MOST_TIMES:
             self.synchronize()
 
     def _seat_guests(self, layer: int, ids: list[int], slots: list[int]) -> list[int]:

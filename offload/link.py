@@ -5,6 +5,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT
@@ -60,6 +61,8 @@ class Transfer:
         self.landed = False
         self.error: BaseException | None = None
         self.asked = time.perf_counter()
+        # Of a copy to a GPU: from when its frame is free, and the beginning and end of the last chunk.
+        self.frame_free = self.copying = self.copied = None
         self.next_byte = 0  # the first that no thread has taken
         self.moving = 0  # chunks under way
 
@@ -91,7 +94,7 @@ class Link:
         self._carrier, self._timeline = carrier, timeline
         self._chunk_bytes = chunk_bytes or chunk_size(carrier.page_bytes, carrier.threads)
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
-        self._moving = {True: 0, False: 0}  # chunks under way, likewise
+        self._moving: set[Transfer] = set()  # with chunks under way
         self._closed = False
         self._free_at = 0.0
         self._moved_bytes, self._busy_s, self._busy_since = 0, 0.0, 0.0
@@ -124,30 +127,25 @@ class Link:
                 f"the link is {'broken by an interrupt' if self.broken else 'closed'}: make a new engine"
             )
         transfer = Transfer(layer, expert, frame, demand, paced)
-        try:
+        with self._breaking:
             self._carrier.prepare(transfer)
             with self._work:
                 self._queues[demand].append(transfer)
                 self._work.notify_all()
-        except BaseException:  # Ctrl-C: the caller will not know whether it has been asked for
-            self.broken = True
-            raise
         return transfer
 
     def promote(self, transfer: Transfer) -> None:
         """Make a prefetch a demand."""
-        with self._work:
+        with self._breaking, self._work:
             if transfer in self._queues[False]:
-                self._queues[False].remove(transfer)
                 self._queues[True].append(transfer)
-            self._moving[False] -= 0 if transfer.demand else transfer.moving
-            self._moving[True] += 0 if transfer.demand else transfer.moving
+                self._queues[False].remove(transfer)
             transfer.demand = True
             self._work.notify_all()
 
     def cancel(self, transfer: Transfer) -> bool:
         """Take a transfer back if no byte of it has moved; whether that was so."""
-        with self._work:
+        with self._breaking, self._work:
             queue = self._queues[transfer.demand]
             if transfer.next_byte or transfer not in queue:
                 return False
@@ -175,16 +173,23 @@ class Link:
 
     def abandon(self) -> None:
         """See that no frame is written any more: cancel what has not begun to move, wait for the rest."""
-        try:
+        with self._breaking:
             with self._landing:
                 for queue in self._queues.values():
                     for transfer in [transfer for transfer in queue if not transfer.next_byte]:
                         queue.remove(transfer)
                         transfer.landed = True
-                while any(self._queues.values()) or any(self._moving.values()):
+                while any(self._queues.values()) or self._moving:
                     self._landing.wait()
             self._carrier.drain()
-        except BaseException:  # a second Ctrl-C: threads may still be writing, so nothing may be asked for again
+
+    @property
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """Ctrl-C within: what was asked for, and whether threads still write, is not known to the caller any more."""
+        try:
+            yield
+        except BaseException:
             self.broken = True
             raise
 
@@ -199,14 +204,18 @@ class Link:
     def busy_s(self) -> float:
         """Seconds with a chunk under way, so far."""
         with self._work:
-            now = time.perf_counter() if sum(self._moving.values()) else self._busy_since
+            if (measured := self._carrier.busy_s()) is not None:
+                return measured
+            now = time.perf_counter() if self._moving else self._busy_since
             return self._busy_s + now - self._busy_since
 
     @property
     def bytes_per_second(self) -> float | None:
-        """As measured while busy, None before the first chunk has landed."""
+        """As measured while busy, and no more than it is paced to; None before the first chunk has landed."""
         busy = self.busy_s
-        return self._moved_bytes / busy if self._moved_bytes and busy else None
+        if not self._moved_bytes or not busy:
+            return None
+        return min(self._moved_bytes / busy, self.pacing.bytes_per_second if self.pacing else float("inf"))
 
     def close(self) -> None:
         """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
@@ -239,7 +248,8 @@ class Link:
                 if self._queues[True]:
                     queue = self._queues[True]
                     break
-                if self._queues[False] and self._moving[False] < self._most_prefetches:
+                ahead = sum(transfer.moving for transfer in self._moving if not transfer.demand)
+                if self._queues[False] and ahead < self._most_prefetches:
                     queue = self._queues[False]
                     break
                 self._work.wait()
@@ -248,10 +258,10 @@ class Link:
             transfer.next_byte = stop
             if stop == self._carrier.page_bytes:
                 queue.popleft()
-            if not sum(self._moving.values()):
+            if not self._moving:
                 self._busy_since = time.perf_counter()
             transfer.moving += 1
-            self._moving[transfer.demand] += 1
+            self._moving.add(transfer)
             end = 0.0
             if self.pacing and transfer.paced:
                 # From when it was asked for, not from now: a thread that wakes late must not slow the link further.
@@ -265,38 +275,42 @@ class Link:
             began, error = time.perf_counter(), None
             try:
                 self._carrier.carry(transfer, start, stop)
+                if (left := end - time.perf_counter()) > 0:
+                    self._carrier.drain()
+                    self._closing.wait(left)
+                if self._timeline is not None:
+                    self._record(transfer, stop - start, began)
             except BaseException as failure:  # handed to the caller, who raises it
                 traceback.clear_frames(failure.__traceback__)  # which would hold the frame's memory
                 error = failure
-            if (left := end - time.perf_counter()) > 0:
-                self._carrier.drain()
-                self._closing.wait(left)
-            now = time.perf_counter()
-            if self._timeline is not None:
-                kind, name = (
-                    "demand" if transfer.demand else "prefetch",
-                    f"layer {transfer.layer} expert {transfer.expert}",
-                )
-                details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": stop - start, "kind": kind}
-                self._carrier.record(self._timeline, name, transfer, began, now, **details)
             with self._work:
-                self._ended(transfer, stop - start, error, now)
+                self._ended(transfer, stop - start, error)
 
-    def _ended(self, transfer: Transfer, size: int, error: BaseException | None, now: float) -> None:
+    def _ended(self, transfer: Transfer, size: int, error: BaseException | None) -> None:
         """A chunk's end; that of the last, or of the last under way after a failure, is the page's."""
+        now = time.perf_counter()
         transfer.moving -= 1
-        self._moving[transfer.demand] -= 1
-        self._moved_bytes += size if error is None else 0
-        if not sum(self._moving.values()):
+        if not transfer.moving:
+            self._moving.remove(transfer)
+        if error is None:
+            self._moved_bytes += size
+        if not self._moving:
             self._busy_s += now - self._busy_since
             self._busy_since = now
         if error is not None and transfer.error is None:
             transfer.error = error
-            if transfer in self._queues[transfer.demand]:
-                self._queues[transfer.demand].remove(transfer)
+            for queue in self._queues.values():
+                if transfer in queue:
+                    queue.remove(transfer)
         done = transfer.error is not None or transfer.next_byte == self._carrier.page_bytes
-        if done and transfer.moving == 0:
+        if done and not transfer.moving:
             transfer.landed = True
             self._landing.notify_all()
         if not transfer.demand:
             self._work.notify_all()  # another thread may take a prefetch
+
+    def _record(self, transfer: Transfer, size: int, began: float) -> None:
+        """Show a chunk in the timeline."""
+        kind, name = "demand" if transfer.demand else "prefetch", f"layer {transfer.layer} expert {transfer.expert}"
+        details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": size, "kind": kind}
+        self._carrier.record(self._timeline, name, transfer, began, time.perf_counter(), **details)

@@ -48,9 +48,10 @@ class ExpertPool:
         self._make(frames)
         self.pages[: len(kept)] = kept
 
+    @torch.inference_mode(False)  # whose tensors threads outside of it may not write
     def _make(self, frames: int) -> None:
         size, old = frames * self._format.page_bytes, 0 if self._memory is None else len(self._memory)
-        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_memory()
+        free = _gpu_memory(self._device) if self._device.type == "cuda" else available_memory()
         if size - old > free:
             raise InputError(
                 f"a pool of {frames} pages needs {size / 1e9:.2f} GB of memory, and {(free + old) / 1e9:.2f} GB are "
@@ -78,3 +79,9 @@ class ExpertPool:
             memoryview(self._memory)[:kept] = memoryview(old)[:kept]
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once
+
+
+def _gpu_memory(device: torch.device) -> int:
+    """Bytes that can be had: what the GPU has free, and what torch holds and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

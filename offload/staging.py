@@ -50,12 +50,16 @@ class Staging:
         return [e for at, e in self._ahead if at == layer]
 
     def adopt(self, layer: int, expert: int, frame: int, counters: Counters) -> Transfer | None:
-        """Take a page, and leave the frame in exchange for its own; None if it is not staged.
+        """Take a page, and leave the frame in exchange for its own; None if it is not staged, or could not be read.
 
         The page may still be on its way: it is a demand from now on.
         """
         transfer = self._ahead.pop((layer, expert), None)
         if transfer is None:
+            return None
+        if transfer.error is not None:  # nobody waited for it: the demand that follows tries again
+            counters.failed_prefetches += 1
+            self._free.append(transfer.frame)
             return None
         self._free.append(frame)
         if transfer.landed:
@@ -125,7 +129,6 @@ class Staging:
                 counters.cancelled_prefetches += 1
                 self._free.append(transfer.frame)
             else:
-                counters.wasted_prefetches += 1
                 self._dropped.append(transfer)
 
     def _reclaim(self, counters: Counters) -> None:
@@ -134,7 +137,10 @@ class Staging:
             self._dropped.remove(transfer)
             self._free.append(transfer.frame)
             if transfer.error is None:
+                counters.wasted_prefetches += 1
                 counters.count_page(self._page_bytes)
+            else:
+                counters.failed_prefetches += 1
 
     def _interval(self, layer: int) -> float:
         """Follow the mean time from one layer's call to the next; returns when this one began."""

@@ -20,6 +20,9 @@ def plan_waves(held: Sequence[int], needed: Sequence[int], final: set[int]) -> l
         needed: distinct experts of the call, in order of first use.
         final: experts resident after the call, at most as many as slots; those not held are among ``needed``.
 
+    Raises:
+        ValueError: if ``final`` does not fit.
+
     Returns:
         Waves, to be run one after another. A wave's loads never overwrite a page that the wave computes with. An expert
         is loaded at most once, but for one that must give up its slot where every slot holds an expert that stays.
@@ -35,6 +38,8 @@ def plan_waves(held: Sequence[int], needed: Sequence[int], final: set[int]) -> l
     waves: list[Wave] = []
     todo = [*passing, *staying]
     while todo or not waves:
+        if todo and not free and waves:
+            raise ValueError(f"{len(held)} slots that hold {list(held)} cannot end with {sorted(final)}")
         loads = list(zip(todo, free, strict=False))
         todo = todo[len(loads) :]
         kept = {slot for e, slot in loads if e in final}

@@ -260,7 +260,7 @@ def test_tiles_hold_each_pair_once_with_its_slot(data):
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("page_format", FORMATS, ids=name_of)
 def test_on_the_cpu(page_format, dtype, tokens):
     case = Case(page_format, tokens, top_k=2, slots=3, dtype=dtype)

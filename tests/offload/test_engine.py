@@ -73,7 +73,7 @@ def step(engine, weights, layer, seed, tokens, bias=reference.CacheBias()):  # n
     """Route and run one call; returns the engine's output and the reference's."""
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
     offloads = isinstance(engine, engines.OffloadEngine)
-    state = engine.caches(layer) if offloads and tokens == 1 else engine.state[layer : layer + 1]
+    state = engine.caches(layer) if offloads else engine.state[layer : layer + 1]
     routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, bias)
     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
     expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
@@ -297,9 +297,10 @@ def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prio
     faults=st.lists(st.sampled_from(["none", "none", "slow", "fail"]), max_size=60),
     count_in_flight=st.booleans(),
     new_capacity=st.none() | capacities,
+    lost=st.sets(st.integers(0, 20), max_size=3),
 )
 def test_anything_that_happens_gives_the_exact_output_or_an_exception(
-    store, weights, calls, capacity, seed, faults, count_in_flight, new_capacity
+    store, weights, calls, capacity, seed, faults, count_in_flight, new_capacity, lost
 ):
     bias = reference.CacheBias(top_j=1, prior=0.4)
     options = {"count_in_flight": count_in_flight}
@@ -308,13 +309,99 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
             if call == len(calls) // 2 and new_capacity:
                 engine.resize(new_capacity)
                 assert_consistent(engine)
+            if call in lost:  # routed, and then something else went wrong before the experts ran
+                state = engine.caches(call % LAYERS)
+                reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K, bias)
+                continue
             try:
                 y, expected = step(engine, weights, call % LAYERS, call, tokens, bias)
             except OSError as error:
                 assert str(error) == "injected"
             else:
                 torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+            if not lost:
+                assert_consistent(engine)
+
+
+def test_a_prefetch_that_failed_is_tried_again(store, weights):
+    class Knows:
+        ahead = 1
+
+        def observe(self, layer, ids):
+            pass
+
+        def predict(self, layer, gate_input):
+            return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
+
+    class FailsOnce(FaultyStore):
+        failing: set = set()  # noqa: RUF012 (replaced)
+
+        def read_into(self, buffer, offset):
+            if offset in self.failing:
+                self.failing.remove(offset)
+                raise OSError("injected")
+            super().read_into(buffer, offset)
+
+    fails = FailsOnce(store, [])
+    with foreseeing(fails, [TOP_K] * LAYERS, Knows()) as engine:
+        for layer, seed in ((0, 7), (1, 8)):
+            step(engine, weights, layer, seed, 1)
+        fails.failing = {store.offset(1, e) for e in range(EXPERTS)}
+        step(engine, weights, 0, 0, 1)
+        staged = engine._staging._ahead.values()
+        while not all(transfer.landed for transfer in staged):
+            time.sleep(1e-3)
+        failed = sum(transfer.error is not None for transfer in staged)
+        fails.failing = set()
+        y, expected = step(engine, weights, 1, 1, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert 0 < failed == engine.counters.failed_prefetches
+        assert_consistent(engine)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_interrupted_fill_leaves_nothing_under_way(store, weights, after):
+    with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [4] * LAYERS) as engine:
+        for layer in range(LAYERS):
+            engine.state.slot_of[layer, :4] = engine.state.expert_of[layer] = torch.arange(4)
+        request, left = engine._link.request, [after]
+
+        def interrupted(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return request(*arguments, **options)
+
+        engine._link.request = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            engine.fill()
+        engine._link.request = request
+        assert_consistent(engine)
+        for seed in range(4):
+            y, expected = step(engine, weights, seed % LAYERS, seed, 1)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pool_that_cannot_shrink_computes_on(store, weights, monkeypatch):
+    with foreseeing(store, [EXPERTS] * LAYERS, Guess(0)) as engine:
+        for call in range(6):
+            step(engine, weights, call % LAYERS, call, 1)
+
+        def refuse(frames):
+            raise InputError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._pool, "resize", refuse)
+            with pytest.raises(InputError, match="no memory"):
+                engine.resize([TOP_K, TOP_K])
+        assert_consistent(engine)
+        for call in range(6, 16):
+            y, expected = step(engine, weights, call % LAYERS, call, 1)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             assert_consistent(engine)
+        engine.resize([5, 4])
+        y, expected = step(engine, weights, 0, 20, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_was_prefetched_is_not_read_again(store, weights):
@@ -525,6 +612,11 @@ def test_capacities_must_match_the_layers(store):
 held_slots = st.integers(3, 6).flatmap(
     lambda slots: st.permutations(range(9)).map(lambda experts: [e if e < 7 else -1 for e in experts[:slots]])
 )
+
+
+def test_waves_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="cannot end with"):
+        waves.plan_waves([0, 1], [2, 3], {0, 1, 2, 3})
 
 
 @given(held=held_slots, data=st.data())

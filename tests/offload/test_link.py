@@ -43,6 +43,12 @@ class Memory:
     def drain(self):
         pass
 
+    def busy_s(self):
+        pass
+
+    def record(self, timeline, name, transfer, began, ended, **details):
+        raise ZeroDivisionError(name)
+
     def use(self, transfer):
         pass
 
@@ -72,6 +78,35 @@ def test_a_failed_read_raises_where_the_page_is_awaited():
         link.abandon()
         assert all(transfer.landed for transfer in asked)
         assert len(list(link.landed([link.request(0, 3, 3)]))) == 1
+
+
+def test_whatever_fails_in_a_thread_reaches_the_caller_and_the_thread_lives_on():
+    with Link(Memory(threads=1), timeline=object()) as link:
+        for e in range(3):
+            with pytest.raises(ZeroDivisionError, match=f"layer 0 expert {e}"):
+                list(link.landed([link.request(0, e, e)]))
+
+
+def test_an_interrupt_while_changing_the_queues_breaks_the_link():
+    carrier = Memory(threads=1, gate=threading.Event())
+    with Link(carrier) as link:
+        ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
+        carried_until(carrier, 1)
+
+        class Interrupts:
+            def remove(self, transfer):
+                raise KeyboardInterrupt
+
+            def __contains__(self, transfer):
+                return True
+
+        queues, link._queues = link._queues, {True: link._queues[True], False: Interrupts()}
+        with pytest.raises(KeyboardInterrupt):
+            link.promote(ahead[1])
+        link._queues = queues
+        with pytest.raises(RuntimeError, match="broken by an interrupt"):
+            link.request(0, 3, 3)
+        carrier.gate.set()
 
 
 def test_a_demand_overtakes_prefetches_and_waits_for_one_chunk_at_most():
