@@ -22,7 +22,7 @@ def make_prefetcher(
     choose: Callable[[int, torch.Tensor], list[int]],
     top_k: int,
     ahead: int,
-    trace: torch.Tensor,
+    trace: torch.Tensor | None,
 ) -> Prefetcher | None:
     """A prefetcher that knows nothing yet.
 
@@ -33,7 +33,7 @@ def make_prefetcher(
         choose: (layer, ``[E]`` logits) -> what the routing in use would choose.
         top_k: K.
         ahead: layers looked ahead.
-        trace: ``[T, L, K]`` what the unmodified model chooses for the tokens to come.
+        trace: ``[T, L, K]`` what the unmodified model chooses for the tokens to come; for the oracle alone.
     """
     layers = len(routers)
     name, _, likeliest = name.partition(":")

@@ -169,9 +169,10 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
         return routing
 
     swap = Swap(model, route_layer)
-    # Which experts the unmodified model chooses, for the oracle.
-    chosen = model(window[None], output_router_logits=True).router_logits
-    trace = torch.stack([z[plan.prefix :].topk(shape.top_k, dim=-1).indices for z in chosen], 1).cpu()
+    trace = None
+    if row.prefetch == ORACLE:  # what the unmodified model chooses
+        chosen = model(window[None], output_router_logits=True).router_logits
+        trace = torch.stack([z[plan.prefix :].topk(shape.top_k, dim=-1).indices for z in chosen], 1).cpu()
     with swap:
         past = model(window[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):

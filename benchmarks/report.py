@@ -37,6 +37,7 @@ def capacity_report(
     for row in rows:
         strategy = str(row.setting.strategy)
         entry = {"name": row.name, "strategy": strategy, "label": row.setting.strategy.label, "prefetch": row.prefetch}
+        entry["in_a_graph"] = IN_A_GRAPH in row.name
         # A row in a graph is held to everything resident in a graph.
         like = by_name[f"{RESIDENT} {IN_A_GRAPH}"] if IN_A_GRAPH in row.name else resident
         entry |= _speed(row, original, like) | _movement(row, like, speeds)
@@ -57,7 +58,9 @@ def best_within_target(rows: Sequence[dict]) -> dict | None:
     allowed = [
         row
         for row in rows
-        if "miss_rate" in row and row["name"] != str(ORIGINAL) and row["perplexity_change"] <= TARGET_PERPLEXITY_CHANGE
+        if "miss_rate" in row
+        and row["strategy"] != str(ORIGINAL)
+        and row["perplexity_change"] <= TARGET_PERPLEXITY_CHANGE
     ]
     # Misses as they are printed: what differs by less is decided by quality.
     return min(allowed, key=lambda row: (round(row["miss_rate"], 3), row["perplexity_change"]), default=None)
@@ -76,7 +79,10 @@ def _speed(row: Decode, original: Decode, resident: Decode) -> dict:
         "fraction_of_resident_speed": statistics.median(_ratios(resident, row)),
         "bytes_per_token": counters.bytes_read / len(seconds),
         "decode_miss_rate": counters.misses / counters.selections,
-        "us_per_layer": {
+        # Driven by the device, no part can be told from another.
+        "us_per_layer": None
+        if IN_A_GRAPH in row.name
+        else {
             "engine": counters.engine_s / counters.calls * 1e6,
             "compute": counters.compute_s / counters.calls * 1e6,
             "link": counters.link_s / counters.calls * 1e6,
@@ -100,14 +106,19 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     read = counters.selections / tokens * row.engine.page_format.weight_bytes
     resident_tokens = sum(map(len, resident.seconds))
     # What the host only queues it cannot time: there, the experts' share is by their measured speed.
-    compute_s = resident.counters.compute_s / resident_tokens or read / speeds["resident_expert_bytes_per_second"]
-    dense_s = sum(map(sum, resident.seconds)) / resident_tokens - compute_s
+    compute_s = resident.counters.compute_s / resident_tokens
+    if not compute_s:
+        all_read = resident.counters.selections / resident_tokens * row.engine.page_format.weight_bytes
+        compute_s = all_read / speeds["resident_expert_bytes_per_second"]
+    dense_s = max(0.0, sum(map(sum, resident.seconds)) / resident_tokens - compute_s)
     missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
     bound_s = max(missed_s if counters.pages_read else 0.0, read / speeds["memory_bytes_per_second"]) + dense_s
+    useful = 1 - counters.wasted_prefetches / counters.pages_read if counters.pages_read else 1.0
     moved = {
         # Driven by the device, what waits for a page is part of a kernel.
         "stall_ms_per_token": None if IN_A_GRAPH in row.name else counters.stall_s / tokens * 1e3,
-        "overlap": 1 - counters.stall_s / counters.link_s if counters.link_s else None,
+        # Of the time that needed pages took: what was fetched for nothing hides nothing.
+        "overlap": max(0.0, 1 - counters.stall_s / (counters.link_s * useful)) if counters.link_s else None,
         "link_fraction": counters.bytes_read / seconds / speeds["link_bytes_per_second"],
         "bound_ms_per_token": bound_s * 1e3,
         "times_bound": seconds / tokens / bound_s,
@@ -117,7 +128,7 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     used = counters.prefetch_hits + counters.late_prefetches
     return moved | {
         "precision": counters.predicted_right / counters.predicted if counters.predicted else None,
-        "recall": counters.predicted_right / counters.predictable if counters.predictable else None,
+        "recall": counters.predicted_right / counters.selections,  # where nothing was predicted, nothing was right
         "prefetches_per_token": counters.prefetches / tokens,
         "prefetches_used": used / counters.prefetches if counters.prefetches else None,
         "misses_prefetched": used / counters.misses if counters.misses else None,

@@ -96,31 +96,27 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         timeline = Timeline(device == "cuda") if options.timeline else None
         native = options.payload == NATIVE
         plan = DecodePlan(segments, PREFIX, options.top_j, evict, native, options.ahead, timeline)
-        reports = []
-        for capacity in capacities:
-            staging = STAGING if set(options.prefetch) != {NO_PREFETCH} else 0
-            with OffloadEngine(
-                *(store, [capacity] * len(shape.layers), device),
-                pacing=pacing,
-                staging=staging,
-                evict=evict,
-                timeline=timeline,
-            ) as offload:
-                driven = None
-                if GRAPH in options.drive:
-                    driven = DeviceEngine(store, [capacity] * len(shape.layers), shape.top_k, device)
+        link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else float("inf"))
+
+        def measure(capacity: int) -> dict:
+            """One capacity; its pools are gone when the next one's are made."""
+            counts = [capacity] * len(shape.layers)
+            staging = STAGING if set(prefetchers) != {NO_PREFETCH} else 0
+            how = {"pacing": pacing, "staging": staging, "evict": evict, "timeline": timeline}
+            with OffloadEngine(store, counts, device, **how) as offload:
+                driven = DeviceEngine(store, counts, shape.top_k, device) if GRAPH in options.drive else None
                 engines = offload, resident, driven, driven_resident
                 rows = rows_at(capacity, settings, prefetchers, evaluation, *engines, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)
-            link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else float("inf"))
             speeds_here = speeds | {"link_bytes_per_second": link}
-            reports.append(capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds_here))
+            return capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds_here)
+
+        reports = [measure(capacity) for capacity in capacities]
     if timeline is not None:
         timeline.write(options.timeline)
-        _picture(
-            timeline, options.timeline.with_suffix(".png"), [row for row in rows if row.engine is offload][-1].name
-        )
+        moved = [row["name"] for row in reports[-1]["rows"] if row["counters"]["pages_read"] and not row["in_a_graph"]]
+        _picture(timeline, options.timeline.with_suffix(".png"), moved[-1])
     # Names, not paths: a report is made to be shown.
     names = {
         "model": checkpoint.path.name,
@@ -171,10 +167,13 @@ def _device(name: str | None) -> str:
 
 
 def _picture(timeline: Timeline, path: Path, row: str) -> None:
-    """Three tokens of the row's last segment."""
-    begins = [mark.at for mark in timeline.marks() if mark.name.startswith(f"{row}: ")]
-    with whole_file(path) as partial:
-        plot_timeline(timeline, partial, (begins[-4], begins[-1]), row)
+    """Up to three tokens of the row's last segment, if they were recorded."""
+    marks = [mark for mark in timeline.marks() if mark.name.startswith(f"{row}: ")]
+    first = max(mark.at for mark in marks if mark.name.endswith(": token 1"))
+    begins = [mark.at for mark in marks if mark.at >= first][-4:]
+    if len(begins) > 1 and any(span.start > begins[0] for span in timeline.spans()):
+        with whole_file(path) as partial:
+            plot_timeline(timeline, partial, (begins[0], begins[-1]), row)
 
 
 def _check_drive(options: LatencyOptions, level: str) -> None:

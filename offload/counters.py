@@ -15,8 +15,7 @@ class Counters:
         calls: of a layer.
         selections: hits + misses.
         pages_read: pages that have landed, prefetches among them; ``bytes_read`` is their bytes.
-        predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose;
-            ``predictable`` the selections of the calls that were predicted.
+        predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose.
         prefetches: pages asked for ahead; ``cancelled_prefetches`` those taken back before a byte had moved;
             ``wasted_prefetches`` those that moved and were not used; ``failed_prefetches`` those that could not be
             read.
@@ -32,7 +31,6 @@ class Counters:
     misses: int = 0
     pages_read: int = 0
     bytes_read: int = 0
-    predictable: int = 0
     predicted: int = 0
     predicted_right: int = 0
     prefetches: int = 0

@@ -82,7 +82,8 @@ class OffloadEngine:
     Args:
         store: where every page is: a file, for a pool in DRAM; pinned memory, for one on a GPU.
         capacity: slots of each layer; at least K for the routing that will be used.
-        device: where the pool is and the experts run.
+        device: where the pool is and the experts run. ``state`` stays on the CPU, and so does the routing: where the
+            model is on a GPU, its router's logits come to the host, which has to know what to fetch.
         pacing, chunk_bytes: see ``Link``.
         staging: pages that a prefetcher may have ahead at a time.
         count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.

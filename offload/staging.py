@@ -72,7 +72,6 @@ class Staging:
     def chosen(self, layer: int, ids: Sequence[int], counters: Counters) -> None:
         """The layer has chosen, and what it wanted has been adopted: compare with the prediction, drop the rest."""
         if (predicted := self._predicted.pop(layer, None)) is not None:
-            counters.predictable += len(ids)
             counters.predicted += len(predicted)
             counters.predicted_right += len(predicted.intersection(ids))
         self._discard(layer, counters)

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from cachemoe.offload.files import whole_file
 
-LIMIT = 200_000  # spans and marks; about 70 MB of memory, 30 MB of file
+LIMIT = 200_000  # spans; about 70 MB of memory, 30 MB of file
 PID = 1
 
 
@@ -37,10 +37,10 @@ class Timeline:
     Args:
         cuda: whether ``cuda_span`` will be used. It waits for the current device to be idle, to read both clocks at
             once; they drift apart, so make the timeline shortly before what it records.
-        limit: spans and marks kept. What is recorded beyond it is dropped and counted.
+        limit: spans kept. What is recorded beyond it is dropped and counted; marks, which are few, are all kept.
 
     Attributes:
-        dropped: spans and marks recorded beyond the limit.
+        dropped: spans recorded beyond the limit.
     """
 
     def __init__(self, cuda: bool = False, limit: int = LIMIT):
@@ -61,7 +61,7 @@ class Timeline:
             details: what JSON can hold. ``kind="demand"`` or ``"prefetch"`` says why a page was moved, and
                 ``used=True`` or ``False`` whether a prefetched one was needed, where that is known by now.
         """
-        self._keep(self._spans, (track, name, start, end, details, False))
+        self._keep((track, name, start, end, details, False))
 
     def cuda_span(self, track: str, name: str, start_event, end_event, **details) -> None:
         """As ``span``, between two ``torch.cuda.Event(enable_timing=True)`` recorded on the timeline's device.
@@ -73,11 +73,12 @@ class Timeline:
         """
         if self._cuda_base is None:
             raise RuntimeError("this timeline cannot place CUDA events: make it with cuda=True")
-        self._keep(self._spans, (track, name, start_event, end_event, details, True))
+        self._keep((track, name, start_event, end_event, details, True))
 
     def mark(self, name: str, at: float) -> None:
         """Record an instant, such as "token 3" where it begins, at ``at`` seconds of ``time.perf_counter``."""
-        self._keep(self._marks, (name, at))
+        with self._lock:
+            self._marks.append((name, at))
 
     def spans(self) -> list[Span]:
         """The spans in the order recorded. Waits for the CUDA events among them.
@@ -123,10 +124,10 @@ class Timeline:
         with whole_file(path) as partial:
             partial.write_text(text)
 
-    def _keep(self, records: list[tuple], record: tuple) -> None:
+    def _keep(self, record: tuple) -> None:
         with self._lock:
-            if len(self._spans) + len(self._marks) < self.limit:
-                records.append(record)
+            if len(self._spans) < self.limit:
+                self._spans.append(record)
             else:
                 self.dropped += 1
 
