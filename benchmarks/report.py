@@ -7,6 +7,7 @@ from dataclasses import asdict
 from rich import box
 from rich.table import Table
 
+from cachemoe.benchmarks.foresight import NO_PREFETCH
 from cachemoe.benchmarks.latency import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
 from cachemoe.benchmarks.payload import NATIVE
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
@@ -171,7 +172,6 @@ SPEED_COLUMNS = (
     ("miss\n%", lambda r: _percent(r["miss_rate"]), True),
     ("MB a\ntoken", lambda r: f"{r['bytes_per_token'] / 1e6:.1f}", False),
     ("ms\np50", lambda r: f"{r['ms_per_token']['p50']:.1f}", False),
-    ("ms\np95", lambda r: f"{r['ms_per_token']['p95']:.1f}", False),
     ("tokens\na s", lambda r: f"{r['tokens_per_second']:.1f}", False),
     (
         "speed-up\n(spread)",
@@ -185,11 +185,12 @@ QUALITY_COLUMNS = (
     ("change", lambda r: f"{round(r['bits_per_byte_change'], 3) + 0.0:+.3f}", True),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}", True),
     ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}", True),
-    ("KL\nnats", lambda r: f"{r['kl_nats']:.4f}", True),
+    ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}", True),
     ("agree\n%", lambda r: _percent(r["top1_agreement"]), True),
     ("label", lambda r: r["label"], False),
 )
 MOVEMENT_COLUMNS = (
+    ("ms\np95", lambda r: f"{r['ms_per_token']['p95']:.1f}", False),
     ("stall\nms", lambda r: "" if r["stall_ms_per_token"] is None else f"{r['stall_ms_per_token']:.1f}", False),
     ("over-\nlap %", lambda r: _some_percent(r["overlap"]), False),
     ("link\n%", lambda r: _some_percent(r["link_fraction"] or None), False),
@@ -197,12 +198,12 @@ MOVEMENT_COLUMNS = (
     ("times\nbound", lambda r: f"{r['times_bound']:.2f}", False),
 )
 PREFETCH_COLUMNS = (
-    ("preci-\nsion", lambda r: _some_percent(r.get("precision")), False),
-    ("re-\ncall", lambda r: _some_percent(r.get("recall")), False),
-    ("used", lambda r: _some_percent(r.get("prefetches_used")), False),
-    ("of\nmisses", lambda r: _some_percent(r.get("misses_prefetched")), False),
-    ("timely", lambda r: _some_percent(r.get("prefetches_timely")), False),
-    ("waste\nMB", lambda r: f"{r['wasted_bytes_per_token'] / 1e6:.1f}" if "wasted_bytes_per_token" in r else "", False),
+    ("pre-\ncision %", lambda r: _some_percent(r.get("precision")), False),
+    ("re-\ncall %", lambda r: _some_percent(r.get("recall")), False),
+    ("used\n%", lambda r: _some_percent(r.get("prefetches_used")), False),
+    ("of misses\n%", lambda r: _some_percent(r.get("misses_prefetched")), False),
+    ("timely\n%", lambda r: _some_percent(r.get("prefetches_timely")), False),
+    ("waste, MB\na token", lambda r: f"{r['wasted_bytes_per_token'] / 1e6:.1f}" if "precision" in r else "", False),
 )
 WIDE = 130  # columns of terminal below which speed and quality go into two tables
 
@@ -217,15 +218,27 @@ def tables(report: dict, width: int) -> list[Table]:
             f"Belady on the original routing misses {_percent(capacity['belady_miss_rate'])} %"
         )
         best = best_within_target(capacity["rows"])
-        ahead = PREFETCH_COLUMNS if any("precision" in row for row in capacity["rows"]) else ()
-        wide = [SPEED_COLUMNS + QUALITY_COLUMNS] if width >= WIDE else [SPEED_COLUMNS, QUALITY_COLUMNS]
-        for columns in [*wide, MOVEMENT_COLUMNS + ahead]:
+        rows = capacity["rows"]
+        # However pages move, quality is the strategy's.
+        by_strategy = [row for row in rows if row["prefetch"] == NO_PREFETCH and not row["in_a_graph"]]
+        predicted = [row for row in rows if "precision" in row]
+        if width >= WIDE:
+            parts = [(rows, SPEED_COLUMNS + QUALITY_COLUMNS)]
+        else:
+            parts = [(rows, SPEED_COLUMNS), (by_strategy, QUALITY_COLUMNS)]
+        for shown, columns in [
+            *parts,
+            (rows, MOVEMENT_COLUMNS),
+            *([(predicted, PREFETCH_COLUMNS)] if predicted else []),
+        ]:
             table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
             table.add_column("strategy", no_wrap=True)
             for heading, _, _ in columns:
                 table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
-            for row in capacity["rows"]:
-                style = "bold green" if row is best else "dim" if row["name"] in (RESIDENT, FREE_MISSES) else None
+            for row in shown:
+                style = (
+                    "bold green" if row is best else "dim" if row["name"].startswith((RESIDENT, FREE_MISSES)) else None
+                )
                 cells = (text(row) if "miss_rate" in row or not scored else "" for _, text, scored in columns)
                 table.add_row(row["name"], *cells, style=style)
             made.append(table)
@@ -291,9 +304,24 @@ def notes(report: dict) -> list[str]:
     said.append(
         f"Misses are counted over the {unmodified['tokens']} scored tokens, from cold caches, against the "
         f"{report['model']['k']} experts a token and layer that the model itself selects; MB and ms over {decoded} "
-        f"other tokens, warm. The clock covers all of {model}'s own forward, its Python router included, and the "
+        f"other tokens, warm. The clock covers all of {model}'s own forward, routing included, and the "
         "experts moved; no attention or shared expert of the payload's size is in it."
     )
+    said.append(
+        f"Pages came from {store['level']}, at best {speeds['link_bytes_per_second'] / 1e9:.2f} GB/s. Stall: waiting "
+        "for pages with nothing left to compute. Overlap: what was hidden of the needed pages' time on the link. Link: "
+        "bytes moved, of what it could have moved. Bound: a token's missing bytes over the link or its experts' out of "
+        f"memory, whichever takes longer, and the time that {RESIDENT} spends outside its experts."
+    )
+    rows = [row for capacity in report["capacities"] for row in capacity["rows"]]
+    if any("precision" in row for row in rows):
+        said.append(
+            "Precision and recall: of the experts predicted, and of all that were chosen. Used: of the pages asked for "
+            "ahead. Of misses: those whose page was asked for ahead; timely: of these, landed before they were needed."
+        )
+    if any(row["in_a_graph"] for row in rows):
+        how = "one CUDA graph a token" if settings["device"] == "cuda" else "rehearsed on a CPU, without a graph"
+        said.append(f"{IN_A_GRAPH}: driven by the device, {how}; pruning, which uses fewer experts, is left out.")
     said.append(
         "Green: fewest misses at no more than 3 % higher perplexity. Speed-up over original: the same text decoded one "
         f"row after another in one process; median, least and most of {segments} segments."
