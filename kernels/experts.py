@@ -47,9 +47,11 @@ def experts(
     """
     out = torch.empty_like(x) if out is None else out
     _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
-    run = torch.ops.cachemoe.experts if torch.compiler.is_compiling() else _run
-    ordered = [weights[name] for name, *_ in page_format.parts]
-    run(x, slots, gates, ordered, page_format.encoded, out, pending, partial, finish)
+    if torch.compiler.is_compiling():
+        ordered = [weights[name] for name, *_ in page_format.parts]
+        torch.ops.cachemoe.experts(x, slots, gates, ordered, page_format.encoded, out, pending, partial, finish)
+    else:
+        _compute(x, slots, gates, weights, page_format, out, pending, partial, finish)
     return out
 
 
@@ -99,28 +101,30 @@ def experts_read_through(
 def _check(x, slots, gates, weights, page_format, out, pending, partial, finish):
     if x.dim() != 2 or slots.dim() != 2:
         raise ValueError(f"x must be [T, H] and slots [T, K], not {tuple(x.shape)} and {tuple(slots.shape)}")
-    tokens, hidden = x.shape
-    expected = {
-        "x": (x, x.shape, x.dtype),
-        "slots": (slots, slots.shape if slots.shape[0] == tokens else (tokens, -1), torch.int64),
-        "gates": (gates, slots.shape, torch.float32),
-        "out": (out, x.shape, x.dtype),
-        "pending": (pending, slots.shape, torch.bool),
-        "partial": (partial, (*slots.shape, hidden), torch.float32),
-    }
-    for name, _, _, dtype, shape in page_format.parts:
-        expected[name] = (weights[name], (weights[name].shape[0], *shape), dtype)
-    for name, (tensor, shape, dtype) in expected.items():
-        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype):
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {tuple(shape)}")
+    (tokens, hidden), chosen = x.shape, slots.shape
+    _check_one("slots", slots, torch.int64, chosen if chosen[0] == tokens else (tokens, -1))
+    _check_one("gates", gates, torch.float32, chosen)
+    _check_one("x", x, x.dtype, x.shape)
+    _check_one("out", out, x.dtype, x.shape)
+    if pending is not None:
+        _check_one("pending", pending, torch.bool, chosen)
+    if partial is not None:
+        _check_one("partial", partial, torch.float32, (*chosen, hidden))
     if hidden != page_format.hidden:
         raise ValueError(f"x must be {page_format.hidden} wide, not {tuple(x.shape)}")
-    for name, (tensor, *_) in expected.items():
-        rows = tensor[:1] if name in weights else tensor  # from slot to slot weights may be strided
-        if rows is not None and not rows.is_contiguous():
-            raise ValueError(f"{name} must be contiguous; its strides are {tensor.stride()}")
+    for name, _, _, dtype, shape in page_format.parts:
+        _check_one(name, weights[name], dtype, shape, 1)  # from slot to slot they may be strided
     if partial is None and (pending is not None or not finish):
         raise ValueError("computing some pairs now needs `partial` to keep their results")
+
+
+def _check_one(name, tensor, dtype, shape, first=0):
+    """Whether a tensor is contiguous and what it must be, its dimensions before ``first`` aside."""
+    if tensor.dtype != dtype or tensor.shape[first:] != shape:
+        expected = (*tensor.shape[:first], *shape)
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; expected {dtype} {expected}")
+    if not (tensor[0] if first else tensor).is_contiguous():
+        raise ValueError(f"{name} must be contiguous; its strides are {tensor.stride()}")
 
 
 def _run(
@@ -136,18 +140,22 @@ def _run(
 ) -> None:
     page_format = PageFormat.decode(page_format)
     named = dict(zip((name for name, *_ in page_format.parts), weights, strict=True))
+    _compute(x, slots, gates, named, page_format, out, pending, partial, finish)
+
+
+def _compute(x, slots, gates, weights, page_format, out, pending, partial, finish):
     if not x.is_cuda:
-        experts_cpu.experts(x, slots, gates, named, page_format, out, pending, partial, finish)
+        experts_cpu.experts(x, slots, gates, weights, page_format, out, pending, partial, finish)
         return
     from cachemoe.kernels.experts_decode import plan_decode  # here, since not every machine has triton
     from cachemoe.kernels.experts_prefill import plan_prefill
 
     h = x.new_empty(slots.numel(), page_format.intermediate)
     if slots.numel() <= DECODE_PAIRS:
-        launches = plan_decode(x, slots, gates, named, page_format, out, h, pending, partial, finish)
+        launches = plan_decode(x, slots, gates, weights, page_format, out, h, pending, partial, finish)
     else:
         pairs = x.new_empty(*slots.shape, x.shape[1], dtype=torch.float32) if partial is None else partial
-        launches = plan_prefill(x, slots, gates, named, page_format, out, h, pairs, pending, finish)
+        launches = plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, pending, finish)
     for launch in launches:
         launch.run()
 
