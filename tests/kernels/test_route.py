@@ -343,6 +343,18 @@ def test_what_route_refuses():
         route(logits, state, LRU, 1, scores=GateScores(groups=3))
 
 
+@every_backend
+def test_a_tiny_lambda_changes_nothing_and_one_changes_much(backend):
+    logits, chosen = normal_logits(7, 1, 40, 12), {}
+    for prior in (0.0, 1e-7, 1.0):
+        state = Residency.empty(torch.tensor([4]), 12)
+        routing = run(backend, logits, state, LRU, 3, CacheBias(top_j=1, prior=prior))
+        chosen[prior] = routing.ids, int(routing.misses.count)
+    assert torch.equal(chosen[1e-7][0], chosen[0.0][0])
+    assert not torch.equal(chosen[1.0][0], chosen[0.0][0])
+    assert chosen[1.0][1] < chosen[0.0][1] / 2
+
+
 # ------------------------------------------------------------------------------------------------ guests and peeking
 
 
