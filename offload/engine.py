@@ -145,7 +145,7 @@ class OffloadEngine:
             raise ValueError("a prefetcher needs an engine made with staging")
 
     def caches(self, layer: int) -> Residency:
-        """``[1, ...]``, what one token's routing of the layer is to see, and to update."""
+        """``[1, ...]``, what the layer's routing is to see, and to update."""
         state = self.state[layer : layer + 1]
         if self._guests:
             capacity = len(self._held[layer])

@@ -114,6 +114,21 @@ class Guess:
         ]
 
 
+class Foretells:
+    """After layer 0, that layer 1 will choose these."""
+
+    ahead = 1
+
+    def __init__(self, experts):
+        self._experts = experts
+
+    def observe(self, layer, ids):
+        pass
+
+    def predict(self, layer, gate_input):
+        return [(1, self._experts)] if layer == 0 else []
+
+
 def foreseeing(store, capacity, prefetcher, **options):
     engine = engines.OffloadEngine(store, capacity, staging=3, **options)
     engine.prefetcher = prefetcher
@@ -324,15 +339,6 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
 
 
 def test_a_prefetch_that_failed_is_tried_again(store, weights):
-    class Knows:
-        ahead = 1
-
-        def observe(self, layer, ids):
-            pass
-
-        def predict(self, layer, gate_input):
-            return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
-
     class FailsOnce(FaultyStore):
         failing: set = set()  # noqa: RUF012 (replaced)
 
@@ -343,7 +349,7 @@ def test_a_prefetch_that_failed_is_tried_again(store, weights):
             super().read_into(buffer, offset)
 
     fails = FailsOnce(store, [])
-    with foreseeing(fails, [TOP_K] * LAYERS, Knows()) as engine:
+    with foreseeing(fails, [TOP_K] * LAYERS, Foretells(logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())) as engine:
         for layer, seed in ((0, 7), (1, 8)):
             step(engine, weights, layer, seed, 1)
         fails.failing = {store.offset(1, e) for e in range(EXPERTS)}
@@ -405,16 +411,7 @@ def test_a_pool_that_cannot_shrink_computes_on(store, weights, monkeypatch):
 
 
 def test_what_was_prefetched_is_not_read_again(store, weights):
-    class Knows:
-        ahead = 1
-
-        def observe(self, layer, ids):
-            pass
-
-        def predict(self, layer, gate_input):
-            return [(1, logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())] if layer == 0 else []
-
-    with foreseeing(store, [TOP_K] * LAYERS, Knows()) as engine:
+    with foreseeing(store, [TOP_K] * LAYERS, Foretells(logits_of(1, 1)[0, 0].topk(TOP_K).indices.tolist())) as engine:
         step(engine, weights, 0, 7, 1)  # measures the link
         step(engine, weights, 1, 8, 1)
         step(engine, weights, 0, 0, 1)
@@ -433,19 +430,10 @@ def test_what_was_prefetched_is_not_read_again(store, weights):
 def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
     """With lambda = 1 and J = 0 the router takes what is resident: the guests among them."""
 
-    class Wants:
-        ahead = 1
-
-        def observe(self, layer, ids):
-            pass
-
-        def predict(self, layer, gate_input):
-            return [(1, [4, 5, 6])] if layer == 0 else []
-
     bias = reference.CacheBias(window=EXPERTS)
     for count_in_flight in (False, True):
         capacity = [TOP_K, TOP_K]
-        with foreseeing(store, capacity, Wants(), count_in_flight=count_in_flight) as engine:
+        with foreseeing(store, capacity, Foretells([4, 5, 6]), count_in_flight=count_in_flight) as engine:
             step(engine, weights, 0, 7, 1)
             step(engine, weights, 1, 8, 1)
             before = engine.state[1].resident().clone()
