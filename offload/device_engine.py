@@ -55,7 +55,10 @@ class DeviceEngine:
         # Of all layers side by side, so that one addition a token counts every layer's misses.
         self._routing = Routing.empty(layout.layers, 1, top_k, device)
         self._missed = torch.zeros(layout.layers, dtype=torch.int64, device=device)
-        self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
+        # Where the host can read them at any time: the last token's copies.
+        pinned = {"dtype": torch.int64, "pin_memory": self._pool.pages.is_cuda}
+        self._missed_seen, self._tokens_seen = torch.zeros(layout.layers, **pinned), torch.zeros(1, **pinned)
 
     def caches(self, layer: int) -> Residency:
         """``[1, ...]``, what the layer's routing is to see, and to update."""
@@ -97,21 +100,23 @@ class DeviceEngine:
         if layer == len(self._slots) - 1:
             self._missed += self._routing.misses.count
             self._tokens += 1
+            self._missed_seen.copy_(self._missed, non_blocking=True)
+            self._tokens_seen.copy_(self._tokens, non_blocking=True)
         return y
 
     @property
     def counters(self) -> Counters:
-        """Of all tokens so far. Waits for the device."""
-        missed, calls = int(self._missed.sum()), int(self._tokens) * len(self._slots)
+        """Of the tokens that have ended, without waiting: one that is under way may be in it in part."""
+        missed, calls = int(self._missed_seen.sum()), int(self._tokens_seen) * len(self._slots)
         selections = calls * self._top_k
         counters = Counters(calls=calls, selections=selections, hits=selections - missed, misses=missed)
         counters.pages_read, counters.bytes_read = missed, missed * self.page_format.page_bytes
         return counters
 
     def reset_counters(self) -> None:
-        """Count from here on."""
-        self._missed.zero_()
-        self._tokens.zero_()
+        """Count from here on; between two tokens that the device has ended."""
+        for total in (self._missed, self._tokens, self._missed_seen, self._tokens_seen):
+            total.zero_()
 
     def fill(self) -> None:
         """Copy every page that ``state`` says is resident to its slot. Waits for the device."""

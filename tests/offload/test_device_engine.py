@@ -67,7 +67,7 @@ def test_as_the_host_driven_engine(store, device, read_through, tokens, capacity
                 y = step(driven, layer, logits.to(device), x.to(device), bias, evict, driven.routing(layer)).cpu()
                 error = (y.float() - expected.float()).abs().max()
                 assert error <= TOLERANCE[device] * expected.float().abs().max()
-        assert torch.equal(driven.state.slot_of.cpu(), host.state.slot_of)
+        assert torch.equal(driven.state.slot_of.cpu(), host.state.slot_of)  # and waits for a GPU
         there, here = driven.counters, host.counters
         for name in ("calls", "selections", "hits", "misses", "pages_read", "bytes_read"):
             assert getattr(there, name) == getattr(here, name), name
@@ -123,6 +123,7 @@ def test_a_graph_of_all_layers_replays_other_routing_as_eager_does(store, read_t
         step(eager, layer, logits[layer], x[layer], bias, least_recently_used, eager.routing(layer))
     fresh = DeviceEngine(store, capacity, TOP_K, "cuda", read_through)
     eager.state, graphed.state = fresh.state.clone(), graphed.state
+    torch.cuda.synchronize()
     eager.reset_counters()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -138,4 +139,5 @@ def test_a_graph_of_all_layers_replays_other_routing_as_eager_does(store, read_t
             )
             assert torch.equal(results[layer], expected)
         assert torch.equal(graphed.state.slot_of, eager.state.slot_of)
+    torch.cuda.synchronize()
     assert graphed.counters == eager.counters
