@@ -57,6 +57,8 @@ def check_prefetchers(names: Sequence[str], ahead: int, layers: int) -> None:
     for name in names:
         kind, _, likeliest = name.partition(":")
         if name not in PREFETCHERS and not (kind == GATE and likeliest.isdecimal() and int(likeliest) > 0):
-            raise InputError(f"unknown prefetcher {name!r}: choose among {', '.join(PREFETCHERS)} and gate:N")
+            raise InputError(
+                f"unknown prefetcher {name!r}: choose among {', '.join(PREFETCHERS)} and gate:N with N at least 1"
+            )
     if not 1 <= ahead < layers:
         raise InputError(f"--ahead must lie between 1 and {layers - 1}, the layers after the first, not {ahead}")

@@ -52,8 +52,11 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
     return ExpertStore(path, expected=layout)
 
 
-def check_level(name: str, device: str) -> None:
+def check_level(name: str, device: str, pages: int) -> None:
     """Whether ``open_level`` would know the name, and the device can be fed from it.
+
+    Args:
+        pages: that the store has.
 
     Raises:
         InputError: if not.
@@ -61,6 +64,8 @@ def check_level(name: str, device: str) -> None:
     kind, _, size = name.partition(":")
     if (kind, size) != (FILE, "") and not (kind == PINNED and (not size or size.isdecimal())):
         raise InputError(f"--store is file, pinned or pinned:PAGES, as in pinned:100, not {name!r}")
+    if size and not 1 <= int(size) <= pages:
+        raise InputError(f"--store {name}: the pinned level must have between 1 page and the store's {pages}")
     if kind == FILE and device == "cuda":
         raise InputError("a GPU is fed from pinned memory: use --store pinned, or pinned:PAGES for a bounded level")
 

@@ -16,6 +16,13 @@ COLOURS = {
     "cumsum": "#59a14f",
     "cache-prior": "#e15759",
 }
+# Where a label goes, from its point: settings of different families often coincide.
+LABELS = {
+    "max-rank": {"xytext": (5, 4), "ha": "left", "va": "bottom"},
+    "cumsum": {"xytext": (-5, -4), "ha": "right", "va": "top"},
+    "cache-prior": {"xytext": (-5, 4), "ha": "right", "va": "bottom"},
+}
+BELOW_RIGHT = {"xytext": (5, -4), "ha": "left", "va": "top"}
 
 
 def plot_report(report: dict, path: Path) -> None:
@@ -66,10 +73,12 @@ def _pareto(axis, capacity: dict, eviction: str) -> None:
         points = [(100 * row["miss_rate"], 100 * row["perplexity_change"]) for row in members]
         label = f"{family} + {eviction}" if family == str(ORIGINAL) else family
         axis.plot(*zip(*points, strict=True), marker="o", color=_colour(family), label=label)
+        values: dict[tuple, list[str]] = {}  # of each point: settings that come to the same share a label
         for row, point in zip(members, points, strict=True):
-            value = row["name"].partition(":")[2]
-            offset = {"xytext": (4, 4), "textcoords": "offset points"}
-            axis.annotate(value, point, **offset, fontsize=8, color=_colour(family))
+            values.setdefault((round(point[0]), round(point[1], 1)), []).append(row["name"].partition(":")[2])
+        style = {"textcoords": "offset points", "fontsize": 8, "color": _colour(family)}
+        for point, labels in values.items():
+            axis.annotate(", ".join(labels), point, **LABELS.get(family, BELOW_RIGHT), **style)
     axis.axvline(100 * capacity["belady_miss_rate"], color="#888888", linestyle=":", label="Belady, original routing")
     axis.axhline(0, color="#cccccc", linewidth=0.8)
     axis.set_xlim(left=0)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from cachemoe.benchmarks.foresight import NO_PREFETCH
 from cachemoe.benchmarks.latency import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
-from cachemoe.benchmarks.payload import NATIVE
+from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
 from cachemoe.offload.simulate import belady_misses
 
@@ -105,13 +105,15 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     counters, page_bytes = row.counters, row.engine.page_format.page_bytes
     tokens, seconds = (sum(f(segment) for segment in row.seconds) for f in (len, sum))
     read = counters.selections / tokens * row.engine.page_format.weight_bytes
-    resident_tokens = sum(map(len, resident.seconds))
+    resident_tokens, resident_s = (sum(f(segment) for segment in resident.seconds) for f in (len, sum))
     # What the host only queues it cannot time: there, the experts' share is by their measured speed.
     compute_s = resident.counters.compute_s / resident_tokens
     if not compute_s:
         all_read = resident.counters.selections / resident_tokens * row.engine.page_format.weight_bytes
         compute_s = all_read / speeds["resident_expert_bytes_per_second"]
-    dense_s = max(0.0, sum(map(sum, resident.seconds)) / resident_tokens - compute_s)
+    # The share that is not the experts', of a median token: one slow moment would raise every row's bound.
+    dense = max(0.0, 1 - compute_s / (resident_s / resident_tokens))
+    dense_s = dense * statistics.median(s for segment in resident.seconds for s in segment)
     missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
     bound_s = max(missed_s if counters.pages_read else 0.0, read / speeds["memory_bytes_per_second"]) + dense_s
     useful = 1 - counters.wasted_prefetches / counters.pages_read if counters.pages_read else 1.0
@@ -163,6 +165,10 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _speedup(row: dict) -> str:
+    return "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["speedup_over_original"])
+
+
 def _some_percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.0f}"
 
@@ -173,11 +179,7 @@ SPEED_COLUMNS = (
     ("MB a\ntoken", lambda r: f"{r['bytes_per_token'] / 1e6:.1f}", False),
     ("ms\np50", lambda r: f"{r['ms_per_token']['p50']:.1f}", False),
     ("tokens\na s", lambda r: f"{r['tokens_per_second']:.1f}", False),
-    (
-        "speed-up\n(spread)",
-        lambda r: "{median:.2f} ({min:.2f}-{max:.2f})".format(**r["speedup_over_original"]),
-        False,
-    ),
+    ("speed-up\n(spread)", lambda r: _speedup(r), False),
     ("% of\nresident", lambda r: f"{100 * r['fraction_of_resident_speed']:.0f}", False),
 )
 QUALITY_COLUMNS = (
@@ -253,7 +255,7 @@ def summary(report: dict) -> Table:
     table.add_column("pool", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     misses = ("original\nmiss %", "Belady\nmiss %", "its\nmiss %", "against\noriginal", "against\nBelady")
-    for heading in (*misses, "perplexity\nchange", "speed-\nup"):
+    for heading in (*misses, "perplexity\nchange", "speed-up\n(spread)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for capacity in report["capacities"]:
         original = next(row for row in capacity["rows"] if row["name"] == str(ORIGINAL))["miss_rate"]
@@ -263,7 +265,7 @@ def summary(report: dict) -> Table:
         if best:
             cells += [_percent(best["miss_rate"])]
             cells += [f"{best['miss_rate'] / other - 1:+.0%}" if other else "" for other in (original, belady)]
-            cells += [f"{best['perplexity_change']:+.1%}", f"{best['speedup_over_original']['median']:.2f}"]
+            cells += [f"{best['perplexity_change']:+.1%}", _speedup(best)]
         table.add_row(*cells)
     return table
 
@@ -291,7 +293,16 @@ def notes(report: dict) -> list[str]:
         said.append("The file system refuses O_DIRECT: the page cache took part, and misses are faster than the disk.")
     if device := report["profile"]:
         link = device["pacing"]["bytes_per_second"]
-        said.append(f"Link paced to {link / 1e9:.2f} GB/s: {device['name']}, link against memory. {device['source']}")
+        resident = speeds["resident_expert_bytes_per_second"]
+        said.append(
+            f"Link paced to {link / 1e9:.2f} GB/s: {device['name']}'s {device['link'] / device['memory']:.1%} of the "
+            f"speed at which resident experts were read here before the run. {device['source']}"
+        )
+        if resident < 0.6 * speeds["memory_bytes_per_second"]:
+            said.append(
+                f"Resident experts ran at {resident / speeds['memory_bytes_per_second']:.0%} of this machine's memory "
+                "speed: the machine was busy, or its processor is what limits them, and the pace is as much too slow."
+            )
         if link > speeds["link_bytes_per_second"]:
             said.append(
                 f"This machine's own link moves {speeds['link_bytes_per_second'] / 1e9:.2f} GB/s, less than that: the "
@@ -299,7 +310,8 @@ def notes(report: dict) -> list[str]:
             )
     said.append(
         f"{ORIGINAL}: exact routing, {settings['eviction'].upper()} eviction. {RESIDENT}: every expert in memory. "
-        f"{FREE_MISSES}: the same with routing told of the pool, so that a miss is counted and costs nothing."
+        f"{FREE_MISSES}: the same with routing told of the pool, as {ORIGINAL}, so that what a pool costs beside its "
+        "misses shows."
     )
     said.append(
         f"Misses are counted over the {unmodified['tokens']} scored tokens, from cold caches, against the "
@@ -308,12 +320,17 @@ def notes(report: dict) -> list[str]:
         "experts moved; no attention or shared expert of the payload's size is in it."
     )
     said.append(
-        f"Pages came from {store['level']}, at best {speeds['link_bytes_per_second'] / 1e9:.2f} GB/s. Stall: waiting "
+        f"Pages came from {_source(store['level'])}, measured at {speeds['link_bytes_per_second'] / 1e9:.2f} GB/s"
+        f"{' and paced' if device else ''}. Stall: waiting "
         "for pages with nothing left to compute. Overlap: what was hidden of the needed pages' time on the link. Link: "
         "bytes moved, of what it could have moved. Bound: a token's missing bytes over the link or its experts' out of "
         f"memory, whichever takes longer, and the time that {RESIDENT} spends outside its experts."
     )
     rows = [row for capacity in report["capacities"] for row in capacity["rows"]]
+    if any(row["times_bound"] < 1 for row in rows):
+        said.append(
+            "A row below its bound: bandwidths are measured before the run, and the machine was faster while it ran."
+        )
     if any("precision" in row for row in rows):
         said.append(
             "Precision and recall: of the experts predicted, and of all that were chosen. Used: of the pages asked for "
@@ -327,3 +344,11 @@ def notes(report: dict) -> list[str]:
         f"row after another in one process; median, least and most of {segments} segments."
     )
     return said
+
+
+def _source(level: str) -> str:
+    """In words, where pages came from."""
+    kind, _, pages = level.partition(":")
+    if kind == FILE:
+        return "the file"
+    return f"{pages} pages in pinned memory, and the others from the file" if pages else "pinned memory"

@@ -71,7 +71,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     check_prefetchers(prefetchers, options.ahead, len(shape.layers))
     device = _device(options.device)
     level = options.store or (PINNED if device == "cuda" else FILE)
-    check_level(level, device)
+    check_level(level, device, len(shape.layers) * shape.experts)
     _check_drive(options, level)
     device_profile = profile(options.profile)
     windows, segments = _tokens(options, shape)

@@ -94,11 +94,11 @@ class ExpertStore:
                 shape = tuple(file.get_slice("pages").get_shape())
                 self._crc32 = file.get_tensor("crc32")
         except FileNotFoundError as error:
-            raise InputError(f"there is no store at {self.path}: the next `cachemoe latency` makes one") from error
+            raise InputError(f"there is no store at {self.path}") from error
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{self.path} is no store, or one that is cut short or damaged ({error}): remove it from the cache "
-                "directory, and the next `cachemoe latency` will make it again"
+                f"{self.path} is not a cachemoe store, or one that is cut short or damaged ({error}): if it was one, "
+                "remove it and make it again"
             ) from error
         if expected is not None and self.layout != expected:
             raise InputError(f"{self.path} holds pages of another model or format: remove it or choose another path")
