@@ -162,7 +162,14 @@ def run_step(step: Step, limit: float, environment: dict[str, str], entry: dict)
         log = Path(name) / "output"
         with log.open("wb") as sink:
             running = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # In the background of a script everything ignores it, and children would too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             status = None
             try:
