@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cachemoe.moe.progress import show_progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
@@ -48,19 +48,6 @@ def one_sentence():
     except (InputError, OSError) as error:
         errors.print(f"cachemoe: {error}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(2) from None
-
-
-@contextmanager
-def show_progress(description: str, total: int):
-    """A bar on a terminal, a line elsewhere; gives the function that counts one step."""
-    if not errors.is_terminal:
-        errors.print(description, highlight=False)
-        yield lambda: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
 
 
 @app.command()

@@ -61,7 +61,6 @@ class DecodePlan:
     Args:
         windows: ``[segments, tokens]``: of each segment, ``prefix`` tokens of context and then the tokens timed.
         prefix: tokens run in one forward before the clock starts.
-        top_j: J.
         evict: eviction policy.
         native: whether the engine's experts are the model's own, or a payload beside them.
         ahead: layers that prefetchers look ahead.
@@ -70,7 +69,6 @@ class DecodePlan:
 
     windows: torch.Tensor
     prefix: int
-    top_j: int
     evict: Callable
     native: bool
     ahead: int
@@ -143,7 +141,7 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
 
 def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
     engine, strategy = row.engine, row.setting.strategy
-    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
+    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
     scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
@@ -211,7 +209,7 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
 
 def _decode_in_a_graph(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
     engine, strategy = row.engine, row.setting.strategy
-    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy], plan.top_j)
+    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
     scores = GateScores(renormalise=shape.renormalise)
     payload_input = _payload_input(engine, model.device)
 

@@ -1,16 +1,15 @@
 """What the engine moves and computes: the model's own pages, or pages of a larger model's geometry."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.progress import Progress
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.pack import check_space, open_packed
+from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
@@ -35,20 +34,17 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
     """
     if name not in PAYLOADS:
         raise InputError(f"unknown payload {name!r}: choose among {', '.join(PAYLOADS)}")
-    shape = checkpoint.shape
     if name == NATIVE:
-        layout = checkpoint.layout("bf16")
-        pages = checkpoint.pages(layout.page_format)
-    else:
-        layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
-        pages = random_pages(layout)
+        return open_packed(checkpoint, checkpoint.layout(), progress)
+    shape = checkpoint.shape
+    layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
     count = layout.layers * layout.experts
     file = f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}-v{VERSION}.safetensors"
     path = cache_directory() / file
     if not path.exists():
-        _check_space(path.parent, count * layout.page_format.page_bytes)
+        check_space(path.parent, count * layout.page_format.page_bytes)
         with progress(f"making the {name} store", count) as advance:
-            write_store(path, layout, pages, advance)
+            write_store(path, layout, random_pages(layout), advance)
     return ExpertStore(path, expected=layout)
 
 
@@ -99,18 +95,3 @@ def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
                 view[..., 0] = page_format.hidden**-0.5 / 4
                 view[..., 1] = 0.0
         yield page
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(directory).free
-    except OSError as error:
-        raise InputError(
-            f"the cache directory {directory} cannot be made ({error.strerror}): set CACHEMOE_CACHE to one that can"
-        ) from error
-    if free < needed * 1.05:
-        raise InputError(
-            f"the store needs {needed / 1e9:.2f} GB and {directory} has {free / 1e9:.2f} GB free: make room, or set "
-            "CACHEMOE_CACHE to another disk"
-        )

@@ -80,7 +80,6 @@ def evaluate(
     shape: MoeShape,
     windows: torch.Tensor,
     settings: Sequence[Setting],
-    top_j: int,
     evict: Callable,
     progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -90,7 +89,6 @@ def evaluate(
         model: the transformers model.
         windows: ``[windows, context]`` tokens; attention starts afresh in each window, the caches live on.
         settings: strategies and capacities.
-        top_j: J.
         evict: eviction policy.
         progress: called after each window.
     """
@@ -102,7 +100,7 @@ def evaluate(
         members = [i for i, s in enumerate(settings) if s.strategy.experts_used(shape.top_k) == k]
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
-        bias = cache_bias([settings[i].strategy for i in members], top_j)
+        bias = cache_bias([settings[i].strategy for i in members])
         for row, i in enumerate(members):
             qualities[i] = Quality(state[:, row])
         batches.append((k, [qualities[i] for i in members], state, bias))

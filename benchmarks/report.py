@@ -255,7 +255,7 @@ def summary(report: dict) -> Table:
     table.add_column("pool", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     misses = ("original\nmiss %", "Belady\nmiss %", "its\nmiss %", "against\noriginal", "against\nBelady")
-    for heading in (*misses, "perplexity\nchange", "speed-up\n(spread)"):
+    for heading in (*misses, "perplexity\nchange"):
         table.add_column(heading, justify="right", no_wrap=True)
     for capacity in report["capacities"]:
         original = next(row for row in capacity["rows"] if row["name"] == str(ORIGINAL))["miss_rate"]
@@ -265,7 +265,7 @@ def summary(report: dict) -> Table:
         if best:
             cells += [_percent(best["miss_rate"])]
             cells += [f"{best['miss_rate'] / other - 1:+.0%}" if other else "" for other in (original, belady)]
-            cells += [f"{best['perplexity_change']:+.1%}", _speedup(best)]
+            cells += [f"{best['perplexity_change']:+.1%}"]
         table.add_row(*cells)
     return table
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cachemoe.benchmarks.compile import compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
-from cachemoe.benchmarks.progress import Progress
+from cachemoe.moe.progress import Progress
 
 COLUMNS = ("registers", "shared", "stack", "wide_loads", "asynchronous", "tensor_core")
 

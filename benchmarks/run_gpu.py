@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from cachemoe.benchmarks.progress import Progress
+from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 

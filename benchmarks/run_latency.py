@@ -12,12 +12,12 @@ from cachemoe.benchmarks import machine
 from cachemoe.benchmarks.foresight import NO_PREFETCH, STAGING, check_prefetchers
 from cachemoe.benchmarks.latency import ORIGINAL, DecodePlan, decode_rows, rows_at
 from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
-from cachemoe.benchmarks.progress import Progress
 from cachemoe.benchmarks.quality import Setting, evaluate
 from cachemoe.benchmarks.report import capacity_report
 from cachemoe.benchmarks.text import HELD_OUT, load_tokens
 from cachemoe.benchmarks.timeline_plot import plot_timeline
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.progress import Progress
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import load_model
 from cachemoe.offload.device_engine import DeviceEngine
@@ -82,7 +82,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     with ExitStack() as stack:
         file = stack.enter_context(open_payload(options.payload, checkpoint, progress))
         with progress("quality, stepped through the text", len(windows)) as advance:
-            evaluation = evaluate(model, shape, windows, settings, options.top_j, evict, advance)
+            evaluation = evaluate(model, shape, windows, settings, evict, advance)
         store = stack.enter_context(open_level(level, file, progress))
         model.to(device)
         with progress("reading every page for the resident rows", file.pages) as advance:
@@ -95,7 +95,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             driven_resident = DeviceEngine(store, [shape.experts] * len(shape.layers), shape.top_k, device)
         timeline = Timeline(device == "cuda") if options.timeline else None
         native = options.payload == NATIVE
-        plan = DecodePlan(segments, PREFIX, options.top_j, evict, native, options.ahead, timeline)
+        plan = DecodePlan(segments, PREFIX, evict, native, options.ahead, timeline)
         link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else float("inf"))
 
         def measure(capacity: int) -> dict:
@@ -212,7 +212,7 @@ def _check(options: LatencyOptions, shape: MoeShape) -> tuple[list[Strategy], li
     if not 0 <= options.top_j <= shape.top_k:
         raise InputError(f"--top-j must lie between 0 and the {shape.top_k} experts that a token uses")
     texts = options.strategy or _default_strategies(shape)
-    parsed = [Strategy.parse(text, shape.experts, shape.top_k) for text in texts]
+    parsed = [Strategy.parse(text, shape.experts, shape.top_k, options.top_j) for text in texts]
     strategies = list(dict.fromkeys([ORIGINAL, *parsed]))
     capacities = list(dict.fromkeys(_capacity(text, shape) for text in options.capacity))
     return strategies, capacities

@@ -3,7 +3,7 @@
 A page holds ``gate_up`` and then ``down``, each followed by its scales and its bias where it has them. Every part
 starts at a multiple of 16 bytes, for wide loads, and the page ends at a multiple of 4 KiB, for O_DIRECT.
 
-- ``bf16``, ``fp16``: as they are.
+- ``bf16``, ``fp16``, ``fp32``: as they are.
 - ``int8``: a float32 scale for each output channel.
 - ``int4``: two values a byte, consecutive along the input dimension, with a bfloat16 scale and zero for each group of
   them.
@@ -26,7 +26,7 @@ from cachemoe.kernels.quantize import (
 
 PAGE_ALIGNMENT = 4096
 PART_ALIGNMENT = 16
-FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = (*FLOATS, "int8", "int4")
 INT4_GROUPS = (32, 64, 128)
 ACTIVATIONS = ("silu", "gelu", "relu", "clamped-swiglu")

@@ -47,6 +47,24 @@ def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
     return ((groups - 8) * scale.float()[..., None] + zero.float()[..., None]).flatten(-2)
 
 
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Weights of the OCP microscaling format MXFP4 v1.0: E2M1 values, a power of two for every 32 of them.
+
+    Args:
+        blocks: ``[N, K / 32, 16]`` uint8, two values a byte, the first in the low half.
+        scales: ``[N, K / 32]`` uint8, exponents with a bias of 127.
+
+    Returns:
+        ``[N, K]`` bfloat16, exact.
+    """
+    values = torch.tensor(FP4_VALUES, dtype=torch.bfloat16)
+    numbers = values[unpack_nibbles(blocks).long()]
+    return torch.ldexp(numbers, scales.int()[..., None] - 127).flatten(1)
+
+
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
     """``[N, K]`` integers in 0..15 as ``[N, K / 2]`` uint8: byte j has k = 2j low and k = 2j + 1 high."""
     pairs = q.to(torch.uint8).unflatten(-1, (-1, 2))

@@ -227,9 +227,7 @@ def route(
     window = torch.maximum(per_cache(bias.window, torch.int64), _mass_window(gates, order, bias, scores, per_cache))
     promoted = (rank < window) & allowed & ~by_value
 
-    out = Routing.empty(caches, tokens, top_k, logits.device)
-    wave, wave_start = torch.zeros_like(state.clock), state.clock.clone()
-    for t in range(tokens):
+    def choose(t):
         resident = state.resident()
         tier = torch.full_like(rank[:, t], 3)
         tier[allowed[:, t]] = 2
@@ -237,26 +235,60 @@ def route(
         tier[always[:, t]] = 0
         chosen = _order(tier, torch.where(resident, base[:, t] + boost[:, t], base[:, t]), descending=True)[:, :top_k]
         # Highest gate weight first: the chosen experts in the order of their unbiased rank.
-        chosen = order[:, t].gather(1, rank[:, t].gather(1, chosen).sort(-1).values)
+        return order[:, t].gather(1, rank[:, t].gather(1, chosen).sort(-1).values)
+
+    out = Routing.empty(caches, tokens, top_k, logits.device)
+    _step(choose, state, evict, out)
+    weights = gates.gather(-1, out.ids)
+    if scores.renormalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + scores.epsilon)
+    out.weights.copy_(weights * scores.scale)
+    return out
+
+
+@torch.no_grad()
+def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing:
+    """``route`` where the model has chosen already: its experts touched and placed token by token, nothing else.
+
+    The state's ``tokens`` and ``range_sum``, which only a bias looks at, stay as they are.
+
+    Args:
+        ids: ``[B, T, K]`` int64, distinct experts of each token.
+        weights: ``[B, T, K]`` their gate weights; each token's experts are put in their order, the highest first.
+        state, evict: as for ``route``.
+
+    Raises:
+        ValueError: if a capacity is below K.
+    """
+    caches, tokens, top_k = ids.shape
+    if int(state.capacity.min()) < top_k:
+        raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
+    order = weights.argsort(-1, descending=True, stable=True)
+    ids = ids.gather(-1, order)
+    out = Routing.empty(caches, tokens, top_k, ids.device)
+    _step(lambda t: ids[:, t], state, evict, out)
+    out.weights.copy_(weights.gather(-1, order))
+    return out
+
+
+def _step(choose: Callable, state, evict: Callable, out: Routing) -> None:
+    """Touch and place token after token what ``choose(t)`` ``[B, K]`` says then; fills ``out`` but for the weights."""
+    wave, wave_start = torch.zeros_like(state.clock), state.clock.clone()
+    for t in range(out.ids.shape[1]):
         before = state.clock.clone()
+        chosen = choose(t)
         out.ids[:, t] = chosen
         out.slots[:, t], out.hits[:, t], last_left = _touch_and_place(chosen, state, evict)
         new_wave = last_left > wave_start
         wave += new_wave
         wave_start = torch.where(new_wave, before, wave_start)
         out.waves[:, t] = wave
-
-    weights = gates.gather(-1, out.ids)
-    if scores.renormalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + scores.epsilon)
-    out.weights.copy_(weights * scores.scale)
     for b, hits in enumerate(out.hits):
         count = int((~hits).sum())
         out.misses.count[b] = count
         for listed, chosen in ((out.misses.experts, out.ids), (out.misses.slots, out.slots)):
             listed[b] = -1
             listed[b, :count] = chosen[b][~hits]
-    return out
 
 
 @torch.no_grad()

@@ -58,6 +58,20 @@ def route_cpu(
     return out
 
 
+def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing:
+    """As :func:`cachemoe.kernels.reference.place`; the tensors of ``state`` are contiguous."""
+    caches, tokens, k = ids.shape
+    if (least := min(state.capacity.tolist())) < k:
+        raise ValueError(f"{least} slots cannot hold the {k} experts of one token")
+    weights = weights.detach().float().numpy()
+    order = (-weights).argsort(-1, kind="stable")
+    chosen = np.take_along_axis(ids.numpy(), order, -1)
+    step = _step_one if caches == 1 else _step
+    ids, slots, hits, waves, *misses = step(lambda at, _: chosen[at], state, evict, tokens, k)
+    results = ids, np.take_along_axis(weights, order, -1), slots, hits, waves
+    return Routing(*map(torch.from_numpy, results), Misses(*map(torch.from_numpy, misses)))
+
+
 def peek(
     logits: torch.Tensor,
     state,

@@ -3,19 +3,23 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.quantize import dequantize_mxfp4
+from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
+from cachemoe.moe.shards import Shards
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import StoreLayout
 
 TINYMOE = Path(__file__).parent / "tinymoe"
-MODEL_TYPES = ("qwen2_moe",)
+READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 
 
 @dataclass(frozen=True)
@@ -40,100 +44,229 @@ class MoeShape:
 
 
 class Checkpoint:
-    """A checkpoint folder, ``config.json`` and safetensors; nothing else in it is read.
+    """A checkpoint folder, ``config.json`` and safetensors: weights are read when asked for, before that headers.
 
     Args:
         path: the folder.
 
+    Attributes:
+        config: the fields of ``config.json``.
+        shape: see ``MoeShape``.
+        dtype: of the experts' weights, bfloat16 where they are mxfp4.
+        tensors: the ``Shards``.
+
     Raises:
-        InputError: if it is missing, damaged, or of an architecture that is not supported.
+        InputError: if it is missing, damaged, has no experts, or has experts that cachemoe cannot compute.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.config = _config(self.path)
+        self._experts = EXPERTS.get(self.config.get("model_type"), PLAIN)
+        self._check_computable()
+        self.tensors = Shards(self.path)
+        self._naming, self._prefixes = self._find_experts()
         try:
-            config = json.loads((self.path / "config.json").read_text())
-        except OSError as error:
-            raise InputError(f"{self.path} is no checkpoint folder: its config.json cannot be read") from error
-        except ValueError as error:
-            raise InputError(f"{self.path / 'config.json'} is not valid JSON: get the checkpoint again") from error
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        if model_type not in MODEL_TYPES:
-            raise InputError(f"{self.path} is a {model_type!r} model, and this version runs {', '.join(MODEL_TYPES)}")
-        try:
-            self.shape = _shape(config)
+            self.shape = self._shape()
         except KeyError as error:
             raise InputError(f"{self.path / 'config.json'} lacks {error}: get the checkpoint again") from error
-        except (TypeError, ArithmeticError) as error:
-            raise InputError(f"{self.path / 'config.json'} has a value that cannot be ({error})") from error
-        self._file_of = self._index()
+        if not 1 <= self.shape.top_k <= self.shape.experts:
+            raise InputError(f"{self.path} uses {self.shape.top_k} of {self.shape.experts} experts, which cannot be")
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor belongs to an expert, and so to a page."""
+        name = name.removesuffix("_bias").replace("_scales", "_blocks")
+        return any(_pattern(part).search(name) for naming in NAMINGS for part in _parts(naming))
 
     def fingerprint(self) -> str:
         """Digest of the shape and of a row of each expert's matrices: it tells fine-tunes of one architecture apart."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for names in self._experts():
-            for name in names:
-                digest.update(self._slice(name)[0].contiguous().view(torch.uint8).numpy())
+        digest = hashlib.sha256(repr((self.shape, self._experts)).encode())
+        for layer in range(len(self.shape.layers)):
+            for e in range(self.shape.experts):
+                for part in _parts(self._naming):
+                    row = self.tensors.read(*self._place(layer, e, part), 0)
+                    digest.update(row.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def layout(self, kind: str, group: int = 0) -> StoreLayout:
-        """Layout of this model's store with pages of one format."""
-        page_format = PageFormat(kind, self.shape.hidden, self.shape.intermediate, group)
+    def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
+        """Layout of this model's store with pages of one format.
+
+        Args:
+            kind: one of ``formats.KINDS``; None: the checkpoint's own precision.
+            group: of int4; None: the largest that divides H and I.
+
+        Raises:
+            InputError: if the experts do not fit into it.
+        """
+        if kind is None:
+            kind = next((name for name, dtype in FLOATS.items() if dtype == self.dtype), None)
+            if kind is None:
+                raise InputError(f"{self.path} has experts in {self.dtype}: choose a page format")
+        hidden, intermediate = self.shape.hidden, self.shape.intermediate
+        if kind == "int4" and group is None:
+            fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
+            if not fitting:
+                raise InputError(
+                    f"int4 pages need H and I divisible by {min(INT4_GROUPS)}, and these are {hidden} and "
+                    f"{intermediate}: choose int8"
+                )
+            group = max(fitting)
+        try:
+            page_format = PageFormat(
+                kind,
+                hidden,
+                intermediate,
+                group or 0,
+                activation=self._experts.activation or ACTIVATIONS[self.config.get("hidden_act", "silu")],
+                bias=self._bias is not None,
+                interleaved=self._experts.interleaved,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from error
         return StoreLayout(self.fingerprint(), len(self.shape.layers), self.shape.experts, page_format)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
         """Every expert's page, expert by expert, layer by layer; one expert in memory at a time."""
-        for names in self._experts():
-            gate, up, down = (self._slice(name)[:] for name in names)
-            yield page_format.pack(torch.cat((gate, up)), down)
-
-    def _experts(self) -> Iterator[tuple[str, str, str]]:
-        """Names of each expert's gate, up and down matrices, expert by expert, layer by layer."""
-        for layer in self.shape.layers:
+        for layer in range(len(self.shape.layers)):
             for e in range(self.shape.experts):
-                prefix = f"model.layers.{layer}.mlp.experts.{e}"
-                yield tuple(f"{prefix}.{part}_proj.weight" for part in ("gate", "up", "down"))
+                yield page_format.pack(**self.expert(layer, e))
 
-    def _slice(self, name: str):
-        """A tensor that is read when indexed.
+    def expert(self, layer: int, e: int) -> dict[str, torch.Tensor]:
+        """One expert's ``gate_up`` ``[2I, H]`` and ``down`` ``[H, I]``, and their ``_bias`` where there are any.
 
         Raises:
-            InputError: if it is missing.
+            InputError: if one is missing or has another shape.
         """
-        if name not in self._file_of:
-            raise InputError(f"{self.path} has no tensor {name}: get the checkpoint again")
-        return self._file_of[name].get_slice(name)
+        naming = self._naming
+        if naming.gate_up:
+            weights = {"gate_up": self._matrix(layer, e, naming.gate_up), "down": self._matrix(layer, e, naming.down)}
+        else:
+            gate, up, down = (self._matrix(layer, e, part) for part in (naming.gate, naming.up, naming.down))
+            weights = {"gate_up": torch.cat((gate, up)), "down": down}
+        hidden, intermediate = self.shape.hidden, self.shape.intermediate
+        shapes = {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
+        for name, weight in weights.items():
+            if tuple(weight.shape) != shapes[name]:
+                raise InputError(
+                    f"{self.path} has {name} of {tuple(weight.shape)} in layer {self.shape.layers[layer]}, expert {e}, "
+                    f"where the others have {shapes[name]}: get the checkpoint again"
+                )
+        if self._bias is not None:
+            for name, part in (("gate_up_bias", naming.gate_up), ("down_bias", naming.down)):
+                weights[name] = self.tensors.read(*self._place(layer, e, part + self._bias))
+        return weights
 
-    def _index(self) -> dict:
-        """Tensor name -> the opened file that has it, of a sharded checkpoint or a single file."""
-        index = self.path / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.exists():
-            try:
-                # Only the last part of a name: an index cannot point outside its folder.
-                names = sorted({Path(file).name for file in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{index} is damaged: get the checkpoint again") from error
-        files = [_opened(self.path / name) for name in names]
-        return {name: file for file in files for name in file.keys()}  # noqa: SIM118 (no mapping)
+    def _matrix(self, layer: int, e: int, part: str) -> torch.Tensor:
+        """``[out, in]`` of one of the naming's parts."""
+        if self._naming.blocks:
+            blocks, scales = (self.tensors.read(*self._place(layer, e, part + end)) for end in ("_blocks", "_scales"))
+            return dequantize_mxfp4(blocks, scales)
+        weight = self.tensors.read(*self._place(layer, e, part))
+        return weight.T if self._experts.transposed else weight
+
+    def _place(self, layer: int, e: int, part: str) -> tuple:
+        """What ``Shards.read`` wants for one expert's share of a part: its name, and its row where all are in one."""
+        if "{}" in part:
+            return (self._prefixes[layer] + part.format(e),)
+        return self._prefixes[layer] + part, e
+
+    def _find_experts(self) -> tuple[Naming, list[str]]:
+        """How the experts are named, and what stands before it, MoE layer by MoE layer."""
+        layers = self.config.get("num_hidden_layers", float("inf"))
+        for naming in NAMINGS:
+            first = _parts(naming)[0]
+            found = {}
+            for name in self.tensors.entries:
+                if (match := _pattern(first).search(name)) and int(match["layer"]) < layers:
+                    found[int(match["layer"])] = match["prefix"]
+            if found:
+                self._layers = tuple(sorted(found))
+                return naming, [found[layer] for layer in self._layers]
+        raise InputError(
+            f"{self.path} is no MoE model, or names its experts in a way that cachemoe does not know "
+            f"(a {self.config.get('model_type')!r} model): see moe/architectures.py"
+        )
+
+    def _shape(self) -> MoeShape:
+        config, naming = self.config, self._naming
+        if (key := next((key for key in TOP_K if config.get(key) is not None), None)) is None:
+            raise KeyError(TOP_K[0])
+        down = self.tensors.entries[self._place(0, 0, naming.down + ("_scales" if naming.blocks else ""))[0]]
+        shape = down.shape
+        if "{}" in naming.down:
+            experts = self._count(naming.down)
+        else:
+            experts, *shape = shape
+        hidden, intermediate = reversed(shape) if self._experts.transposed and not naming.blocks else shape
+        if naming.blocks:
+            intermediate *= 32
+        self.dtype = torch.bfloat16 if naming.blocks else down.dtype
+        bias = naming.down + "_bias"
+        self._bias = "_bias" if self._place(0, 0, bias)[0] in self.tensors else None
+        return MoeShape(
+            layers=self._layers,
+            experts=experts,
+            top_k=config[key],
+            hidden=hidden,
+            intermediate=intermediate,
+            vocabulary=config["vocab_size"],
+            context=config["max_position_embeddings"],
+            renormalise=config.get("norm_topk_prob", False),
+        )
+
+    def _count(self, part: str) -> int:
+        """Experts of every layer, where each has a tensor of its own."""
+        found = (_pattern(part).search(name) for name in self.tensors.entries)
+        counts = dict.fromkeys(self._layers, 0)
+        for match in found:
+            if match and int(match["layer"]) in counts:
+                counts[int(match["layer"])] += 1
+        if len(set(counts.values())) > 1:
+            layer, count = min(counts.items(), key=lambda item: item[1])
+            raise InputError(
+                f"{self.path} has {max(counts.values())} experts in some layers and {count} in layer {layer}: it lacks "
+                "tensors, or is a model whose layers differ, which cachemoe does not run"
+            )
+        return max(counts.values())
+
+    def _check_computable(self) -> None:
+        """Whether the config asks for nothing that pages and experts do not have."""
+        config = self.config
+        quantised = config.get("quantization_config") or {}
+        if quantised and quantised.get("quant_method") not in READABLE:
+            raise InputError(
+                f"{self.path} is quantised by {quantised.get('quant_method')}, which cachemoe does not read: take the "
+                "unquantised checkpoint, and let `cachemoe pack --format int4` quantise its experts"
+            )
+        if not self._experts.activation and config.get("hidden_act", "silu") not in ACTIVATIONS:
+            raise InputError(
+                f"{self.path} has experts with {config['hidden_act']!r}; cachemoe computes {', '.join(ACTIVATIONS)}"
+            )
+        for key, value in self._experts.constants:
+            if config.get(key, value) != value:
+                raise InputError(f"{self.path} has {key} = {config[key]}, and cachemoe computes with {value} alone")
 
 
-def _opened(file: Path):
+def _config(path: Path) -> dict:
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is missing, cut short or damaged ({error}): get the checkpoint again") from error
+        config = json.loads((path / "config.json").read_text())
+    except OSError as error:
+        raise InputError(f"{path} is no checkpoint folder: its config.json cannot be read") from error
+    except ValueError as error:
+        raise InputError(f"{path / 'config.json'} is not valid JSON: get the checkpoint again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.json'} is not a configuration: get the checkpoint again")
+    return config
 
 
-def _shape(config: dict) -> MoeShape:
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []
-    return MoeShape(
-        layers=tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0),
-        experts=config["num_experts"],
-        top_k=config["num_experts_per_tok"],
-        hidden=config["hidden_size"],
-        intermediate=config["moe_intermediate_size"],
-        vocabulary=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        renormalise=config.get("norm_topk_prob", False),
-    )
+def _parts(naming: Naming) -> list[str]:
+    """The tensors of an expert that every naming has, as far as a page needs telling apart."""
+    parts = [part for part in (naming.gate, naming.up, naming.gate_up, naming.down) if part]
+    return [f"{part}_blocks" for part in parts] if naming.blocks else parts
+
+
+@cache
+def _pattern(part: str) -> re.Pattern:
+    """Matches the whole name of a part's tensor, in any layer."""
+    name = re.escape(part).replace(re.escape("{}"), r"(?P<expert>\d+)")
+    return re.compile(rf"^(?P<prefix>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?){name}$")

@@ -12,6 +12,7 @@ import torch
 from cachemoe.kernels.reference import CacheBias
 from cachemoe.offload.errors import InputError
 
+TOP_J = 2  # the paper's choice for models of many small experts
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
 
@@ -28,19 +29,21 @@ RULES = {
 
 @dataclass(frozen=True)
 class Strategy:
-    """A routing strategy and its parameter.
+    """A routing strategy and its parameters; ``CachePrior`` and the other functions below make one.
 
     Args:
         name: one of ``original``, ``pruning``, ``max-rank``, ``cumsum``, ``cache-prior``.
         value: None for ``original``; K' < K experts a token for ``pruning``; M for ``max-rank``; p in [0.001, 1] for
             ``cumsum``; lambda in [0, 1] for ``cache-prior``.
+        top_j: J, the best-ranked experts that are always kept.
     """
 
     name: str
     value: float | None = None
+    top_j: int = TOP_J
 
     @classmethod
-    def parse(cls, text: str, experts: int, top_k: int) -> "Strategy":
+    def parse(cls, text: str, experts: int, top_k: int, top_j: int = TOP_J) -> "Strategy":
         """Read ``name`` or ``name:value`` for a model of E experts, K of them used.
 
         Raises:
@@ -49,21 +52,35 @@ class Strategy:
         name, colon, value_text = text.partition(":")
         if name not in RULES:
             raise InputError(f"unknown strategy {name!r}: choose among {', '.join(RULES)}")
-        parameter, number, bounds, _ = RULES[name]
+        parameter, number, bounds, field = RULES[name]
         if parameter is None:
             if colon:
                 raise InputError(f"{name} takes no value, and {text!r} gives one")
             return cls(name)
-        if name == "pruning" and top_k == 1:
-            raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
-        low, high = bounds(experts, top_k)
         try:
             value = number(value_text)
         except ValueError as error:
+            high = max(bounds(experts, top_k)[1], 1)
             raise InputError(f"{name} needs its {parameter}, as in {name}:{high}, not {text!r}") from error
-        if not low <= value <= high:
-            raise InputError(f"{parameter} of {name} must lie between {low} and {high}, not {value}")
-        return cls(name, value)
+        strategy = cls(name, value, top_j) if field else cls(name, value)
+        strategy.check(experts, top_k)
+        return strategy
+
+    def check(self, experts: int, top_k: int) -> None:
+        """Whether a model of E experts, K of them used, can be routed so.
+
+        Raises:
+            InputError: if not.
+        """
+        if self.name == "pruning" and top_k == 1:
+            raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
+        parameter, _, bounds, _ = RULES[self.name]
+        if parameter is not None:
+            low, high = bounds(experts, top_k)
+            if not low <= self.value <= high:
+                raise InputError(f"{parameter} of {self.name} must lie between {low} and {high}, not {self.value}")
+        if not 0 <= self.top_j:
+            raise InputError(f"J must be 0 or more, not {self.top_j}")
 
     def __str__(self) -> str:
         return self.name if self.value is None else f"{self.name}:{str(self.value).removesuffix('.0')}"
@@ -78,15 +95,37 @@ class Strategy:
         return int(self.value) if self.name == "pruning" else top_k
 
 
-def cache_bias(strategies: Sequence[Strategy], top_j: int) -> CacheBias:
-    """The strategies of B caches as one ``CacheBias``, of numbers where B is 1.
+def Original() -> Strategy:
+    """The model's own top-K, whatever is resident."""
+    return Strategy("original")
 
-    Args:
-        top_j: J, the best-ranked experts that every strategy keeps.
-    """
-    values = {}
+
+def Pruning(keep: int) -> Strategy:
+    """The ``keep`` best experts alone, fewer than the model's K."""
+    return Strategy("pruning", keep)
+
+
+def MaxRank(window: int, top_j: int = TOP_J) -> Strategy:
+    """Residents among the M = ``window`` best-ranked come first (the paper's algorithm 1)."""
+    return Strategy("max-rank", window, top_j)
+
+
+def CumSum(mass: float, top_j: int = TOP_J) -> Strategy:
+    """As max-rank, the window being the fewest experts whose probabilities sum to p = ``mass`` (its algorithm 2)."""
+    return Strategy("cumsum", mass, top_j)
+
+
+def CachePrior(lam: float, top_j: int = TOP_J) -> Strategy:
+    """Rank by logit + lambda * (mean range of logits) for residents: what the paper proposes."""
+    return Strategy("cache-prior", lam, top_j)
+
+
+def cache_bias(strategies: Sequence[Strategy]) -> CacheBias:
+    """The strategies of B caches as one ``CacheBias``, of numbers where all B agree."""
+    values = {"top_j": [s.top_j for s in strategies]}
     for *_, field in RULES.values():
         if field and any(RULES[s.name][-1] == field for s in strategies):
-            each = [s.value if RULES[s.name][-1] == field else 0 for s in strategies]
-            values[field] = torch.tensor(each) if len(each) > 1 else each[0]
-    return CacheBias(top_j=top_j, **values)
+            values[field] = [s.value if RULES[s.name][-1] == field else 0 for s in strategies]
+    return CacheBias(
+        **{field: each[0] if len(set(each)) == 1 else torch.tensor(each) for field, each in values.items()}
+    )

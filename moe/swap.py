@@ -1,8 +1,12 @@
-"""Swap routing and experts into a transformers model. The only file that imports transformers."""
+"""Load transformers models, and swap routing and experts into them. The only file that imports transformers."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -11,26 +15,30 @@ import transformers
 from safetensors import SafetensorError
 from transformers.integrations.moe import ExpertsInterface
 
+from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference import Routing
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.routers import RouterOutput, RoutingRule, find_rule
 from cachemoe.offload.errors import InputError
 
 RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
+PlaceLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
 RunExperts = Callable[[int, torch.Tensor, Routing], torch.Tensor]
 
-# Blocks whose router is softmax over ``weight``, one name for each entry of checkpoint.MODEL_TYPES.
-_BLOCKS = ("Qwen2MoeSparseMoeBlock",)
+ROUTERS = ("gate", "router")  # what MoE blocks call theirs
 _IMPLEMENTATION = "cachemoe"
 RESIDENT_EXPERTS = "grouped_mm"
+PROBES = 64  # random hidden states that tell a router's rule
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32):
-    """A causal language model from a local folder of safetensors, for inference on the CPU.
+    """A causal language model from a local folder of safetensors, whole, for inference on the CPU.
 
     Raises:
         InputError: if transformers cannot load it, or a tensor is missing.
     """
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with _readable_errors(path):
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -40,13 +48,58 @@ def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32):
             trust_remote_code=False,
             experts_implementation=RESIDENT_EXPERTS,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"transformers cannot load {path}: {reason}") from error
-    # transformers fills what is missing with random numbers and goes on.
-    if absent := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
-        raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first: get it again")
+    _check_complete(path, loading)
     return model.eval().requires_grad_(False)
+
+
+def load_without_experts(checkpoint: Checkpoint, device: torch.device | str = "cpu"):
+    """The model of a checkpoint, its experts' parameters on the ``meta`` device, all others read once.
+
+    Nothing of an expert is read or allocated: a ``Swap`` has to compute them.
+
+    Raises:
+        InputError: if transformers does not know the model or lets nothing else compute its experts, or if a tensor is
+            missing.
+    """
+    with _readable_errors(checkpoint.path):
+        config = transformers.AutoConfig.from_pretrained(
+            checkpoint.path, local_files_only=True, trust_remote_code=False
+        )
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # of the experts alone, as Checkpoint has made sure
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if model_class is None:
+            raise InputError(f"transformers has no causal language model for {type(config).__name__}")
+        tensors = checkpoint.tensors
+        dense = {name: tensors.read(name) for name in tensors.entries if not checkpoint.is_expert(name)}
+        model, loading = _hollow(model_class).from_pretrained(
+            None, config=config, state_dict=dense, dtype="auto", output_loading_info=True
+        )
+        model.__class__ = model_class
+        model.to(device)
+        if (checkpoint.path / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(
+                checkpoint.path, local_files_only=True
+            )
+    _check_complete(checkpoint.path, loading)
+    for experts in _experts_of(model):
+        for name, shape in experts.__dict__.pop("_hollow").items():
+            parameter = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=model.dtype), requires_grad=False)
+            experts.register_parameter(name, parameter)
+    model.name_or_path = model.config.name_or_path = str(checkpoint.path)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(path: Path):
+    """The checkpoint's tokenizer; None where it has none.
+
+    Raises:
+        InputError: if transformers cannot load it.
+    """
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    with _readable_errors(path):
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def static_cache(model, length: int):
@@ -54,39 +107,101 @@ def static_cache(model, length: int):
     return transformers.StaticCache(config=model.config, max_cache_len=length)
 
 
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a model.
+
+    Args:
+        block: the module around both.
+        experts: whose forward goes through transformers' experts interface.
+        router: None where the block has none of a known name: its routing then cannot be changed.
+    """
+
+    block: torch.nn.Module
+    experts: torch.nn.Module
+    router: torch.nn.Module | None
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self.experts.num_experts
+
+
+def moe_layers(model) -> list[MoeLayer]:
+    """The model's MoE layers, in order.
+
+    Raises:
+        InputError: if it has none, or none that other experts can be put into.
+    """
+    layers = []
+    for block in model.modules():
+        for experts in (child for child in block.children() if _is_experts(child)):
+            routers = (getattr(block, name, None) for name in ROUTERS)
+            layers.append(MoeLayer(block, experts, next(filter(None, routers), None)))
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no experts that go through transformers' experts interface")
+    return layers
+
+
+def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
+    """Whether the model computes its experts as the page format says.
+
+    Raises:
+        InputError: if not.
+    """
+    experts = layer.experts
+    own = {
+        "gated": experts.has_gate,
+        "bias": experts.has_bias,
+        "interleaved": not experts.is_concatenated,
+    }
+    ours = {name: getattr(page_format, name) for name in own}
+    if own != ours or getattr(experts, "has_post_expert_norm", False):
+        raise InputError(f"{type(experts).__name__} computes otherwise than cachemoe's pages: {own}, and these {ours}")
+
+
 class Swap:
-    """While it is open, a model's routers choose through ``route`` and, if given, its experts run through ``experts``.
+    """While it is open, a model's experts run through ``experts``, and its routers choose through ``route``.
 
     A context manager; leaving it gives the model its own routers and experts back.
 
     Args:
-        model: as ``load_model`` gives it.
+        model: as ``load_model`` or ``load_without_experts`` gives it.
         route: (MoE layer, ``[S, E]`` router logits of S = B * T tokens, ``[S, H]`` what the router saw) -> ``Routing``.
+            None: the model's own routers choose, bit for bit.
         experts: (MoE layer, ``[S, H]`` hidden states, the layer's ``Routing``) -> ``[S, H]``; None: the model's own.
+        place: (MoE layer, ``[S, K]`` ids, ``[S, K]`` weights) -> ``Routing``, of what the model's own routers chose;
+            needed by ``experts`` where there is no ``route``.
 
     Raises:
-        InputError: if the model has no MoE block that this version knows.
+        InputError: if the model has no MoE layer that this can be done to.
     """
 
-    def __init__(self, model, route: RouteLayer, experts: RunExperts | None = None):
+    def __init__(
+        self,
+        model,
+        route: RouteLayer | None,
+        experts: RunExperts | None = None,
+        place: PlaceLayer | None = None,
+    ):
         self._model = model
-        self._blocks = [module for module in model.modules() if type(module).__name__ in _BLOCKS]
-        if not self._blocks:
-            raise InputError(f"{type(model).__name__} has none of the MoE blocks {', '.join(_BLOCKS)}")
-        self._route = route
-        self._experts = experts
+        self.layers = moe_layers(model)
+        self._route, self._experts, self._place = route, experts, place
+        self._probes = [] if route is None else [probe(layer) for layer in self.layers]
 
     @property
     def routers(self) -> list[torch.Tensor]:
         """``[E, H]``, each MoE layer's router weight."""
-        return [block.gate.weight for block in self._blocks]
+        return [layer.router.weight for layer in self.layers]
 
     def __enter__(self):
         self._routing: dict[int, Routing] = {}
-        for layer, block in enumerate(self._blocks):
-            # The instance's forward, not its class: hooks that look for the router's type keep working.
-            block.gate.forward = MethodType(partial(self._route_tokens, layer), block.gate)
-            block.experts.cachemoe_run = partial(self._run_experts, layer)
+        for number, layer in enumerate(self.layers):
+            if self._route is not None:
+                # The instance's forward, not its class: hooks that look for the router's type keep working.
+                forward = partial(self._route_tokens, number, self._probes[number], layer.router.forward)
+                layer.router.forward = MethodType(forward, layer.router)
+            layer.experts.cachemoe_run = partial(self._run_experts, number)
         if self._experts is not None:
             self._own_experts = self._model.get_experts_implementation()
             self._model.set_experts_implementation(_IMPLEMENTATION)
@@ -95,23 +210,128 @@ class Swap:
     def __exit__(self, *_):
         if self._experts is not None:
             self._model.set_experts_implementation(self._own_experts)
-        for block in self._blocks:
-            del block.gate.forward, block.experts.cachemoe_run
+        for layer in self.layers:
+            if self._route is not None:
+                del layer.router.forward
+            del layer.experts.cachemoe_run
 
-    def _route_tokens(self, layer: int, router, hidden_states: torch.Tensor):
-        """What the router's forward returns: logits, weights and ids of all tokens."""
-        seen = hidden_states.reshape(-1, router.hidden_dim)
-        logits = F.linear(seen, router.weight)
-        self._routing[layer] = routing = self._route(layer, logits, seen)
-        return logits, routing.weights.flatten(0, 1).to(logits), routing.ids.flatten(0, 1).to(logits.device)
+    def _route_tokens(self, number: int, known: "Probe", own, router, hidden_states, *arguments, **options):
+        """What the router's forward returns, with other experts."""
+        seen = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if known.logits_of is not None:
+            logits = known.logits_of(router, seen)
+        else:
+            logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
+        self._routing[number] = routing = self._route(number, logits, seen)
+        return known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
 
-    def _run_experts(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self._experts(layer, hidden_states, self._routing[layer])
+    def _run_experts(self, number: int, hidden_states, ids, weights) -> torch.Tensor:
+        if self._route is None:
+            self._routing[number] = self._place(number, ids, weights)
+        return self._experts(number, hidden_states, self._routing[number])
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a router does with random hidden states.
+
+    Args:
+        output: its answer.
+        logits_of: (router, ``[T, H]``) -> the same logits without the rest of its work; None if they are not a plain
+            product with its weight.
+    """
+
+    output: RouterOutput
+    logits_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
+
+    def rule(self, layer: MoeLayer) -> RoutingRule:
+        """The router's rule.
+
+        Raises:
+            InputError: if cachemoe knows none that it follows.
+        """
+        return find_rule(layer.router, layer.block, self.output)
+
+
+@torch.inference_mode()
+def probe(layer: MoeLayer) -> Probe:
+    """Ask a layer's router.
+
+    Raises:
+        InputError: if there is none, or it answers otherwise than with logits, weights and ids.
+    """
+    router = layer.router
+    if router is None:
+        raise InputError(f"{type(layer.block).__name__} has no router of its own to put another in: use exact routing")
+    weight = max(router.parameters(), key=torch.Tensor.numel)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(PROBES, weight.shape[-1], generator=generator).to(weight)
+    # What the block passes besides is its own, under the same name.
+    more = [name for name, p in signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    output = RouterOutput.of(router(hidden, *(getattr(layer.block, name, None) for name in more)), layer.count)
+    for logits_of in (_product, _float_product):
+        if isinstance(getattr(router, "weight", None), torch.Tensor):
+            logits = logits_of(router, hidden)
+            if logits.dtype == output.logits.dtype and torch.equal(logits, output.logits):
+                return Probe(output, logits_of)
+    return Probe(output, None)
+
+
+def _product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    return F.linear(seen, router.weight, getattr(router, "bias", None))
+
+
+def _float_product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    bias = getattr(router, "bias", None)
+    return F.linear(seen.float(), router.weight.float(), None if bias is None else bias.float())
+
+
+def _is_experts(module: torch.nn.Module) -> bool:
+    """Whether transformers' experts interface has decorated the module's class."""
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "num_experts"))
+
+
+def _experts_of(model) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if _is_experts(module)]
+
+
+def _hollow(model_class: type) -> type:
+    """The model class, its experts without parameters: none is allocated, none is missed."""
+
+    def __init__(self, config, *arguments, **options):
+        model_class.__init__(self, config, *arguments, **options)
+        for experts in _experts_of(self):
+            experts._hollow = {name: parameter.shape for name, parameter in experts.named_parameters()}
+            for name in experts._hollow:
+                delattr(experts, name)
+            experts._is_hf_initialized = True  # or transformers would want to fill what is not there
+
+    # transformers reads the source of a class's module to see what it supports.
+    return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
+
+
+@contextmanager
+def _readable_errors(path) -> Iterator[None]:
+    """What transformers raises, in one sentence; and no progress bars."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"transformers cannot load {path}: {reason}") from error
+
+
+def _check_complete(path, loading: dict) -> None:
+    """transformers fills what is missing with random numbers and goes on."""
+    if absent := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
+        raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first: get it again")
 
 
 def _experts_forward(experts, hidden_states, top_k_index, top_k_weights):
-    """transformers' experts interface; the ids and weights are those of the layer's ``Routing``."""
-    return experts.cachemoe_run(hidden_states)
+    """transformers' experts interface."""
+    return experts.cachemoe_run(hidden_states, top_k_index, top_k_weights)
 
 
 ExpertsInterface.register(_IMPLEMENTATION, _experts_forward)

@@ -99,7 +99,7 @@ def test_what_is_printed_can_be_read_again_to_the_last_digit():
 
 def test_cache_bias_of_a_mixed_list():
     texts = ("original", "max-rank:8", "cumsum:0.5", "cache-prior:0.25", "pruning:2", "max-rank:60", "cache-prior:1")
-    bias = cache_bias([parse(text) for text in texts], top_j=2)
+    bias = cache_bias([parse(text) for text in texts])
     assert bias.top_j == 2
     assert bias.window.tolist() == [0, 8, 0, 0, 0, 60, 0]
     assert bias.mass.tolist() == [0, 0, 0.5, 0, 0, 0, 0]
@@ -107,5 +107,5 @@ def test_cache_bias_of_a_mixed_list():
 
 
 def test_cache_bias_of_one():
-    bias = cache_bias([parse("original")], top_j=1)
+    bias = cache_bias([parse("original")])
     assert (bias.window, bias.mass, bias.prior) == (0, 0, 0)

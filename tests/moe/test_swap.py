@@ -43,7 +43,7 @@ class Router:
 
     def __init__(self, shape, state, strategy="original", top_j=1):
         self.shape, self.state = shape, state
-        self.bias = cache_bias([Strategy.parse(strategy, shape.experts, shape.top_k)], top_j)
+        self.bias = cache_bias([Strategy.parse(strategy, shape.experts, shape.top_k, top_j)])
         self.ids = [[] for _ in shape.layers]
 
     def __call__(self, layer, logits, hidden):

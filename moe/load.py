@@ -1,0 +1,277 @@
+"""Run a checkpoint whose experts do not fit: ``load`` it, or ``swap`` a model that is in memory already."""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cachemoe.kernels import route_cpu
+from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.route import route
+from cachemoe.moe.checkpoint import Checkpoint, MoeShape
+from cachemoe.moe.pack import open_packed
+from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.strategies import EXACT, Original, Strategy, cache_bias
+from cachemoe.moe.swap import Swap, check_experts, load_tokenizer, load_without_experts, moe_layers, probe
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.pinned import PinnedStore
+from cachemoe.offload.residency import EVICTION_POLICIES
+from cachemoe.offload.store import ExpertStore
+
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt"]
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def load(
+    path: str | os.PathLike,
+    pool: str | int = "50%",
+    routing: Strategy | None = None,
+    format: str | None = None,
+    store: str | os.PathLike | None = None,
+    eviction: str = "lru",
+    device: str | None = None,
+    progress: Progress = show_progress,
+):
+    """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
+
+    Args:
+        path: checkpoint folder of safetensors, or a Hugging Face hub id.
+        pool: how many experts are in memory: a share (``"50%"``), a size of memory (``"6GiB"``), or a number of each
+            layer's.
+        routing: which experts a token uses; None: exactly those of the model's own routers.
+        format: of the pages: bf16, fp16, fp32, int8 or int4; None: the checkpoint's own precision, exact.
+        store: made by ``cachemoe pack`` from this checkpoint; None: one in the cache directory, made if it is missing.
+        eviction: which resident expert leaves: ``lru`` or ``lfu``.
+        device: where the model runs; None: ``cuda`` where there is a GPU.
+        progress: shows what takes long.
+
+    Returns:
+        The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer, None if it has none.
+
+    Raises:
+        InputError: for a checkpoint, store, pool or routing that cannot be, in one sentence.
+    """
+    checkpoint = Checkpoint(_folder(path))
+    shape, layout = checkpoint.shape, None
+    routing = routing or Original()
+    routing.check(shape.experts, shape.top_k)
+    if eviction not in EVICTION_POLICIES:
+        raise InputError(f"unknown eviction policy {eviction!r}: choose among {', '.join(EVICTION_POLICIES)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as stack:
+        if store is None:
+            layout = checkpoint.layout(format)
+            capacity = slots_of(pool, shape, layout.page_format.page_bytes)
+            opened = stack.enter_context(open_packed(checkpoint, layout, progress))
+        else:
+            opened = stack.enter_context(ExpertStore(store))
+            kind = opened.layout.page_format
+            layout = checkpoint.layout(kind.kind, kind.group)
+            if opened.layout != layout:
+                raise InputError(f"{store} holds pages of another checkpoint than {checkpoint.path}: pack this one")
+            capacity = slots_of(pool, shape, opened.page_bytes)
+        model = load_without_experts(checkpoint, device)
+        if device != "cpu":
+            with progress("reading every page into pinned memory", opened.pages) as advance:
+                opened = stack.enter_context(PinnedStore(opened, advance))
+        evict = EVICTION_POLICIES[eviction]
+        engine = stack.enter_context(OffloadEngine(opened, capacity, device, evict=evict))
+        tokenizer = load_tokenizer(checkpoint.path)
+        model.cachemoe = PooledExperts(model, shape, engine, routing, evict, stack.pop_all().close)
+    return model, tokenizer
+
+
+def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
+    """Slots of each MoE layer.
+
+    Args:
+        pool: as ``load`` takes it. Of a size in bytes as many pages as fit, spread evenly, the first layers one more.
+
+    Raises:
+        InputError: if it is none of these, or less than the K experts of a token in a layer.
+    """
+    layers, experts, k = len(shape.layers), shape.experts, shape.top_k
+    text = str(pool).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
+    if match is None or (not match[2] and "." in match[1]):
+        raise InputError(f"pool is a share such as 50%, a size such as 6GiB, or slots of each layer, not {text!r}")
+    number, unit = float(match[1]), (match[2] or "").upper()
+    if unit in UNITS:
+        pages = min(int(number * UNITS[unit] / page_bytes), layers * experts)
+        slots = [pages // layers + (layer < pages % layers) for layer in range(layers)]
+    else:
+        slots = [round(number / 100 * experts if unit else number)] * layers
+    if not k <= min(slots) <= max(slots) <= experts:
+        least = layers * k * page_bytes
+        raise InputError(
+            f"a pool of {text} is {min(slots)} experts a layer: it must lie between the {k} that a token uses, "
+            f"{least / 1e9:.3g} GB in all layers, and the {experts} that there are, "
+            f"{layers * experts * page_bytes / 1e9:.3g} GB"
+        )
+    return slots
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    """The checkpoint's folder; of a hub id, what it has in the hub's cache, fetched if need be."""
+    folder = Path(path)
+    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+    except Exception as error:  # of many kinds: no network, no such model, no right to it
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"there is no folder {path}, and the Hugging Face hub does not give a model of that name: {reason}"
+        ) from error
+
+
+@dataclass
+class LayerCount:
+    """What one MoE layer has counted.
+
+    Args:
+        layer: of the model's decoder.
+    """
+
+    layer: int
+    slots: int
+    selections: int = 0
+    misses: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        return 1 - self.misses / self.selections if self.selections else 0.0
+
+
+class PooledExperts:
+    """A model's experts, served from a pool of pages: what ``model.cachemoe`` is. Print it for its counters.
+
+    Args:
+        model: of transformers; its experts' parameters are not used any more.
+        shape: of its MoE layers.
+        engine: that has or fetches the pages.
+        routing: see ``routing``.
+        evict: eviction policy.
+        close: ends what the engine and its store hold.
+
+    Attributes:
+        layers: a ``LayerCount`` of each MoE layer.
+        engine: the ``OffloadEngine`` or ``ResidentEngine``.
+
+    Raises:
+        InputError: if the model computes its experts, or routes, in a way that cachemoe does not know.
+    """
+
+    def __init__(self, model, shape: MoeShape, engine, routing: Strategy, evict: Callable, close: Callable[[], None]):
+        self.engine, self.shape = engine, shape
+        self._model, self._evict, self._close = model, evict, close
+        self._swap: Swap | None = None
+        layers = moe_layers(model)
+        if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
+            raise InputError(
+                f"{type(model).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
+                f"{len(shape.layers)} of {shape.experts}"
+            )
+        for layer in layers:
+            check_experts(layer, engine.page_format)
+        self._states = _by_layer(engine.state)
+        self._rules = None
+        self.reset_counters()
+        self.routing = routing
+
+    @property
+    def routing(self) -> Strategy:
+        """The routing strategy; set another between two tokens."""
+        return self._routing
+
+    @routing.setter
+    def routing(self, routing: Strategy) -> None:
+        routing.check(self.shape.experts, self.shape.top_k)
+        exact = routing.label == EXACT
+        if not exact and self._rules is None:
+            self._rules = [probe(layer).rule(layer) for layer in moe_layers(self._model)]
+        if self._swap is not None:
+            self._swap.__exit__()
+        self._routing, self._bias = routing, cache_bias([routing])
+        if exact:
+            self._swap = Swap(self._model, None, self._run, place=self._place)
+        else:
+            self._swap = Swap(self._model, self._route, self._run)
+        self._swap.__enter__()
+
+    def resize(self, pool: str | int) -> None:
+        """Change the pool between two tokens; see ``load``.
+
+        Raises:
+            InputError: as ``load``, or if all experts are in memory for good.
+        """
+        if not isinstance(self.engine, OffloadEngine):
+            raise InputError("there is nothing to resize: every expert is in memory")
+        slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
+        self.engine.resize(slots)
+        for count, capacity in zip(self.layers, slots, strict=True):
+            count.slots = capacity
+        self._states = _by_layer(self.engine.state)
+
+    def reset_counters(self) -> None:
+        """Count anew; what is resident stays."""
+        self.engine.counters = Counters()
+        slots = self.engine.state.capacity.tolist()
+        self.layers = [LayerCount(layer, count) for layer, count in zip(self.shape.layers, slots, strict=True)]
+
+    def close(self) -> None:
+        """Give the model its own routers back, end the engine's threads and close the store; the experts are gone."""
+        if self._swap is not None:
+            self._swap.__exit__()
+            self._swap = None
+        self._close()
+
+    def __str__(self) -> str:
+        c, slots = self.counters, sum(count.slots for count in self.layers)
+        pages = len(self.layers) * self.shape.experts
+        gigabytes = slots * self.engine.page_format.page_bytes / 1e9
+        said = [
+            f"{slots} of {pages} experts fit into the pool ({slots / pages:.0%}, {gigabytes:.2f} GB of "
+            f"{self.engine.page_format.kind} pages), routing {self.routing}, {self.routing.label}",
+            f"selections {c.selections}: hits {c.hits}, misses {c.misses}"
+            + (f" ({c.misses / c.selections:.1%})" if c.selections else ""),
+            f"read {c.bytes_read / 1e9:.3f} GB in {c.pages_read} pages, waited {c.stall_s:.2f} s for them, computed "
+            f"experts for {c.compute_s:.2f} s",
+        ]
+        return "\n".join(said)
+
+    @property
+    def counters(self) -> Counters:
+        """Of all layers; see ``Counters``."""
+        return self.engine.counters
+
+    def _route(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
+        rule, k = self._rules[layer], self.routing.experts_used(self.shape.top_k)
+        logits = logits[None].float().cpu()
+        routing = route(logits, self._states[layer], self._evict, k, self._bias, rule.scores, rule.correction)
+        if rule.weigh is not None:
+            routing.weights = rule.weigh(logits[0], routing.ids[0])[None]
+        return routing
+
+    def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
+        return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)
+
+    def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+        count, before = self.layers[layer], self.counters.misses
+        y = self.engine.forward(layer, hidden.contiguous(), routing)
+        count.selections += routing.ids.numel()
+        count.misses += self.counters.misses - before
+        return y
+
+
+def _by_layer(state):
+    """``[1, ...]`` of each layer, the same memory."""
+    return [state[i : i + 1] for i in range(len(state.capacity))]

@@ -1,0 +1,168 @@
+"""A model's own routing rule, found by asking its router: which of the known rules gives what it gives."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, GateScores, route
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.residency import Residency, least_recently_used
+
+TOLERANCE = 2e-2  # of a token's largest weight: routers that round to bfloat16 keep eight bits
+AGREEING = 0.95  # of the tokens: ties that bfloat16 makes are chosen among at will
+EPSILON = 1e-20  # DeepSeek-V3's, to the sum of weights
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """What ``route`` needs to choose in a model's place, and what it leaves to the model.
+
+    Args:
+        scores: how logits become scores, groups and weights.
+        correction: ``[E]`` float32 that only the selection sees, or None.
+        weigh: (``[T, E]`` float32 logits, ``[T, K]`` ids) -> ``[T, K]`` gate weights, where they are no function of
+            scores; None where they are.
+    """
+
+    scores: GateScores
+    correction: torch.Tensor | None = None
+    weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """A router's answer for T tokens, whatever order its class returns it in.
+
+    Args:
+        logits: ``[T, E]``. weights: ``[T, K]``. ids: ``[T, K]``.
+        order: name of each of the answer's tensors.
+    """
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    ids: torch.Tensor
+    order: tuple[str, ...]
+
+    @classmethod
+    def of(cls, answer: tuple[torch.Tensor, ...], experts: int) -> "RouterOutput":
+        """Tell the tensors of a router's answer apart by what they are.
+
+        Raises:
+            InputError: if they are not logits, weights and ids.
+        """
+        names = []
+        for tensor in answer if isinstance(answer, tuple) else ():
+            if not tensor.is_floating_point():
+                names.append("ids")
+            else:
+                names.append("logits" if tensor.shape[-1] == experts and "logits" not in names else "weights")
+        if sorted(names) != ["ids", "logits", "weights"]:
+            raise InputError("the model's routers do not answer with logits, weights and ids: use exact routing")
+        return cls(**dict(zip(names, answer, strict=True)), order=tuple(names))
+
+    def like(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Another answer, in this one's order and dtypes, on the device of ``logits``."""
+        new = {
+            "logits": logits,
+            "weights": weights.to(logits.device, self.weights.dtype),
+            "ids": ids.to(logits.device),
+        }
+        return tuple(new[name] for name in self.order)
+
+
+def find_rule(router: torch.nn.Module, block: torch.nn.Module, output: RouterOutput) -> RoutingRule:
+    """The rule that gives what the router gave.
+
+    Args:
+        router: the module; its attributes say how many groups there are, what factor the weights have, and so on.
+        block: the MoE block around it, which in some models has the correction.
+        output: of the router on random hidden states.
+
+    Raises:
+        InputError: if no known rule does.
+    """
+    logits = output.logits.float()
+    for rule in _candidates(router, block, logits.shape[1]):
+        if _agrees(rule, logits, output):
+            return rule
+    raise InputError(
+        f"{type(router).__name__} follows a routing rule that cachemoe does not know, so that no other routing can "
+        "stay true to its weights: use exact routing, or add the rule to moe/routers.py"
+    )
+
+
+def _agrees(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> bool:
+    """Whether the rule chooses and weighs as the router did; of tied experts either may take any."""
+    top_k = output.ids.shape[1]
+    state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
+    try:
+        routing = route(logits[None], state, least_recently_used, top_k, NO_BIAS, rule.scores, rule.correction)
+    except ValueError:  # groups that E and K do not fit
+        return False
+    ids = routing.ids[0]
+    weights = routing.weights[0] if rule.weigh is None else rule.weigh(logits, ids)
+    pairs = [(logits.gather(1, ids), logits.gather(1, output.ids)), (weights, output.weights.float())]
+    close = torch.ones(len(logits), dtype=torch.bool)
+    for ours, theirs in pairs:
+        ours, theirs = ours.sort(1).values, theirs.sort(1).values
+        close &= ((ours - theirs).abs() <= TOLERANCE * theirs.abs().amax(1, keepdim=True).clamp(min=1e-6)).all(1)
+    return close.float().mean() >= AGREEING
+
+
+def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -> Iterator[RoutingRule]:
+    """Rules that the router's attributes allow, the more particular first."""
+    jitter = getattr(router, "router_jitter_noise", None)
+    if jitter is not None:
+        yield RoutingRule(SOFTMAX, weigh=partial(sparsemixer_weights, jitter=jitter))
+    corrections = [tensor for tensor in _corrections(router, block) if tensor.numel() == experts]
+    groups = [(1, 1, "best")]
+    count, chosen = (_first(router, *names) for names in (("num_group", "n_group"), ("topk_group",)))
+    if count and chosen and count > 1:
+        groups = [(count, chosen, "best-two"), (count, chosen, "best"), *groups]
+    scales = dict.fromkeys((float(_first(router, "routed_scaling_factor", "route_scale") or 1.0), 1.0))
+    for correction in (*corrections, None):
+        for function in ("softmax", "sigmoid"):
+            for grouping in groups:
+                for renormalise in (False, True):
+                    for scale in scales:
+                        scores = GateScores(function, *grouping, renormalise, EPSILON if renormalise else 0.0, scale)
+                        yield RoutingRule(scores, None if correction is None else correction.float().cpu())
+
+
+def _corrections(router: torch.nn.Module, block: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Tensors that only the selection may see, by their names (DeepSeek-V3's and its descendants')."""
+    for module in (router, block):
+        for name, tensor in (*module.named_buffers(), *module.named_parameters()):
+            if name.rpartition(".")[2] in ("e_score_correction_bias", "expert_bias"):
+                yield tensor.detach().flatten()
+
+
+def _first(router: torch.nn.Module, *names: str):
+    """The first attribute that there is; None without."""
+    return next((value for name in names if (value := getattr(router, name, None)) is not None), None)
+
+
+def sparsemixer_weights(logits: torch.Tensor, ids: torch.Tensor, jitter: float) -> torch.Tensor:
+    """Phi-3.5-MoE's gate weights (SparseMixer, arXiv 2409.12136): each expert's share among those not much below it.
+
+    Of the experts not yet chosen, those whose logit is below the chosen one's by more than 2 * jitter of the larger
+    magnitude drop out; the weight is the chosen one's softmax among the others. The model chooses the best each time;
+    for another expert the rule is the same, with that one in the best one's place.
+
+    Args:
+        logits: ``[T, E]`` float32.
+        ids: ``[T, K]`` chosen experts, in order.
+        jitter: ``router_jitter_noise``.
+
+    Returns:
+        ``[T, K]`` float32.
+    """
+    left, weights = logits, []
+    for chosen in ids.split(1, dim=1):
+        value = logits.gather(1, chosen)
+        below = (value - logits) / logits.abs().clamp(min=value) > 2 * jitter
+        weights.append(left.masked_fill(below, float("-inf")).softmax(1).gather(1, chosen))
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(weights, 1)
