@@ -11,7 +11,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used
 
 TOLERANCE = 2e-2  # of a token's largest weight: routers that round to bfloat16 keep eight bits
-AGREEING = 0.95  # of the tokens: ties that bfloat16 makes are chosen among at will
+AGREEING = 0.95  # of the tokens at least: among ties, which bfloat16 makes, a router takes any
 EPSILON = 1e-20  # DeepSeek-V3's, to the sum of weights
 
 
@@ -84,23 +84,25 @@ def find_rule(router: torch.nn.Module, block: torch.nn.Module, output: RouterOut
         InputError: if no known rule does.
     """
     logits = output.logits.float()
-    for rule in _candidates(router, block, logits.shape[1]):
-        if _agrees(rule, logits, output):
-            return rule
+    rules = list(_candidates(router, block, logits.shape[1]))
+    agreeing = [_agreement(rule, logits, output) for rule in rules]
+    best = max(agreeing)
+    if best >= AGREEING:
+        return rules[agreeing.index(best)]
     raise InputError(
         f"{type(router).__name__} follows a routing rule that cachemoe does not know, so that no other routing can "
         "stay true to its weights: use exact routing, or add the rule to moe/routers.py"
     )
 
 
-def _agrees(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> bool:
-    """Whether the rule chooses and weighs as the router did; of tied experts either may take any."""
+def _agreement(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> float:
+    """Share of the tokens for which the rule chooses and weighs as the router did."""
     top_k = output.ids.shape[1]
     state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
     try:
         routing = route(logits[None], state, least_recently_used, top_k, NO_BIAS, rule.scores, rule.correction)
     except ValueError:  # groups that E and K do not fit
-        return False
+        return 0.0
     ids = routing.ids[0]
     weights = routing.weights[0] if rule.weigh is None else rule.weigh(logits, ids)
     pairs = [(logits.gather(1, ids), logits.gather(1, output.ids)), (weights, output.weights.float())]
@@ -108,7 +110,7 @@ def _agrees(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> bo
     for ours, theirs in pairs:
         ours, theirs = ours.sort(1).values, theirs.sort(1).values
         close &= ((ours - theirs).abs() <= TOLERANCE * theirs.abs().amax(1, keepdim=True).clamp(min=1e-6)).all(1)
-    return close.float().mean() >= AGREEING
+    return float(close.float().mean())
 
 
 def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -> Iterator[RoutingRule]:
