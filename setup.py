@@ -1,4 +1,4 @@
-"""Packaging of cachemoe: the four folders at the top of the repository are the four packages of ``cachemoe``."""
+"""Packaging of cachemoe: the four folders at the top of the repository are the four packages in ``cachemoe``."""
 
 from pathlib import Path
 
@@ -27,9 +27,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.11",
-    # cachemoe itself is a namespace package: it has no folder of its own.
-    packages=[f"cachemoe.{name}" for name in PACKAGES],
-    package_dir={f"cachemoe.{name}": name for name in PACKAGES},
+    # cachemoe itself has the few names that most users want, and its folder is one of moe's.
+    packages=["cachemoe", *(f"cachemoe.{name}" for name in PACKAGES)],
+    package_dir={"cachemoe": "moe/public", **{f"cachemoe.{name}": name for name in PACKAGES}},
     # One level deep on purpose: tinymoe/training stays in the repository.
     package_data={
         "cachemoe.kernels": ["*.c"],

@@ -25,7 +25,7 @@ from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
-from cachemoe.offload.residency import EVICTION_POLICIES
+from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.store import ExpertStore
 from cachemoe.offload.timeline import Timeline
 
@@ -67,6 +67,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     checkpoint = Checkpoint(options.model or TINYMOE)
     shape = checkpoint.shape
     strategies, capacities = _check(options, shape)
+    evict = eviction_policy(options.eviction)
     prefetchers = list(dict.fromkeys(options.prefetch))
     check_prefetchers(prefetchers, options.ahead, len(shape.layers))
     device = _device(options.device)
@@ -75,7 +76,6 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     _check_drive(options, level)
     device_profile = profile(options.profile)
     windows, segments = _tokens(options, shape)
-    evict = EVICTION_POLICIES[options.eviction]
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
     model = load_model(checkpoint.path)
@@ -207,8 +207,6 @@ def _speeds(file: ExpertStore, store, resident: ResidentEngine, shape: MoeShape,
 
 
 def _check(options: LatencyOptions, shape: MoeShape) -> tuple[list[Strategy], list[int]]:
-    if options.eviction not in EVICTION_POLICIES:
-        raise InputError(f"unknown eviction policy {options.eviction!r}: choose among {', '.join(EVICTION_POLICIES)}")
     if not 0 <= options.top_j <= shape.top_k:
         raise InputError(f"--top-j must lie between 0 and the {shape.top_k} experts that a token uses")
     texts = options.strategy or _default_strategies(shape)

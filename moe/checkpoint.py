@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, KINDS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
 from cachemoe.moe.shards import Shards
@@ -98,31 +98,10 @@ class Checkpoint:
         Raises:
             InputError: if the experts do not fit into it.
         """
-        if kind is None:
-            kind = next((name for name, dtype in FLOATS.items() if dtype == self.dtype), None)
-            if kind is None:
-                raise InputError(f"{self.path} has experts in {self.dtype}: choose a page format")
-        hidden, intermediate = self.shape.hidden, self.shape.intermediate
-        if kind == "int4" and group is None:
-            fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
-            if not fitting:
-                raise InputError(
-                    f"int4 pages need H and I divisible by {min(INT4_GROUPS)}, and these are {hidden} and "
-                    f"{intermediate}: choose int8"
-                )
-            group = max(fitting)
-        try:
-            page_format = PageFormat(
-                kind,
-                hidden,
-                intermediate,
-                group or 0,
-                activation=self._experts.activation or ACTIVATIONS[self.config.get("hidden_act", "silu")],
-                bias=self._bias is not None,
-                interleaved=self._experts.interleaved,
-            )
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        shape = self.shape
+        page_format = format_of(
+            kind, group, self.config, (shape.hidden, shape.intermediate), self.dtype, bias=self._bias is not None
+        )
         return StoreLayout(self.fingerprint(), len(self.shape.layers), self.shape.experts, page_format)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
@@ -231,20 +210,72 @@ class Checkpoint:
 
     def _check_computable(self) -> None:
         """Whether the config asks for nothing that pages and experts do not have."""
-        config = self.config
-        quantised = config.get("quantization_config") or {}
+        quantised = self.config.get("quantization_config") or {}
         if quantised and quantised.get("quant_method") not in READABLE:
             raise InputError(
                 f"{self.path} is quantised by {quantised.get('quant_method')}, which cachemoe does not read: take the "
                 "unquantised checkpoint, and let `cachemoe pack --format int4` quantise its experts"
             )
-        if not self._experts.activation and config.get("hidden_act", "silu") not in ACTIVATIONS:
+        activation_of(self.config)
+
+
+def activation_of(config: dict) -> str:
+    """The page format's activation for a model's experts.
+
+    Raises:
+        InputError: if cachemoe does not compute it.
+    """
+    experts, name = EXPERTS.get(config.get("model_type"), PLAIN), config.get("hidden_act", "silu")
+    for key, value in experts.constants:
+        if config.get(key, value) != value:
+            raise InputError(f"the model has {key} = {config[key]}, and cachemoe computes with {value} alone")
+    if not experts.activation and name not in ACTIVATIONS:
+        raise InputError(f"the model's experts have {name!r}; cachemoe computes {', '.join(ACTIVATIONS)}")
+    return experts.activation or ACTIVATIONS[name]
+
+
+def format_of(
+    kind: str | None, group: int | None, config: dict, size: tuple[int, int], dtype: torch.dtype, bias: bool
+) -> PageFormat:
+    """Layout of one expert's page.
+
+    Args:
+        kind: one of ``formats.KINDS``; None: that of ``dtype``, exact.
+        group: of int4; None: the largest that divides H and I.
+        config: the model's.
+        size: H and I.
+        dtype: of the weights.
+        bias: whether the experts have biases.
+
+    Raises:
+        InputError: if the experts do not fit into it.
+    """
+    hidden, intermediate = size
+    if kind is None:
+        kind = next((name for name, own in FLOATS.items() if own == dtype), None)
+        if kind is None:
+            raise InputError(f"the experts are in {dtype}: choose a page format, {', '.join(KINDS)}")
+    if kind == "int4" and group is None:
+        fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
+        if not fitting:
             raise InputError(
-                f"{self.path} has experts with {config['hidden_act']!r}; cachemoe computes {', '.join(ACTIVATIONS)}"
+                f"int4 pages need H and I divisible by {min(INT4_GROUPS)}, and these are {hidden} and {intermediate}: "
+                "choose int8"
             )
-        for key, value in self._experts.constants:
-            if config.get(key, value) != value:
-                raise InputError(f"{self.path} has {key} = {config[key]}, and cachemoe computes with {value} alone")
+        group = max(fitting)
+    experts = EXPERTS.get(config.get("model_type"), PLAIN)
+    try:
+        return PageFormat(
+            kind,
+            hidden,
+            intermediate,
+            group or 0,
+            activation=activation_of(config),
+            bias=bias,
+            interleaved=experts.interleaved,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def _config(path: Path) -> dict:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 
 from cachemoe.kernels import route_cpu
+from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.reference import Routing
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint, MoeShape
-from cachemoe.moe.pack import open_packed
+from cachemoe.moe.in_memory import ModelExperts
+from cachemoe.moe.pack import open_packed, pack
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.strategies import EXACT, Original, Strategy, cache_bias
 from cachemoe.moe.swap import Swap, check_experts, load_tokenizer, load_without_experts, moe_layers, probe
 from cachemoe.offload.counters import Counters
-from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
-from cachemoe.offload.residency import EVICTION_POLICIES
+from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.store import ExpertStore
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt"]
@@ -61,8 +63,7 @@ def load(
     shape, layout = checkpoint.shape, None
     routing = routing or Original()
     routing.check(shape.experts, shape.top_k)
-    if eviction not in EVICTION_POLICIES:
-        raise InputError(f"unknown eviction policy {eviction!r}: choose among {', '.join(EVICTION_POLICIES)}")
+    evict = eviction_policy(eviction)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
         if store is None:
@@ -77,14 +78,67 @@ def load(
                 raise InputError(f"{store} holds pages of another checkpoint than {checkpoint.path}: pack this one")
             capacity = slots_of(pool, shape, opened.page_bytes)
         model = load_without_experts(checkpoint, device)
-        if device != "cpu":
-            with progress("reading every page into pinned memory", opened.pages) as advance:
-                opened = stack.enter_context(PinnedStore(opened, advance))
-        evict = EVICTION_POLICIES[eviction]
-        engine = stack.enter_context(OffloadEngine(opened, capacity, device, evict=evict))
+        engine = _engine(stack, opened, capacity, device, evict, progress)
         tokenizer = load_tokenizer(checkpoint.path)
         model.cachemoe = PooledExperts(model, shape, engine, routing, evict, stack.pop_all().close)
     return model, tokenizer
+
+
+def swap(
+    model,
+    pool: str | int | None = None,
+    routing: Strategy | None = None,
+    format: str | None = None,
+    eviction: str = "lru",
+    progress: Progress = show_progress,
+) -> "PooledExperts":
+    """Swap kernels and pool into a transformers model that is in memory; its experts' own parameters are freed.
+
+    Args:
+        model: any with experts that go through transformers' experts interface; changed in place.
+        pool: as for ``load``: the experts move to a file in the cache directory that goes when they are closed. None:
+            all stay in memory, as pages, and only the kernels are swapped.
+        routing, format, eviction, progress: as for ``load``.
+
+    Returns:
+        What is then ``model.cachemoe`` too.
+
+    Raises:
+        InputError: for a model, pool or routing that cannot be, in one sentence.
+    """
+    experts, routing = ModelExperts(model), routing or Original()
+    routing.check(experts.shape.experts, experts.shape.top_k)
+    evict = eviction_policy(eviction)
+    layout = experts.layout(format)
+    for layer in moe_layers(model):
+        check_experts(layer, layout.page_format)
+    with ExitStack() as stack:
+        if pool is None:
+            count = layout.layers * layout.experts
+            with progress(f"packing {count} experts", count) as advance:
+                pages = counted(experts.pages(layout.page_format), advance)
+                engine = ResidentEngine.of_pages(layout, pages, model.device)
+        else:
+            capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
+            path = cache_directory() / f"swapped-{layout.model}-{os.getpid()}-{id(model)}.safetensors"
+            pack(experts, layout, path, progress)
+            try:
+                file = stack.enter_context(ExpertStore(path))
+            finally:
+                path.unlink()  # what is open stays readable, and nothing is left behind however this ends
+            for layer in range(layout.layers):
+                experts.free(layer)
+            engine = _engine(stack, file, capacity, model.device.type, evict, progress)
+        model.cachemoe = PooledExperts(model, experts.shape, engine, routing, evict, stack.pop_all().close)
+    return model.cachemoe
+
+
+def _engine(stack: ExitStack, store, capacity, device: str, evict: Callable, progress: Progress) -> OffloadEngine:
+    """The engine over a file: through pinned memory where a GPU computes."""
+    if device != "cpu":
+        with progress("reading every page into pinned memory", store.pages) as advance:
+            store = stack.enter_context(PinnedStore(store, advance))
+    return stack.enter_context(OffloadEngine(store, capacity, device, evict=evict))
 
 
 def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
@@ -270,6 +324,13 @@ class PooledExperts:
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
         return y
+
+
+def counted(pages: Iterator[torch.Tensor], advance: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """The pages, each counted when it is taken."""
+    for page in pages:
+        yield page
+        advance()
 
 
 def _by_layer(state):

@@ -15,11 +15,12 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 
-def pack(checkpoint: Checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> list[float] | None:
+def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> list[float] | None:
     """Write a checkpoint's store; it appears under its name only when complete.
 
     Args:
-        layout: as ``Checkpoint.layout`` gives it.
+        checkpoint: a ``Checkpoint``, or ``ModelExperts``.
+        layout: as its ``layout`` gives it.
         progress: shows the work.
 
     Returns:

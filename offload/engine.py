@@ -5,7 +5,7 @@ hits are computed while pages move, misses as they land. Outputs are summed in t
 land in: the bits do not depend on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 
 import torch
@@ -21,6 +21,7 @@ from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
 from cachemoe.offload.residency import Residency, admit, least_recently_used, resized
 from cachemoe.offload.staging import Staging
+from cachemoe.offload.store import StoreLayout
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
@@ -50,16 +51,37 @@ class ResidentEngine:
         advance: Callable[[], None] = lambda: None,
     ):
         layout = store.layout
+        self._make(layout, capacity, device)
+        with Link(_carrier(store, self._pool)) as link:
+            pages = ((layer, e) for layer in range(layout.layers) for e in range(layout.experts))
+            for _ in link.landed([link.request(*page, frame) for frame, page in enumerate(pages)]):
+                advance()
+
+    @classmethod
+    def of_pages(
+        cls, layout: StoreLayout, pages: Iterable[torch.Tensor], device: torch.device | str = "cpu"
+    ) -> "ResidentEngine":
+        """An engine of pages that are made one by one, with no store; routing is told that all are resident.
+
+        Args:
+            pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer.
+        """
+        engine = cls.__new__(cls)
+        engine._make(layout, [layout.experts] * layout.layers, device)
+        for frame, page in zip(engine._pool.pages, pages, strict=True):
+            frame.copy_(page)
+        everyone = torch.arange(layout.experts).expand(layout.layers, -1)
+        engine.state.slot_of.copy_(everyone)
+        engine.state.expert_of.copy_(everyone)
+        return engine
+
+    def _make(self, layout: StoreLayout, capacity: Sequence[int], device: torch.device | str) -> None:
         self.state = Residency.empty(torch.tensor(capacity), layout.experts)
         self.counters = Counters()
         self.page_format = layout.page_format
         self._experts_a_layer = layout.experts
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
         self._compute = _Compute(self._pool, layout.page_format)
-        with Link(_carrier(store, self._pool)) as link:
-            pages = ((layer, e) for layer in range(layout.layers) for e in range(layout.experts))
-            for _ in link.landed([link.request(*page, frame) for frame, page in enumerate(pages)]):
-                advance()
 
     @torch.no_grad()
     def forward(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from cachemoe.offload.errors import InputError
+
 
 @dataclass
 class Residency:
@@ -99,6 +101,17 @@ EVICTION_POLICIES: dict[str, Callable] = {
 }
 """An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
 token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share a definition."""
+
+
+def eviction_policy(name: str) -> Callable:
+    """The policy of that name.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name not in EVICTION_POLICIES:
+        raise InputError(f"unknown eviction policy {name!r}: choose among {', '.join(EVICTION_POLICIES)}")
+    return EVICTION_POLICIES[name]
 
 
 def admit(state: Residency, expert: int, needed: Sequence[int], evict: Callable) -> int:

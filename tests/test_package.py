@@ -45,14 +45,17 @@ def members(wheel):
 
 def test_top_level_is_cachemoe_alone(members):
     assert {name.split("/")[0] for name in members} == {"cachemoe", "cachemoe-0.1.0.dist-info"}
-    assert {name.split("/")[1] for name in members if name.startswith("cachemoe/")} == set(PACKAGES)
+    inside = {name.split("/")[1] for name in members if name.startswith("cachemoe/")}
+    assert inside == {*PACKAGES, "__init__.py"}
 
 
 def test_every_source_and_data_file_is_in_and_nothing_else(members):
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".c")]
     data = [path for path in (ROOT / "moe" / "tinymoe").glob("*") if path.suffix in DATA_SUFFIXES]
     training = ROOT / "moe" / "tinymoe" / "training"
-    expected = {f"cachemoe/{p.relative_to(ROOT).as_posix()}" for p in sources + data if training not in p.parents}
+    elsewhere = (training, ROOT / "moe" / "public")
+    expected = {f"cachemoe/{p.relative_to(ROOT).as_posix()}" for p in sources + data if p.parent not in elsewhere}
+    expected.add("cachemoe/__init__.py")
     assert {name for name in members if name.startswith("cachemoe/")} == expected
 
 

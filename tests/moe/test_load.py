@@ -1,21 +1,13 @@
 """load and what it gives: any architecture, the model's own output from a pool, and what is refused."""
 
-import json
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, VOCABULARY, save_random
 
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.load import load, slots_of
-from cachemoe.moe.pack import open_packed, pack
-from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Pruning
-from cachemoe.moe.swap import load_model
-from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import ExpertStore
+from cachemoe.moe.load import load, swap
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank
+from cachemoe.moe.swap import load_model, moe_layers
 
 transformers = pytest.importorskip("transformers")
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -159,3 +151,19 @@ def test_half_precision_checkpoints_are_loaded_as_they_are(tmp_path, dtype):
         expected, logits = own(prompt(1)).logits.float(), model(prompt(1)).logits.float()
     torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.1)
     model.cachemoe.close()
+
+
+@every_model
+@pytest.mark.parametrize("pool", [None, 4])
+def test_swap_gives_the_models_own_output(checkpoints, name, pool, cache):
+    own, model = load_model(checkpoints(name)), load_model(checkpoints(name))
+    pooled = swap(model, pool=pool)
+    assert all(parameter.is_meta for layer in moe_layers(model) for parameter in layer.experts.parameters())
+    assert not list(cache.glob("*.safetensors"))  # the pages' file is held open, and has no name any more
+    with torch.inference_mode():
+        expected, logits = own(prompt(1)).logits, model(prompt(1)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(generate(model, 4), generate(own, 4))
+    assert (pooled.counters.misses == 0) == (pool is None)
+    assert pooled is model.cachemoe
+    pooled.close()
