@@ -2,22 +2,19 @@
 
 import json
 import sys
-from contextlib import contextmanager
-from errno import EISDIR
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from cachemoe.benchmarks import cli_models
+from cachemoe.benchmarks.terminal import check_destination, console, errors, one_sentence
 from cachemoe.moe.progress import show_progress
-from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-console = Console()
-errors = Console(stderr=True)
+for command in (cli_models.info, cli_models.pack, cli_models.generate, cli_models.quality, cli_models.trace):
+    app.command()(command)
 
 
 @app.callback()
@@ -30,24 +27,6 @@ def about():
 
     Begin with **cachemoe latency**: it needs no download and no GPU.
     """
-
-
-@contextmanager
-def one_sentence():
-    """What a person can mend ends the program in one sentence, without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        errors.print("cachemoe: interrupted")
-        raise typer.Exit(130) from None
-    except ModuleNotFoundError as error:
-        errors.print(
-            f"cachemoe: {error.name} is missing: pip install 'cachemoe[hf,bench]'", markup=False, highlight=False
-        )
-        raise typer.Exit(2) from None
-    except (InputError, OSError) as error:
-        errors.print(f"cachemoe: {error}", soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -150,7 +129,7 @@ def latency(
             *(device, store, prefetch, ahead, drive, timeline),
         )
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
-            _check_destination(path)
+            check_destination(path)
         report = run_latency(options, show_progress)
         _print_latency(report)
         with whole_file(json_path) as partial:
@@ -158,18 +137,6 @@ def latency(
         with whole_file(plot_path) as partial:
             plot_report(report, partial)
         console.print(f"[dim]Every figure: {json_path}. Picture: {plot_path}.[/dim]")
-
-
-def _check_destination(path: Path) -> None:
-    """Whether a result can be written, before the work that makes it."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another file") from error
 
 
 @app.command()
@@ -188,7 +155,7 @@ def gpu(
     with one_sentence():
         from cachemoe.benchmarks.run_gpu import run_gpu
 
-        _check_destination(out)
+        check_destination(out)
         report = run_gpu(out, 60 * minutes, rehearse, show_progress)
         _print_gpu(report)
         console.print(f"[dim]Every figure: {out}.[/dim]")
@@ -232,7 +199,7 @@ def compile_kernels(
         from cachemoe.benchmarks.run_compile import compile_table, run_compile
 
         if json_path is not None:
-            _check_destination(json_path)
+            check_destination(json_path)
         report = run_compile(capability or [80, 90], show_progress)
         console.print(compile_table(report))
         if json_path is not None:

@@ -10,13 +10,13 @@ import torch
 
 from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
-from cachemoe.kernels.reference import STATE, GateScores
-from cachemoe.kernels.route import route
+from cachemoe.kernels.reference import STATE
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
+from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
-from cachemoe.moe.swap import Swap, static_cache
+from cachemoe.moe.swap import Swap, recorded_routers, routing_rules, static_cache
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
@@ -127,29 +127,31 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
     order = list(rows)
     shuffle = random.Random(0).shuffle
     prefill_experts = model.get_experts_implementation()
+    rules = routing_rules(model)
     try:
         for window in plan.windows:
             shuffle(order)
             for row in order:
                 model.set_experts_implementation(prefill_experts)
                 decode = _decode_in_a_graph if isinstance(row.engine, DeviceEngine) else _decode_segment
-                decode(model, shape, row, window.to(model.device), plan)
+                decode(model, shape, row, window.to(model.device), plan, rules)
                 progress()
     finally:
         model.set_experts_implementation(prefill_experts)
 
 
-def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
+def _decode_segment(
+    model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
+) -> None:
     engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
-    scores = GateScores(renormalise=shape.renormalise)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
     def route_layer(layer, logits, hidden):
-        return route(logits[None].cpu(), states[layer], plan.evict, k, bias, scores)
+        return choose(rules[layer], logits[None].cpu(), states[layer], plan.evict, k, bias)
 
     def route_timed(layer, logits, hidden):
         nonlocal route_s
@@ -169,8 +171,9 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
     swap = Swap(model, route_layer)
     trace = None
     if row.prefetch == ORACLE:  # what the unmodified model chooses
-        chosen = model(window[None], output_router_logits=True).router_logits
-        trace = torch.stack([z[plan.prefix :].topk(shape.top_k, dim=-1).indices for z in chosen], 1).cpu()
+        with recorded_routers(model) as answers:
+            model(window[None])
+        trace = torch.stack([answer.ids[plan.prefix :] for (answer,) in answers], 1).cpu()
     with swap:
         past = model(window[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):
@@ -179,7 +182,9 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
             row.prefetch,
             engine,
             swap.routers,
-            lambda layer, logits: peek(logits.cpu(), states[layer], k, bias, scores),
+            lambda layer, logits: peek(
+                logits.cpu(), states[layer], k, bias, rules[layer].scores, rules[layer].correction
+            ),
             shape.top_k,
             plan.ahead,
             trace,
@@ -207,17 +212,19 @@ def _decode_segment(model, shape: MoeShape, row: Decode, window: torch.Tensor, p
     row.route_s += route_s
 
 
-def _decode_in_a_graph(model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan) -> None:
+def _decode_in_a_graph(
+    model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
+) -> None:
     engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
-    scores = GateScores(renormalise=shape.renormalise)
     payload_input = _payload_input(engine, model.device)
 
     def route_prefix(layer, logits, hidden):
-        return route(logits[None], engine.caches(layer), plan.evict, k, bias, scores)
+        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias)
 
     def route_token(layer, logits, hidden):
-        return route(logits[None], engine.caches(layer), plan.evict, k, bias, scores, out=engine.routing(layer))
+        out = engine.routing(layer)
+        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias, out)
 
     def route_and_move(layer, logits, hidden):
         routing = route_token(layer, logits, hidden)

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cachemoe.kernels.reference import GateScores
-from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy, cache_bias
-from cachemoe.moe.swap import Swap
+from cachemoe.moe.swap import Swap, recorded_routers, routing_rules
 from cachemoe.offload.residency import Residency
 
 NATS_PER_BIT = 0.6931471805599453
@@ -105,29 +104,34 @@ def evaluate(
             qualities[i] = Quality(state[:, row])
         batches.append((k, [qualities[i] for i in members], state, bias))
 
-    scores = GateScores(renormalise=shape.renormalise)
+    rules = routing_rules(model)
     original_ids = []
     for window in windows:
-        output = model(window[None], output_router_logits=True)
-        reference = output.logits[0, :-1].log_softmax(-1)
-        original_ids.append(torch.stack([z.topk(shape.top_k, dim=-1).indices for z in output.router_logits]))
+        with recorded_routers(model) as answers:
+            reference = _log_probabilities(model(window[None]).logits[0, :-1])
+        original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
         for k, rows, state, bias in batches:
             misses = torch.zeros(len(rows), dtype=torch.int64)
 
             def route_layer(layer, logits, hidden, k=k, rows=rows, state=state, bias=bias, misses=misses):
-                routing = route(logits.unflatten(0, (len(rows), -1)), state[layer], evict, k, bias, scores)
+                logits = logits.unflatten(0, (len(rows), -1)).cpu()
+                routing = choose(rules[layer], logits, state[layer], evict, k, bias)
                 misses += routing.misses.count
                 return routing
 
             with Swap(model, route_layer):
                 logits = model(window.expand(len(rows), -1)).logits[:, :-1]
-            _score(rows, logits.log_softmax(-1), reference, window[1:])
+            _score(rows, _log_probabilities(logits), reference, window[1:])
             for quality, missed in zip(rows, misses.tolist(), strict=True):
                 quality.misses += missed
                 quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> None:

@@ -15,6 +15,28 @@ def held_out_text() -> bytes:
     return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics)).encode()
 
 
+def tokenized(path: Path | None, tokenizer, needed: int) -> torch.Tensor:
+    """Text as a model's tokens, from its start.
+
+    Args:
+        path: a text file in UTF-8; None for ``held_out_text``.
+        tokenizer: the model's.
+        needed: tokens that the measurement reads at most.
+
+    Returns:
+        ``[T]`` int64, T <= ``needed``.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
+    try:
+        text = (held_out_text() if path is None else path.read_bytes()).decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
+    # No tokenizer makes less than a token of 16 characters of prose.
+    return torch.tensor(tokenizer(text[: 16 * needed], add_special_tokens=False, verbose=False)["input_ids"][:needed])
+
+
 def load_tokens(path: Path | None, vocabulary: int, needed: int) -> torch.Tensor:
     """Text as tokens, one a byte.
 

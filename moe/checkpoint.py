@@ -30,7 +30,6 @@ class MoeShape:
         layers: decoder layers that are MoE layers, in order.
         experts: E. top_k: K. hidden: H. intermediate: I of an expert. vocabulary: tokens.
         context: longest sequence the model takes.
-        renormalise: whether the K gate weights are scaled to sum to 1.
     """
 
     layers: tuple[int, ...]
@@ -40,7 +39,6 @@ class MoeShape:
     intermediate: int
     vocabulary: int
     context: int
-    renormalise: bool
 
 
 class Checkpoint:
@@ -88,8 +86,8 @@ class Checkpoint:
                     digest.update(row.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
-        """Layout of this model's store with pages of one format.
+    def page_format(self, kind: str | None = None, group: int | None = None) -> PageFormat:
+        """Layout of one expert's page.
 
         Args:
             kind: one of ``formats.KINDS``; None: the checkpoint's own precision.
@@ -98,10 +96,12 @@ class Checkpoint:
         Raises:
             InputError: if the experts do not fit into it.
         """
-        shape = self.shape
-        page_format = format_of(
-            kind, group, self.config, (shape.hidden, shape.intermediate), self.dtype, bias=self._bias is not None
-        )
+        size = self.shape.hidden, self.shape.intermediate
+        return format_of(kind, group, self.config, size, self.dtype, bias=self._bias is not None)
+
+    def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
+        """Layout of this model's store with pages of one format; see ``page_format``."""
+        page_format = self.page_format(kind, group)
         return StoreLayout(self.fingerprint(), len(self.shape.layers), self.shape.experts, page_format)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
@@ -190,7 +190,6 @@ class Checkpoint:
             intermediate=intermediate,
             vocabulary=config["vocab_size"],
             context=config["max_position_embeddings"],
-            renormalise=config.get("norm_topk_prob", False),
         )
 
     def _count(self, part: str) -> int:

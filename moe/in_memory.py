@@ -47,7 +47,6 @@ class ModelExperts:
             intermediate=intermediate,
             vocabulary=self.config["vocab_size"],
             context=self.config.get("max_position_embeddings", 0),
-            renormalise=self.config.get("norm_topk_prob", False),
         )
 
     def layout(self, kind: str | None) -> StoreLayout:

@@ -12,13 +12,14 @@ import torch
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.reference import Routing
-from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint, MoeShape
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.pack import open_packed, pack
 from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.routers import choose
+from cachemoe.moe.sizes import size_of, size_text
 from cachemoe.moe.strategies import EXACT, Original, Strategy, cache_bias
-from cachemoe.moe.swap import Swap, check_experts, load_tokenizer, load_without_experts, moe_layers, probe
+from cachemoe.moe.swap import Swap, check_experts, load_tokenizer, load_without_experts, moe_layers, routing_rules
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
@@ -27,13 +28,12 @@ from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.store import ExpertStore
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt"]
-UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def load(
     path: str | os.PathLike,
     pool: str | int = "50%",
-    routing: Strategy | None = None,
+    routing: Strategy | str | None = None,
     format: str | None = None,
     store: str | os.PathLike | None = None,
     eviction: str = "lru",
@@ -46,7 +46,8 @@ def load(
         path: checkpoint folder of safetensors, or a Hugging Face hub id.
         pool: how many experts are in memory: a share (``"50%"``), a size of memory (``"6GiB"``), or a number of each
             layer's.
-        routing: which experts a token uses; None: exactly those of the model's own routers.
+        routing: which experts a token uses, as ``CachePrior(0.5)`` or ``"cache-prior:0.5"``; None: exactly those of
+            the model's own routers.
         format: of the pages: bf16, fp16, fp32, int8 or int4; None: the checkpoint's own precision, exact.
         store: made by ``cachemoe pack`` from this checkpoint; None: one in the cache directory, made if it is missing.
         eviction: which resident expert leaves: ``lru`` or ``lfu``.
@@ -59,10 +60,9 @@ def load(
     Raises:
         InputError: for a checkpoint, store, pool or routing that cannot be, in one sentence.
     """
-    checkpoint = Checkpoint(_folder(path))
-    shape, layout = checkpoint.shape, None
-    routing = routing or Original()
-    routing.check(shape.experts, shape.top_k)
+    checkpoint = Checkpoint(checkpoint_folder(path))
+    shape = checkpoint.shape
+    routing = _strategy(routing, shape)
     evict = eviction_policy(eviction)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
@@ -80,14 +80,14 @@ def load(
         model = load_without_experts(checkpoint, device)
         engine = _engine(stack, opened, capacity, device, evict, progress)
         tokenizer = load_tokenizer(checkpoint.path)
-        model.cachemoe = PooledExperts(model, shape, engine, routing, evict, stack.pop_all().close)
+        model.cachemoe = PooledExperts(model, shape, layout.model, engine, routing, evict, stack.pop_all().close)
     return model, tokenizer
 
 
 def swap(
     model,
     pool: str | int | None = None,
-    routing: Strategy | None = None,
+    routing: Strategy | str | None = None,
     format: str | None = None,
     eviction: str = "lru",
     progress: Progress = show_progress,
@@ -106,8 +106,8 @@ def swap(
     Raises:
         InputError: for a model, pool or routing that cannot be, in one sentence.
     """
-    experts, routing = ModelExperts(model), routing or Original()
-    routing.check(experts.shape.experts, experts.shape.top_k)
+    experts = ModelExperts(model)
+    routing = _strategy(routing, experts.shape)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
     for layer in moe_layers(model):
@@ -129,7 +129,9 @@ def swap(
             for layer in range(layout.layers):
                 experts.free(layer)
             engine = _engine(stack, file, capacity, model.device.type, evict, progress)
-        model.cachemoe = PooledExperts(model, experts.shape, engine, routing, evict, stack.pop_all().close)
+        model.cachemoe = PooledExperts(
+            model, experts.shape, layout.model, engine, routing, evict, stack.pop_all().close
+        )
     return model.cachemoe
 
 
@@ -152,27 +154,36 @@ def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
     """
     layers, experts, k = len(shape.layers), shape.experts, shape.top_k
     text = str(pool).strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[kmg]?i?b)?", text, re.IGNORECASE)
-    if match is None or (not match[2] and "." in match[1]):
-        raise InputError(f"pool is a share such as 50%, a size such as 6GiB, or slots of each layer, not {text!r}")
-    number, unit = float(match[1]), (match[2] or "").upper()
-    if unit in UNITS:
-        pages = min(int(number * UNITS[unit] / page_bytes), layers * experts)
-        slots = [pages // layers + (layer < pages % layers) for layer in range(layers)]
+    if text.isdecimal():
+        slots = [int(text)] * layers
+    elif share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        slots = [round(float(share[1]) / 100 * experts)] * layers
     else:
-        slots = [round(number / 100 * experts if unit else number)] * layers
+        pages = min(int(size_of(text) / page_bytes), layers * experts)
+        slots = [pages // layers + (layer < pages % layers) for layer in range(layers)]
     if not k <= min(slots) <= max(slots) <= experts:
-        least = layers * k * page_bytes
+        least, most = (size_text(layers * count * page_bytes) for count in (k, experts))
         raise InputError(
-            f"a pool of {text} is {min(slots)} experts a layer: it must lie between the {k} that a token uses, "
-            f"{least / 1e9:.3g} GB in all layers, and the {experts} that there are, "
-            f"{layers * experts * page_bytes / 1e9:.3g} GB"
+            f"a pool of {text} is {min(slots)} experts a layer: it must lie between the {k} that a token uses, {least} "
+            f"in all layers, and the {experts} that there are, {most}"
         )
     return slots
 
 
-def _folder(path: str | os.PathLike) -> Path:
-    """The checkpoint's folder; of a hub id, what it has in the hub's cache, fetched if need be."""
+def _strategy(routing: Strategy | str | None, shape: MoeShape) -> Strategy:
+    if isinstance(routing, str):
+        return Strategy.parse(routing, shape.experts, shape.top_k)
+    routing = routing or Original()
+    routing.check(shape.experts, shape.top_k)
+    return routing
+
+
+def checkpoint_folder(path: str | os.PathLike) -> Path:
+    """The checkpoint's folder; of a hub id, what it has in the hub's cache, fetched if need be.
+
+    Raises:
+        InputError: if there is neither.
+    """
     folder = Path(path)
     if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return folder
@@ -211,6 +222,7 @@ class PooledExperts:
     Args:
         model: of transformers; its experts' parameters are not used any more.
         shape: of its MoE layers.
+        fingerprint: of the experts' weights.
         engine: that has or fetches the pages.
         routing: see ``routing``.
         evict: eviction policy.
@@ -224,8 +236,17 @@ class PooledExperts:
         InputError: if the model computes its experts, or routes, in a way that cachemoe does not know.
     """
 
-    def __init__(self, model, shape: MoeShape, engine, routing: Strategy, evict: Callable, close: Callable[[], None]):
-        self.engine, self.shape = engine, shape
+    def __init__(
+        self,
+        model,
+        shape: MoeShape,
+        fingerprint: str,
+        engine: OffloadEngine | ResidentEngine,
+        routing: Strategy,
+        evict: Callable,
+        close: Callable[[], None],
+    ):
+        self.engine, self.shape, self.fingerprint = engine, shape, fingerprint
         self._model, self._evict, self._close = model, evict, close
         self._swap: Swap | None = None
         layers = moe_layers(model)
@@ -251,7 +272,7 @@ class PooledExperts:
         routing.check(self.shape.experts, self.shape.top_k)
         exact = routing.label == EXACT
         if not exact and self._rules is None:
-            self._rules = [probe(layer).rule(layer) for layer in moe_layers(self._model)]
+            self._rules = routing_rules(self._model)
         if self._swap is not None:
             self._swap.__exit__()
         self._routing, self._bias = routing, cache_bias([routing])
@@ -289,18 +310,17 @@ class PooledExperts:
         self._close()
 
     def __str__(self) -> str:
-        c, slots = self.counters, sum(count.slots for count in self.layers)
+        c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format
         pages = len(self.layers) * self.shape.experts
-        gigabytes = slots * self.engine.page_format.page_bytes / 1e9
-        said = [
-            f"{slots} of {pages} experts fit into the pool ({slots / pages:.0%}, {gigabytes:.2f} GB of "
-            f"{self.engine.page_format.kind} pages), routing {self.routing}, {self.routing.label}",
-            f"selections {c.selections}: hits {c.hits}, misses {c.misses}"
-            + (f" ({c.misses / c.selections:.1%})" if c.selections else ""),
-            f"read {c.bytes_read / 1e9:.3f} GB in {c.pages_read} pages, waited {c.stall_s:.2f} s for them, computed "
-            f"experts for {c.compute_s:.2f} s",
-        ]
-        return "\n".join(said)
+        rate = f" ({c.misses / c.selections:.1%})" if c.selections else ""
+        return (
+            f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
+            f"{page_format.kind} pages\n"
+            f"routing: {self.routing}, {self.routing.label}\n"
+            f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}\n"
+            f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
+            f"in {c.compute_s:.2f} s"
+        )
 
     @property
     def counters(self) -> Counters:
@@ -309,11 +329,7 @@ class PooledExperts:
 
     def _route(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
         rule, k = self._rules[layer], self.routing.experts_used(self.shape.top_k)
-        logits = logits[None].float().cpu()
-        routing = route(logits, self._states[layer], self._evict, k, self._bias, rule.scores, rule.correction)
-        if rule.weigh is not None:
-            routing.weights = rule.weigh(logits[0], routing.ids[0])[None]
-        return routing
+        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, self._bias)
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)

@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, GateScores, route
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.route import route
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used
 
@@ -95,17 +96,38 @@ def find_rule(router: torch.nn.Module, block: torch.nn.Module, output: RouterOut
     )
 
 
+def choose(
+    rule: RoutingRule,
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    bias: CacheBias = NO_BIAS,
+    out: Routing | None = None,
+) -> Routing:
+    """``route`` by a model's rule.
+
+    Args:
+        logits: ``[B, T, E]``, where the state is.
+        state, evict, top_k, bias, out: as for ``route``.
+    """
+    routing = route(logits, state, evict, top_k, bias, rule.scores, rule.correction, out)
+    if rule.weigh is not None:
+        weights = rule.weigh(logits.float().flatten(0, 1), routing.ids.flatten(0, 1))
+        routing.weights.copy_(weights.view_as(routing.weights))
+    return routing
+
+
 def _agreement(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> float:
     """Share of the tokens for which the rule chooses and weighs as the router did."""
     top_k = output.ids.shape[1]
     state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
     try:
-        routing = route(logits[None], state, least_recently_used, top_k, NO_BIAS, rule.scores, rule.correction)
+        routing = choose(rule, logits[None], state, least_recently_used, top_k)
     except ValueError:  # groups that E and K do not fit
         return 0.0
-    ids = routing.ids[0]
-    weights = routing.weights[0] if rule.weigh is None else rule.weigh(logits, ids)
-    pairs = [(logits.gather(1, ids), logits.gather(1, output.ids)), (weights, output.weights.float())]
+    chosen = logits.gather(1, routing.ids[0]), logits.gather(1, output.ids)
+    pairs = (chosen, (routing.weights[0], output.weights.float()))
     close = torch.ones(len(logits), dtype=torch.bool)
     for ours, theirs in pairs:
         ours, theirs = ours.sort(1).values, theirs.sort(1).values

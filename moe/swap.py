@@ -143,6 +143,37 @@ def moe_layers(model) -> list[MoeLayer]:
     return layers
 
 
+@contextmanager
+def recorded_routers(model) -> Iterator[list[list[RouterOutput]]]:
+    """While it is open, what each MoE layer's router answers is appended to the layer's list.
+
+    Raises:
+        InputError: as ``moe_layers``, or if a layer has no router of its own.
+    """
+    layers = moe_layers(model)
+    if any(layer.router is None for layer in layers):
+        raise InputError(f"{type(model).__name__} has MoE blocks without a router of their own to record")
+    answers = [[] for _ in layers]
+
+    def recorder(seen, experts):
+        return lambda router, arguments, answer: seen.append(RouterOutput.of(answer, experts))
+
+    hooks = [
+        layer.router.register_forward_hook(recorder(seen, layer.count))
+        for layer, seen in zip(layers, answers, strict=True)
+    ]
+    try:
+        yield answers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def text_streamer(tokenizer):
+    """Prints what ``generate`` generates as it comes, without the prompt."""
+    return transformers.TextStreamer(tokenizer, skip_prompt=True)
+
+
 def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
     """Whether the model computes its experts as the page format says.
 
@@ -201,7 +232,8 @@ class Swap:
                 # The instance's forward, not its class: hooks that look for the router's type keep working.
                 forward = partial(self._route_tokens, number, self._probes[number], layer.router.forward)
                 layer.router.forward = MethodType(forward, layer.router)
-            layer.experts.cachemoe_run = partial(self._run_experts, number)
+            if self._experts is not None:
+                layer.experts.cachemoe_run = partial(self._run_experts, number)
         if self._experts is not None:
             self._own_experts = self._model.get_experts_implementation()
             self._model.set_experts_implementation(_IMPLEMENTATION)
@@ -213,7 +245,8 @@ class Swap:
         for layer in self.layers:
             if self._route is not None:
                 del layer.router.forward
-            del layer.experts.cachemoe_run
+            if self._experts is not None:
+                del layer.experts.cachemoe_run
 
     def _route_tokens(self, number: int, known: "Probe", own, router, hidden_states, *arguments, **options):
         """What the router's forward returns, with other experts."""
@@ -251,6 +284,15 @@ class Probe:
             InputError: if cachemoe knows none that it follows.
         """
         return find_rule(layer.router, layer.block, self.output)
+
+
+def routing_rules(model) -> list[RoutingRule]:
+    """The rule of each MoE layer's router.
+
+    Raises:
+        InputError: as ``probe`` and ``Probe.rule``.
+    """
+    return [probe(layer).rule(layer) for layer in moe_layers(model)]
 
 
 @torch.inference_mode()

@@ -30,17 +30,17 @@ def model(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def evaluation(model, shape):
     names = ("original", "pruning:1", "max-rank:4", "cumsum:0.6", "cache-prior:0", "cache-prior:0.4")
-    strategies = [Strategy.parse(name, shape.experts, shape.top_k) for name in names]
+    strategies = [Strategy.parse(name, shape.experts, shape.top_k, TOP_J) for name in names]
     settings = [Setting(strategy, capacity) for capacity in (2, 5) for strategy in strategies]
-    return settings, evaluate(model, shape, WINDOWS, settings, TOP_J, least_recently_used)
+    return settings, evaluate(model, shape, WINDOWS, settings, least_recently_used)
 
 
 @torch.inference_mode()
 def decode(model, shape, setting):
     """Negative log-likelihood, misses and residency, one token at a time through the key-value cache."""
     state = Residency.empty(torch.full((len(shape.layers),), setting.capacity), shape.experts)
-    bias, k = cache_bias([setting.strategy], TOP_J), setting.strategy.experts_used(shape.top_k)
-    scores = GateScores(renormalise=shape.renormalise)
+    bias, k = cache_bias([setting.strategy]), setting.strategy.experts_used(shape.top_k)
+    scores = GateScores()
     nats, misses = 0.0, 0
 
     def route_layer(layer, logits, hidden):

@@ -29,7 +29,7 @@ def test_exact_routing_decodes_as_the_model_does(checkpoint, tmp_path, device):
     expected = model(tokens[None]).logits[0, PREFIX:]
     layout = checkpoint.layout("bf16")
     write_store(tmp_path / "store", layout, checkpoint.pages(layout.page_format))
-    scores = GateScores(renormalise=shape.renormalise)
+    scores = GateScores()
     with ExpertStore(tmp_path / "store") as file, PinnedStore(file) as store:
         engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k, device)
 

@@ -18,11 +18,11 @@ from rich.table import Table
 from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, held_out_text, load_tokens
-from cachemoe.kernels.reference import GateScores, Routing
-from cachemoe.kernels.route import route
+from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.swap import Swap, load_model
+from cachemoe.moe.swap import Swap, load_model, routing_rules
 from cachemoe.offload.residency import Residency, least_recently_used
 from cachemoe.offload.simulate import belady_misses
 
@@ -44,14 +44,13 @@ def bits_per_byte(model, windows: torch.Tensor) -> float:
 class Altered:
     """The model's own routing with ids altered; records what it saw."""
 
-    def __init__(self, shape, alter):
-        self.shape, self.alter = shape, alter
+    def __init__(self, shape, rules, alter):
+        self.shape, self.rules, self.alter = shape, rules, alter
         self.ids, self.weights = [[] for _ in shape.layers], [[] for _ in shape.layers]
 
     def __call__(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
         everything = Residency.empty(torch.tensor([self.shape.experts]), self.shape.experts)
-        scores = GateScores(renormalise=self.shape.renormalise)
-        routing = route(logits[None], everything, least_recently_used, self.shape.top_k, scores=scores)
+        routing = choose(self.rules[layer], logits[None], everything, least_recently_used, self.shape.top_k)
         self.ids[layer].append(routing.ids[0])
         self.weights[layer].append(routing.weights[0])
         return replace(routing, ids=self.alter(routing.ids))
@@ -78,11 +77,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, model = Checkpoint(arguments.model), load_model(arguments.model)
-    shape = checkpoint.shape
+    shape, rules = checkpoint.shape, routing_rules(model)
     windows = load_tokens(None, shape.vocabulary, TOKENS).view(-1, CONTEXT)
     everything = load_tokens(None, shape.vocabulary, len(held_out_text()) // CONTEXT * CONTEXT).view(-1, CONTEXT)
 
-    own = Altered(shape, lambda ids: ids)
+    own = Altered(shape, rules, lambda ids: ids)
     with Swap(model, own):
         base = bits_per_byte(model, windows)
     costs = {}
@@ -94,7 +93,7 @@ def main() -> None:
     }
     for name, alter in track(alterations.items(), "altering the routing"):
         generator = torch.Generator().manual_seed(0)
-        with Swap(model, Altered(shape, lambda ids, f=alter, g=generator: f(g, shape.experts, ids))):
+        with Swap(model, Altered(shape, rules, lambda ids, f=alter, g=generator: f(g, shape.experts, ids))):
             costs[name] = bits_per_byte(model, windows) - base
 
     ids = torch.stack([torch.cat(layer) for layer in own.ids])
@@ -103,7 +102,7 @@ def main() -> None:
 
     capacities = [round(fraction * shape.experts) for fraction in CAPACITIES]
     settings = [Setting(Strategy("original"), capacity) for capacity in capacities]
-    stepped = evaluate(model, shape, windows[:32], settings, 0, least_recently_used)
+    stepped = evaluate(model, shape, windows[:32], settings, least_recently_used)
     belady = [sum(belady_misses(layer, c) for layer in stepped.original_ids) for c in capacities]
     report = {
         "machine": describe(),
@@ -115,7 +114,7 @@ def main() -> None:
             "k": shape.top_k,
             "hidden": shape.hidden,
             "intermediate": shape.intermediate,
-            "renormalised_gates": shape.renormalise,
+            "renormalised_gates": rules[0].scores.renormalise,
         },
         "held_out": {
             "text": HELD_OUT,

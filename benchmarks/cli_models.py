@@ -1,0 +1,200 @@
+"""The commands on a user's own checkpoint: info, pack, generate, quality and trace."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
+from cachemoe.moe.progress import show_progress
+from cachemoe.moe.sizes import size_text
+from cachemoe.offload.files import whole_file
+
+Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
+Format = Annotated[
+    str | None,
+    typer.Option(help="Of the pages: bf16, fp16, fp32, int8 or int4.", show_default="the checkpoint's own precision"),
+]
+Pool = Annotated[str, typer.Option(help="Experts in memory: a share, 50%; a size, 6GiB; or slots of each layer.")]
+TopJ = Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")]
+Eviction = Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(help="Text in UTF-8.", show_default="prose of the Python language reference"),
+]
+
+
+def info(
+    checkpoint: Checkpoint,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to be had, such as 8GiB: what fits into it, and what a token fetches.")
+    ] = None,
+):
+    """What a checkpoint needs, from its headers alone: experts, bytes an expert, what fits in a given memory."""
+    with one_sentence():
+        from cachemoe.moe.checkpoint import Checkpoint as Opened
+        from cachemoe.moe.info import needs
+        from cachemoe.moe.load import checkpoint_folder
+        from cachemoe.moe.sizes import size_of
+
+        opened = Opened(checkpoint_folder(checkpoint))
+        shape, needed = opened.shape, needs(opened, None if memory is None else size_of(memory))
+        console.print(
+            f"{opened.path.resolve().name}, {opened.config.get('model_type')}: {len(shape.layers)} MoE layers of "
+            f"{shape.experts} experts, {shape.top_k} used; hidden {shape.hidden}, expert {shape.intermediate}; all but "
+            f"the experts {size_text(needed.dense)}.",
+            highlight=False,
+        )
+        table = Table(box=box.SIMPLE_HEAD, padding=0)
+        columns = ("pages", "an expert", "all experts", "a token\nreads", "least pool")
+        for heading in (*columns, *(() if memory is None else (f"fit in\n{memory}", "a token\nfetches"))):
+            table.add_column(heading, justify="left" if heading == "pages" else "right", no_wrap=True)
+        for row in needed.formats:
+            least = len(shape.layers) * shape.top_k * row.page
+            cells = [row.kind, *map(size_text, (row.page, row.experts, row.read_per_token, least))]
+            if memory is not None:
+                enough = row.fetched_per_token is not None
+                cells += [
+                    f"{row.fits} of {shape.experts}" if enough else "too little",
+                    size_text(row.fetched_per_token) if enough else "",
+                ]
+            table.add_row(*cells)
+        console.print(table)
+        if memory is not None:
+            console.print(
+                "A token fetches this if its experts were missing as often as any expert; models have favourites, and "
+                "fetch less. Tokens in flight, activations and the key-value cache need memory besides.",
+                highlight=False,
+            )
+
+
+def pack(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="The store to make, a .safetensors file; replaced if it is there.")],
+    format: Format = None,
+):
+    """Make a store of a checkpoint's experts, one expert in memory at a time; whole or not at all."""
+    with one_sentence():
+        from cachemoe.moe.checkpoint import Checkpoint as Opened
+        from cachemoe.moe.load import checkpoint_folder
+        from cachemoe.moe.pack import pack as pack_store
+
+        opened = Opened(checkpoint_folder(checkpoint))
+        layout = opened.layout(format)
+        check_destination(out)
+        rounding = pack_store(opened, layout, out, show_progress)
+        pages = layout.layers * layout.experts
+        size = pages * layout.page_format.page_bytes
+        console.print(f"{out}: {pages} pages of {layout.page_format.kind}, {size_text(size)}.", highlight=False)
+        if rounding is not None:
+            table = Table(title="Rounding error of the weights", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+            table.add_column("layer", justify="right")
+            table.add_column("root mean square, %", justify="right")
+            for layer, error in zip(opened.shape.layers, rounding, strict=True):
+                table.add_row(str(layer), f"{100 * error:.2f}")
+            console.print(table)
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
+    pool: Pool = "50%",
+    routing: Annotated[
+        str, typer.Option(help="original (exact), pruning:K', max-rank:M, cumsum:p or cache-prior:lambda.")
+    ] = "original",
+    top_j: TopJ = 2,
+    format: Format = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Made by cachemoe pack.", show_default="one in the cache directory")
+    ] = None,
+    eviction: Eviction = "lru",
+):
+    """Generate text with a checkpoint whose experts do not all fit: greedily, printed as it comes."""
+    with one_sentence():
+        import torch
+
+        from cachemoe.moe.checkpoint import Checkpoint as Opened
+        from cachemoe.moe.load import checkpoint_folder, load
+        from cachemoe.moe.strategies import Strategy
+        from cachemoe.moe.swap import text_streamer
+        from cachemoe.offload.errors import InputError
+
+        folder = checkpoint_folder(checkpoint)
+        shape = Opened(folder).shape
+        strategy = Strategy.parse(routing, shape.experts, shape.top_k, top_j)
+        model, tokenizer = load(folder, pool, strategy, format, store, eviction)
+        try:
+            if tokenizer is None:
+                raise InputError(f"{folder} has no tokenizer: copy its tokenizer files into the folder")
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            model.generation_config.pad_token_id = model.generation_config.pad_token_id or 0
+            with torch.inference_mode():
+                model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=text_streamer(tokenizer))
+            Console(stderr=True).print(str(model.cachemoe), style="dim", highlight=False)
+        finally:
+            model.cachemoe.close()
+
+
+def quality(
+    checkpoint: Checkpoint,
+    text: Text = None,
+    capacity: Annotated[
+        list[str], typer.Option(help="Experts of each layer that the routing finds resident; repeatable.")
+    ] = ["25%", "50%", "75%"],  # noqa: B006 (typer copies it)
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="As generate's --routing; repeatable; original always runs.",
+            show_default="cache-prior:0.1, 0.2 and 0.5",
+        ),
+    ] = None,
+    top_j: TopJ = 2,
+    eviction: Eviction = "lru",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
+    pool: Pool = "100%",
+    format: Format = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/quality.json"),
+):
+    """What each routing costs a model: misses, perplexity, divergence and agreement, stepped token by token."""
+    with one_sentence():
+        from cachemoe.benchmarks.quality_report import quality_table
+        from cachemoe.benchmarks.run_models import run_quality
+
+        check_destination(json_path)
+        strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
+        options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format)
+        report = run_quality(checkpoint, *options, show_progress)
+        for table in quality_table(report):
+            console.print(table)
+        with whole_file(json_path) as partial:
+            partial.write_text(json.dumps(report, indent=1, allow_nan=False))
+        console.print(f"[dim]Every figure: {json_path}.[/dim]")
+
+
+def trace(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="The trace to make, a .safetensors file.")],
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
+    pool: Pool = "100%",
+    format: Format = None,
+):
+    """Record a model's router logits on a text: what policies need, without the model. The format: moe/trace.py."""
+    with one_sentence():
+        from cachemoe.benchmarks.run_models import run_trace
+
+        check_destination(out)
+        recorded = run_trace(checkpoint, text, tokens, context, pool, format, show_progress)
+        recorded.save(out)
+        layers, count, experts = recorded.logits.shape
+        console.print(
+            f"{out}: {count} tokens, {layers} layers, {experts} experts, {size_text(out.stat().st_size)}.",
+            highlight=False,
+        )

@@ -1,0 +1,34 @@
+"""The quality report as tables, one a capacity."""
+
+from rich import box
+from rich.table import Table
+
+COLUMNS = (
+    ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),
+    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}"),
+    ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
+    ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
+    ("label", lambda r: r["label"]),
+)
+
+
+def quality_table(report: dict) -> list[Table]:
+    """A table for each capacity of a report that ``run_quality`` made."""
+    made, model = [], report["model"]
+    for capacity in dict.fromkeys(row["capacity"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["capacity"] == capacity]
+        title = (
+            f"{model['name']} ({model['pages']} pages), {report['tokens']} tokens of {report['text']}: {capacity} of "
+            f"{model['experts']} experts resident in each layer\nUnmodified: perplexity "
+            f"{report['unmodified']['perplexity']:.3f}. Belady on the original routing misses "
+            f"{100 * rows[0]['belady_miss_rate']:.1f} %"
+        )
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+        table.add_column("strategy", no_wrap=True)
+        for heading, _ in COLUMNS:
+            table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(row["strategy"], *(text(row) for _, text in COLUMNS))
+        made.append(table)
+    return made

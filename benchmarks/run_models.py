@@ -1,0 +1,144 @@
+"""What the commands on a user's own checkpoint do: quality and trace, from options to results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cachemoe.benchmarks.machine import describe
+from cachemoe.benchmarks.quality import Evaluation, Setting, evaluate
+from cachemoe.benchmarks.text import HELD_OUT, tokenized
+from cachemoe.moe.load import load, slots_of
+from cachemoe.moe.progress import Progress
+from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.swap import recorded_routers
+from cachemoe.moe.trace import RoutingTrace
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.residency import eviction_policy
+from cachemoe.offload.simulate import belady_misses
+
+
+def windows_of(text: Path | None, tokenizer, tokens: int, context: int) -> torch.Tensor:
+    """``[windows, context]`` of the text, as many as ``tokens`` and the text have.
+
+    Raises:
+        InputError: if that is none.
+    """
+    if tokenizer is None:
+        raise InputError("the checkpoint has no tokenizer: copy its tokenizer files into the folder")
+    ids = tokenized(text, tokenizer, tokens // context * context)
+    if len(ids) < context:
+        raise InputError(f"{text or HELD_OUT} gives {len(ids)} tokens, less than one --context of {context}")
+    count = len(ids) // context
+    return ids[: count * context].view(count, context)
+
+
+def run_quality(
+    path: str,
+    text: Path | None,
+    capacities: Sequence[str],
+    strategies: Sequence[str],
+    top_j: int,
+    eviction: str,
+    tokens: int,
+    context: int,
+    pool: str,
+    format: str | None,
+    progress: Progress,
+) -> dict:
+    """What each strategy costs at each capacity, stepped through a text: see ``evaluate``.
+
+    Args:
+        pool, format: of the engine that computes, exactly; the capacities are simulated beside it.
+
+    Raises:
+        InputError: for a checkpoint or options that cannot be.
+    """
+    evict = eviction_policy(eviction)
+    model, tokenizer = load(path, pool=pool, format=format, progress=progress)
+    model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
+    try:
+        shape, pooled = model.cachemoe.shape, model.cachemoe
+        parsed = [Strategy.parse(each, shape.experts, shape.top_k, top_j) for each in strategies]
+        parsed = list(dict.fromkeys([Strategy("original"), *parsed]))
+        page = pooled.engine.page_format.page_bytes
+        slots = [max(slots_of(each, shape, page)) for each in capacities]
+        settings = [Setting(strategy, count) for count in dict.fromkeys(slots) for strategy in parsed]
+        windows = windows_of(text, tokenizer, tokens, context).to(model.device)
+        with progress("quality, stepped through the text", len(windows)) as advance:
+            evaluation = evaluate(model, shape, windows, settings, evict, advance)
+        name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
+    finally:
+        model.cachemoe.close()
+    return {
+        "command": "quality",
+        "model": {
+            "name": name,
+            "experts": shape.experts,
+            "layers": len(shape.layers),
+            "k": shape.top_k,
+            "pages": pages,
+        },
+        "text": text.name if text else HELD_OUT,
+        "context": context,
+        "tokens": evaluation.unmodified.tokens,
+        "eviction": eviction,
+        "machine": describe(),
+        "unmodified": {"perplexity": evaluation.unmodified.perplexity},
+        "rows": _rows(settings, evaluation, shape.experts),
+    }
+
+
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
+    belady: dict[int, float] = {}
+    for capacity in {setting.capacity for setting in settings}:
+        missed = sum(belady_misses(ids, capacity) for ids in evaluation.original_ids)
+        belady[capacity] = missed / evaluation.original_ids.numel()
+    return [
+        {
+            "capacity": setting.capacity,
+            "capacity_fraction": setting.capacity / experts,
+            "strategy": str(setting.strategy),
+            "label": setting.strategy.label,
+            "top_j": setting.strategy.top_j,
+            "miss_rate": quality.miss_rate,
+            "belady_miss_rate": belady[setting.capacity],
+            "perplexity": quality.perplexity,
+            "perplexity_change": quality.perplexity / evaluation.unmodified.perplexity - 1,
+            "kl_nats": quality.kl / quality.tokens,
+            "top1_agreement": quality.agreements / quality.tokens,
+        }
+        for setting, quality in zip(settings, evaluation.settings, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def run_trace(
+    path: str, text: Path | None, tokens: int, context: int, pool: str, format: str | None, progress: Progress
+) -> RoutingTrace:
+    """Record the model's own routing of a text.
+
+    Raises:
+        InputError: for a checkpoint or options that cannot be.
+    """
+    model, tokenizer = load(path, pool=pool, format=format, progress=progress)
+    try:
+        windows = windows_of(text, tokenizer, tokens, context)
+        logits, ids = [], []
+        with progress("recording the routers", len(windows)) as advance:
+            for window in windows:
+                with recorded_routers(model) as answers:
+                    model(window[None].to(model.device))
+                logits.append(torch.stack([answer.logits.half().cpu() for (answer,) in answers]))
+                ids.append(torch.stack([answer.ids.short().cpu() for (answer,) in answers]))
+                advance()
+        return RoutingTrace(
+            torch.cat(logits, 1),
+            torch.cat(ids, 1),
+            windows.flatten().int(),
+            model.cachemoe.fingerprint,
+            Path(model.name_or_path).resolve().name,
+            context,
+        )
+    finally:
+        model.cachemoe.close()

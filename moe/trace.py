@@ -1,0 +1,76 @@
+"""Routing traces: the router logits of real text, so that policies can be studied without the model.
+
+One safetensors file: ``logits`` ``[L, T, E]`` float16, what each MoE layer's router gave each token; ``ids``
+``[L, T, K]`` int16, what the model chose; ``tokens`` ``[T]`` int32, the text; and in the metadata ``model`` (the
+checkpoint's fingerprint), ``name``, ``context`` (tokens after which attention starts afresh) and ``version``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
+
+TRACE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """A model's routing of a text.
+
+    Args:
+        logits: ``[L, T, E]`` float16.
+        ids: ``[L, T, K]`` int16.
+        tokens: ``[T]`` int32.
+        model: fingerprint of the checkpoint.
+        name: of the checkpoint.
+        context: tokens of a window; attention saw no further back.
+    """
+
+    logits: torch.Tensor
+    ids: torch.Tensor
+    tokens: torch.Tensor
+    model: str
+    name: str
+    context: int
+
+    def save(self, path: Path) -> None:
+        """Write the trace; it appears under its name only when complete.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        about = {"version": TRACE_VERSION, "model": self.model, "name": self.name, "context": self.context}
+        tensors = {name: getattr(self, name).contiguous() for name in ("logits", "ids", "tokens")}
+        with whole_file(path) as partial:
+            try:
+                save_file(tensors, partial, metadata={"cachemoe-trace": json.dumps(about)})
+            except SafetensorError as error:
+                raise OSError(f"{path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: Path) -> "RoutingTrace":
+        """Read a trace.
+
+        Raises:
+            InputError: if it is none, or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["cachemoe-trace"])
+                tensors = {name: file.get_tensor(name) for name in ("logits", "ids", "tokens")}
+        except FileNotFoundError as error:
+            raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one") from error
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again") from error
+        if about.pop("version", None) != TRACE_VERSION:
+            raise InputError(f"{path} is a trace of another version: make it again")
+        layers, tokens, _ = tensors["logits"].shape
+        if tensors["ids"].shape[:2] != (layers, tokens) or tensors["tokens"].shape != (tokens,):
+            raise InputError(f"{path} has parts that do not fit each other: make it again")
+        return cls(**tensors, **about)
