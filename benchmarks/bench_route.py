@@ -73,7 +73,7 @@ def test_route(measure, device, compiled, name, strategy, repetition, implementa
     if implementation == "cachemoe":
         state, bias = (
             half_resident(geometry, device),
-            cache_bias([Strategy.parse(strategy, geometry.experts, k)], TOP_J),
+            cache_bias([Strategy.parse(strategy, geometry.experts, k, TOP_J)]),
         )
         calls = [partial(route, token, state, least_recently_used, k, bias) for token in logits]
     else:

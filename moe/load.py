@@ -14,18 +14,18 @@ from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint, MoeShape
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.pack import open_packed, pack
+from cachemoe.moe.pack import open_packed, pack, rounds
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import choose
 from cachemoe.moe.sizes import size_of, size_text
-from cachemoe.moe.strategies import EXACT, Original, Strategy, cache_bias
+from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Original, Strategy, cache_bias
 from cachemoe.moe.swap import Swap, check_experts, load_tokenizer, load_without_experts, moe_layers, routing_rules
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.residency import eviction_policy
-from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.store import ExpertStore, StoreLayout
 
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt"]
 
@@ -80,7 +80,8 @@ def load(
         model = load_without_experts(checkpoint, device)
         engine = _engine(stack, opened, capacity, device, evict, progress)
         tokenizer = load_tokenizer(checkpoint.path)
-        model.cachemoe = PooledExperts(model, shape, layout.model, engine, routing, evict, stack.pop_all().close)
+        model.cachemoe = PooledExperts(model, checkpoint, layout, engine, routing, evict)
+        model.cachemoe.owns = stack.pop_all()
     return model, tokenizer
 
 
@@ -129,9 +130,8 @@ def swap(
             for layer in range(layout.layers):
                 experts.free(layer)
             engine = _engine(stack, file, capacity, model.device.type, evict, progress)
-        model.cachemoe = PooledExperts(
-            model, experts.shape, layout.model, engine, routing, evict, stack.pop_all().close
-        )
+        model.cachemoe = PooledExperts(model, experts, layout, engine, routing, evict)
+        model.cachemoe.owns = stack.pop_all()
     return model.cachemoe
 
 
@@ -221,14 +221,16 @@ class PooledExperts:
 
     Args:
         model: of transformers; its experts' parameters are not used any more.
-        shape: of its MoE layers.
-        fingerprint: of the experts' weights.
-        engine: that has or fetches the pages.
+        source: the ``Checkpoint`` or ``ModelExperts`` that the pages are of.
+        layout: of the pages.
+        engine: that has or fetches them.
         routing: see ``routing``.
         evict: eviction policy.
-        close: ends what the engine and its store hold.
 
     Attributes:
+        shape: of the MoE layers.
+        fingerprint: of the experts' weights.
+        owns: what ``close`` closes with it.
         layers: a ``LayerCount`` of each MoE layer.
         engine: the ``OffloadEngine`` or ``ResidentEngine``.
 
@@ -239,15 +241,17 @@ class PooledExperts:
     def __init__(
         self,
         model,
-        shape: MoeShape,
-        fingerprint: str,
+        source: Checkpoint | ModelExperts,
+        layout: StoreLayout,
         engine: OffloadEngine | ResidentEngine,
         routing: Strategy,
         evict: Callable,
-        close: Callable[[], None],
     ):
-        self.engine, self.shape, self.fingerprint = engine, shape, fingerprint
-        self._model, self._evict, self._close = model, evict, close
+        self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
+        self.owns = ExitStack()
+        self._model, self._evict = model, evict
+        self._rounded = rounds(layout.page_format, source.dtype)
+        shape = self.shape
         self._swap: Swap | None = None
         layers = moe_layers(model)
         if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
@@ -282,6 +286,12 @@ class PooledExperts:
             self._swap = Swap(self._model, self._route, self._run)
         self._swap.__enter__()
 
+    @property
+    def label(self) -> str:
+        """What differs from the model: ``exact``, or which of routing and precision changed."""
+        changes = [self.routing.label] if self.routing.label != EXACT else []
+        return ", ".join(changes + [PRECISION_CHANGED] * self._rounded) or EXACT
+
     def resize(self, pool: str | int) -> None:
         """Change the pool between two tokens; see ``load``.
 
@@ -307,7 +317,7 @@ class PooledExperts:
         if self._swap is not None:
             self._swap.__exit__()
             self._swap = None
-        self._close()
+        self.owns.close()
 
     def __str__(self) -> str:
         c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format
@@ -316,7 +326,7 @@ class PooledExperts:
         return (
             f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
             f"{page_format.kind} pages\n"
-            f"routing: {self.routing}, {self.routing.label}\n"
+            f"routing: {self.routing}; {self.label}\n"
             f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}\n"
             f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
             f"in {c.compute_s:.2f} s"

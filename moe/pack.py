@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cachemoe.kernels.compile_c import cache_directory
-from cachemoe.kernels.formats import FLOATS
+from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
@@ -39,7 +39,7 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
             for e in range(layout.experts):
                 weights = checkpoint.expert(layer, e)
                 page = page_format.pack(**weights)
-                if page_format.kind not in FLOATS:
+                if rounds(page_format, checkpoint.dtype):
                     views = page_format.views(page)
                     for name in ("gate_up", "down"):
                         weight = weights[name].float()
@@ -49,9 +49,14 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
 
     with progress(f"packing {count} experts", count) as advance:
         write_store(path, layout, pages(), advance)
-    if page_format.kind in FLOATS and FLOATS[page_format.kind] == checkpoint.dtype:
+    if not rounds(page_format, checkpoint.dtype):
         return None
     return [math.sqrt(error / max(weights, 1e-300)) for error, weights in squares.tolist()]
+
+
+def rounds(page_format: PageFormat, dtype: torch.dtype) -> bool:
+    """Whether pages hold weights of that dtype in less precision."""
+    return FLOATS.get(page_format.kind) not in (dtype, torch.float32)
 
 
 def open_packed(checkpoint: Checkpoint, layout: StoreLayout, progress: Progress) -> ExpertStore:

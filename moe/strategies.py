@@ -15,6 +15,7 @@ from cachemoe.offload.errors import InputError
 TOP_J = 2  # the paper's choice for models of many small experts
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
+PRECISION_CHANGED = "precision changed"
 
 # name -> (the parameter as written in the paper, how to read it, its range for E experts and K used, the field of
 # CacheBias that it sets if any)

@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import save_random
 
+from cachemoe.kernels.quantize import FP4_VALUES
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.swap import load_model
 from cachemoe.offload.errors import InputError
@@ -23,20 +25,49 @@ def edit_config(folder, **changes):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(folder):
+    """Split the folder's file in two, with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, members in shards.items():
+        save_file({name: tensors[name] for name in members}, folder / file)
+    # Folders in an index are not followed: only the file's name counts.
+    return {name: f"../../elsewhere/{file}" for file, members in shards.items() for name in members}
+
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
 def test_shape_is_the_configs(tiny_checkpoint):
     shape = Checkpoint(tiny_checkpoint).shape
     assert (shape.layers, shape.experts, shape.top_k) == ((0, 1), 8, 2)
     assert (shape.hidden, shape.intermediate, shape.vocabulary, shape.context) == (32, 32, 256, 128)
 
 
-def test_dense_layers_are_no_moe_layers(folder):
-    edit_config(folder, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
-    assert Checkpoint(folder).shape.layers == (1, 5)
+def test_dense_layers_are_no_moe_layers(tmp_path):
+    save_random("glm4_moe", tmp_path / "model")
+    assert Checkpoint(tmp_path / "model").shape.layers == (1, 2)
+
+
+def test_layers_beyond_the_models_are_left_out(folder):
+    """DeepSeek-V3's checkpoint has a layer more, for predicting several tokens."""
+    edit_config(folder, num_hidden_layers=1)
+    assert Checkpoint(folder).shape.layers == (0,)
 
 
 def test_pages_hold_the_models_experts(tiny_checkpoint):
     checkpoint, model = Checkpoint(tiny_checkpoint), load_model(tiny_checkpoint, torch.bfloat16)
-    page_format = checkpoint.layout("bf16").page_format
+    page_format = checkpoint.layout().page_format
+    assert page_format.kind == "bf16"
     pages = iter(checkpoint.pages(page_format))
     for layer in model.model.layers:
         for e in range(8):
@@ -46,39 +77,72 @@ def test_pages_hold_the_models_experts(tiny_checkpoint):
     assert next(pages, None) is None
 
 
+def test_mxfp4_experts_are_their_exact_values(tmp_path):
+    """gpt-oss as it is published: blocks of 32 values, two a byte, with a power of two each."""
+    save_random("gpt_oss", tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    expected = {}
+
+    def quantise(tensors):
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            codes = torch.randint(0, 16, (experts, rows, columns // 32, 32), generator=generator)
+            scales = torch.randint(120, 130, (experts, rows, columns // 32), generator=generator)
+            tensors[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            tensors[f"{name}_scales"] = scales.to(torch.uint8)
+            values = torch.tensor(FP4_VALUES)[codes] * 2.0 ** (scales[..., None] - 127)
+            expected[name] = values.flatten(2)
+
+    edit_tensors(tmp_path / "model", quantise)
+    edit_config(tmp_path / "model", quantization_config={"quant_method": "mxfp4"})
+    checkpoint = Checkpoint(tmp_path / "model")
+    assert checkpoint.shape.intermediate == 64
+    for e in range(8):
+        weights = checkpoint.expert(1, e)
+        assert torch.equal(weights["gate_up"].float(), expected["model.layers.1.mlp.experts.gate_up_proj"][e])
+        assert torch.equal(weights["down"].float(), expected["model.layers.1.mlp.experts.down_proj"][e])
+        assert weights["gate_up_bias"].shape == (128,)
+
+
 def test_a_sharded_checkpoint_gives_the_same_pages(tiny_checkpoint, folder):
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, members in shards.items():
-        save_file({name: tensors[name] for name in members}, folder / file)
-    # Folders in an index are not followed: only the file's name counts.
-    weight_map = {name: f"../../elsewhere/{file}" for file, members in shards.items() for name in members}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_index(folder, shard(folder))
     whole, sharded = Checkpoint(tiny_checkpoint), Checkpoint(folder)
-    page_format = whole.layout("bf16").page_format
+    page_format = whole.layout().page_format
     for a, b in zip(whole.pages(page_format), sharded.pages(page_format), strict=True):
         assert torch.equal(a, b)
     assert whole.fingerprint() == sharded.fingerprint()
 
 
 def test_other_experts_are_another_model(tiny_checkpoint, folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.experts.5.up_proj.weight"] *= 2
-    save_file(tensors, folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.experts.5.up_proj.weight"].mul_(2))
     assert Checkpoint(tiny_checkpoint).fingerprint() != Checkpoint(folder).fingerprint()
 
 
-def test_another_architecture_is_refused(folder):
+def test_a_model_without_experts_is_refused(folder):
     edit_config(folder, model_type="llama")
-    with pytest.raises(InputError, match="'llama' model, and this version runs qwen2_moe"):
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".experts." in name])
+    with pytest.raises(InputError, match=r"no MoE model, or names its experts in a way .* \(a 'llama' model\)"):
         Checkpoint(folder)
 
 
 def test_a_config_that_lacks_a_field_is_refused(folder):
-    edit_config(folder, num_experts=None)
-    with pytest.raises(InputError, match="lacks 'num_experts'"):
+    edit_config(folder, num_experts_per_tok=None)
+    with pytest.raises(InputError, match="lacks 'num_experts_per_tok'"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_experts_per_tok": 9}, "9 of 8 experts"),
+        ({"hidden_act": "relu2"}, "'relu2'; cachemoe computes silu"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised by fp8"),
+        ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused(folder, changes, words):
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match=words):
         Checkpoint(folder)
 
 
@@ -92,18 +156,55 @@ def test_missing_or_damaged_files_are_refused(folder, name):
         Checkpoint(folder)
 
 
+def test_a_file_that_is_cut_short_is_refused(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="cut short or damaged"):
+        Checkpoint(folder)
+
+
+def test_a_missing_shard_is_refused(folder):
+    write_index(folder, shard(folder))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(InputError, match=r"b\.safetensors is missing"):
+        Checkpoint(folder)
+
+
+def test_an_index_that_names_an_absent_tensor_is_refused(folder):
+    write_index(folder, shard(folder) | {"model.layers.7.absent.weight": "a.safetensors"})
+    with pytest.raises(InputError, match=r"names model\.layers\.7\.absent\.weight, which a\.safetensors lacks"):
+        Checkpoint(folder)
+
+
+def test_pickle_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytest_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"pytest_model\.bin, which is pickle"):
+        Checkpoint(folder)
+
+
 def test_a_missing_expert_is_refused(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors")
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.7.up_proj.weight"))
     checkpoint = Checkpoint(folder)
     with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.experts\.7\.up_proj\.weight"):
-        list(checkpoint.pages(checkpoint.layout("bf16").page_format))
+        list(checkpoint.pages(checkpoint.page_format()))
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.7.down_proj.weight"))
+    with pytest.raises(InputError, match="8 experts in some layers and 7 in layer 1"):
+        Checkpoint(folder)
+
+
+def test_an_expert_of_another_shape_is_refused(folder):
+    def cut(tensors):
+        name = "model.layers.1.mlp.experts.3.down_proj.weight"
+        tensors[name] = tensors[name][:, :16].contiguous()
+
+    edit_tensors(folder, cut)
+    checkpoint = Checkpoint(folder)
+    with pytest.raises(InputError, match=r"down of \(32, 16\) in layer 1, expert 3"):
+        list(checkpoint.pages(checkpoint.page_format()))
 
 
 def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.0.self_attn.q_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
     with pytest.raises(InputError, match=r"lacks 1 of the model's tensors, .*q_proj"):
         load_model(folder)

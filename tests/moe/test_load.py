@@ -1,13 +1,21 @@
 """load and what it gives: any architecture, the model's own output from a pool, and what is refused."""
 
+import shutil
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, VOCABULARY, save_random
 
-from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.load import load, swap
-from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank
-from cachemoe.moe.swap import load_model, moe_layers
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.load import load, slots_of, swap
+from cachemoe.moe.pack import pack
+from cachemoe.moe.shards import Shards
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Original
+from cachemoe.moe.swap import load_model, load_without_experts, moe_layers
+from cachemoe.offload.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -32,6 +40,11 @@ def checkpoints(tmp_path_factory):
         return folders[name]
 
     return folder
+
+
+@contextmanager
+def quiet(description, total):
+    yield lambda: None
 
 
 def prompt(batch):
@@ -129,8 +142,6 @@ def test_rounded_pages_give_what_the_rounded_model_gives(checkpoints, name, kind
 
 def round_experts(model, checkpoint, page_format):
     """Give a model the weights that its pages hold."""
-    from cachemoe.moe.swap import moe_layers
-
     for number, layer in enumerate(moe_layers(model)):
         for e in range(layer.count):
             views = page_format.views(page_format.pack(**checkpoint.expert(number, e)))
@@ -167,3 +178,145 @@ def test_swap_gives_the_models_own_output(checkpoints, name, pool, cache):
     assert (pooled.counters.misses == 0) == (pool is None)
     assert pooled is model.cachemoe
     pooled.close()
+
+
+def test_another_routing_and_another_pool_between_two_tokens(checkpoints):
+    model = opened(checkpoints("qwen3_moe"), pool="50%")
+    expected = generate(model, 1)
+    model.cachemoe.resize("100%")
+    assert [layer.slots for layer in model.cachemoe.layers] == [8, 8, 8]
+    model.cachemoe.routing = CachePrior(1.0, top_j=0)
+    generate(model, 1)
+    assert "cache-prior:1; routing changed" in str(model.cachemoe)
+    model.cachemoe.resize("25%")
+    model.cachemoe.routing = Original()
+    assert torch.equal(generate(model, 1), expected)
+    model.cachemoe.close()
+
+
+def test_after_close_nothing_of_cachemoe_is_left(checkpoints):
+    model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
+    model.cachemoe.close()
+    model.cachemoe.close()
+    assert not any("cachemoe_run" in vars(module) or "forward" in vars(module) for module in model.modules())
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def test_the_store_is_made_once(checkpoints, cache):
+    opened(checkpoints("olmoe"), pool=4).cachemoe.close()
+    (store,) = cache.glob("*.safetensors")
+    made = store.stat().st_mtime_ns
+    opened(checkpoints("olmoe"), pool=4).cachemoe.close()
+    assert store.stat().st_mtime_ns == made
+
+
+def test_tinymoe_and_its_tokenizer(cache):
+    text = "The assignment statement é\n"
+    model, tokenizer = load(TINYMOE, pool="50%", routing="cache-prior:0.5")
+    inputs = tokenizer(text, return_tensors="pt")
+    assert inputs.input_ids[0].tolist() == list(text.encode())
+    assert tokenizer.decode(inputs.input_ids[0]) == text
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert model.cachemoe.counters.misses > 0
+    model.cachemoe.close()
+
+
+SHAPE = MoeShape(layers=(0, 1, 2), experts=8, top_k=2, hidden=1, intermediate=1, vocabulary=1, context=1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "slots"),
+    [
+        ("50%", [4, 4, 4]),
+        ("100%", [8, 8, 8]),
+        ("12.5 %", None),
+        (3, [3, 3, 3]),
+        ("3", [3, 3, 3]),
+        ("8000B", [3, 3, 2]),
+        ("10 kB", [4, 3, 3]),
+        ("1GiB", [8, 8, 8]),
+        ("5kb", None),
+        (9, None),
+        ("120%", None),
+    ],
+)
+def test_a_pool_is_a_share_or_a_size_or_slots(pool, slots):
+    if slots is None:
+        with pytest.raises(InputError, match="must lie between the 2 that a token uses"):
+            slots_of(pool, SHAPE, 1000)
+    else:
+        assert slots_of(pool, SHAPE, 1000) == slots
+
+
+@pytest.mark.parametrize("pool", ["half", "6 Gi", "-1", "1.5", ""])
+def test_any_other_pool_is_refused(pool):
+    with pytest.raises(InputError, match="is no size such as 6GiB"):
+        slots_of(pool, SHAPE, 1000)
+
+
+def refused(words, path, **options):
+    with pytest.raises(InputError, match=words):
+        load(path, **options)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def test_bad_input_is_refused_in_a_sentence(checkpoints, tmp_path, monkeypatch):
+    folder = checkpoints("qwen3_moe")
+    refused("must lie between the 2", folder, pool="10%")
+    refused("unknown eviction policy 'fifo'", folder, eviction="fifo")
+    refused("unknown page format 'int3'", folder, format="int3")
+    refused("lambda of cache-prior must lie between", folder, routing=CachePrior(2.0))
+    refused("unknown strategy", folder, routing="best")
+    refused("there is no store at", folder, store=tmp_path / "absent.safetensors")
+    refused("no checkpoint folder", tmp_path / "absent")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused("there is no folder nobody/nothing, and the Hugging Face hub does not give", "nobody/nothing")
+
+
+def test_a_store_of_another_checkpoint_is_refused(checkpoints, tmp_path):
+    other = Checkpoint(checkpoints("olmoe"))
+    pack(other, other.layout(), tmp_path / "store.safetensors", quiet)
+    refused("holds pages of another checkpoint", checkpoints("qwen3_moe"), store=tmp_path / "store.safetensors")
+
+
+def test_a_checkpoint_that_lacks_a_dense_tensor_is_refused(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints("qwen3_moe"), tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(r"lacks 1 of the model's tensors, model\.layers\.1\.self_attn\.o_proj", folder)
+
+
+def test_a_dense_model_is_refused_by_swap():
+    config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(InputError, match="no experts that go through"):
+        swap(transformers.LlamaForCausalLM(config))
+
+
+def test_no_expert_is_read_whole_or_twice(checkpoints, monkeypatch):
+    """Loading reads what is not an expert's, and of experts what tells models apart: a row of each matrix."""
+    read = []
+    own = Shards.read
+    monkeypatch.setattr(
+        Shards, "read", lambda self, name, *index: (read.append((name, index)), own(self, name, *index))[1]
+    )
+    checkpoint = Checkpoint(checkpoints("qwen3_moe"))
+    load_without_experts(checkpoint)
+    names = [name for name, _ in read]
+    assert sorted(names) == sorted(name for name in checkpoint.tensors.entries if ".experts." not in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "exact"),
+        ({"routing": CachePrior(0.5)}, "routing changed"),
+        ({"format": "bf16"}, "precision changed"),
+        ({"format": "int4", "routing": CachePrior(0.5)}, "routing changed, precision changed"),
+    ],
+)
+def test_what_differs_from_the_model_is_said(checkpoints, options, label):
+    model = opened(checkpoints("qwen3_moe"), pool=4, **options)
+    assert model.cachemoe.label == label
+    assert label in str(model.cachemoe)
+    model.cachemoe.close()
