@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels import reference
 from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, STATE, CacheBias, GateScores, Routing
 from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
-from cachemoe.kernels.route_cpu import peek
+from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
 
@@ -430,3 +430,34 @@ def test_a_cuda_graph_replays_decode():
         expected = reference.route(logits.cpu(), state, LRU, 4, bias)
         assert_same_routing(copied(Routing.empty(1, 1, 4), out), expected)
     assert_same_state(there.to("cpu"), state)
+
+
+@given(st.data())
+def test_placing_what_a_router_chose_is_as_the_reference_says(data):
+    """And, of what ``route`` would have chosen, leaves the residency that ``route`` leaves."""
+    caches, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12))
+    experts = data.draw(st.integers(2, 20))
+    k = data.draw(st.integers(1, min(experts, 6)))
+    capacity = torch.tensor(data.draw(st.lists(st.integers(k, experts), min_size=caches, max_size=caches)))
+    evict = EVICTION_POLICIES[data.draw(st.sampled_from(sorted(EVICTION_POLICIES)))]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**30)))
+    state, expected_state, routed_state = (Residency.empty(capacity, experts) for _ in range(3))
+    for _ in range(2):
+        logits = torch.randn(caches, tokens, experts, generator=generator)
+        weights, ids = logits.softmax(-1).topk(k)
+        order = torch.rand(weights.shape, generator=generator).argsort(-1)  # a router may answer in any
+        shuffled = ids.gather(-1, order), weights.gather(-1, order)
+        routing = place(*shuffled, state, evict)
+        assert_same_routing(routing, reference.place(*shuffled, expected_state, evict))
+        assert_same_routing(routing, reference.route(logits, routed_state, evict, k))
+    for name in STATE:
+        assert torch.equal(getattr(state, name), getattr(expected_state, name))
+        if name not in ("tokens", "range_sum"):
+            assert torch.equal(getattr(state, name), getattr(routed_state, name))
+
+
+@pytest.mark.parametrize("backend", [place, reference.place])
+def test_placing_more_than_there_are_slots_is_refused(backend):
+    ids = torch.arange(3)[None, None]
+    with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):
+        backend(ids, ids.float(), Residency.empty(torch.tensor([2]), 4), LRU)
