@@ -1,50 +1,15 @@
-"""A checkpoint's safetensors files, read by their headers, a tensor or a row of one at a time.
-
-``safe_open`` maps whole files, which a limit on memory counts; here a read touches its own bytes and no others.
-"""
+"""A checkpoint's safetensors files: every tensor by name, and a tensor or a part of one at a time."""
 
 import json
-import math
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.header import TensorEntry, read_header
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: its file, first byte, dtype and shape."""
-
-    file: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Shards:
@@ -81,21 +46,10 @@ class Shards:
         """
         if name not in self.entries:
             raise InputError(f"{self._folder} has no tensor {name}: get the checkpoint again")
-        entry = self.entries[name]
-        shape, start, size = entry.shape, entry.start, entry.bytes
-        for i in index:
-            size //= shape[0]
-            shape, start = shape[1:], start + i * size
-        data = torch.empty(size, dtype=torch.uint8)
-        buffer = memoryview(data.numpy())
-        with open(entry.file, "rb", buffering=0) as file:
-            file.seek(start)
-            while buffer:
-                count = file.readinto(buffer)
-                if not count:
-                    raise InputError(f"{entry.file} ends before {name} does: get the checkpoint again")
-                buffer = buffer[count:]
-        return data.view(entry.dtype).view(shape)
+        try:
+            return self.entries[name].read(*index)
+        except EOFError as error:
+            raise InputError(f"{error}: get the checkpoint again") from error
 
 
 def _index(folder: Path) -> dict[str, str] | None:
@@ -116,27 +70,11 @@ def _index(folder: Path) -> dict[str, str] | None:
         raise InputError(f"{path} is damaged: get the checkpoint again") from error
 
 
-def _header(file: Path) -> Iterator[tuple[str, TensorEntry]]:
+def _header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one file."""
     try:
-        size = file.stat().st_size
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > min(LONGEST_HEADER, size - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(opened.read(length))
-        for name, fields in header.items():
-            if name == "__metadata__":
-                continue
-            first, end = fields["data_offsets"]
-            shape, start = tuple(fields["shape"]), 8 + length + first
-            if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
-                raise ValueError(f"{name} has a place that cannot be")
-            entry = TensorEntry(file, start, DTYPES[fields["dtype"]], shape)
-            if end - first != entry.bytes or 8 + length + end > size:
-                raise ValueError(f"{name} does not fit into it")
-            yield name, entry
+        return read_header(file)[1]
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: get the checkpoint again") from error
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} is cut short or damaged ({error}): get the checkpoint again") from error

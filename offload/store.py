@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
+from cachemoe.offload.header import read_header
 
 VERSION = 3
 
@@ -89,29 +89,29 @@ class ExpertStore:
     def __init__(self, path: str | os.PathLike, expected: StoreLayout | None = None):
         self.path = Path(path)
         try:
-            with safe_open(self.path, framework="np") as file:  # checks the header against the file's size
-                self.layout = StoreLayout.parse(self.path, file.metadata())
-                shape = tuple(file.get_slice("pages").get_shape())
-                self._crc32 = file.get_tensor("crc32")
+            metadata, entries = read_header(self.path)
         except FileNotFoundError as error:
             raise InputError(f"there is no store at {self.path}") from error
-        except (SafetensorError, OSError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.path} is not a cachemoe store, or one that is cut short or damaged ({error}): if it was one, "
                 "remove it and make it again"
             ) from error
+        self.layout = StoreLayout.parse(self.path, metadata)
         if expected is not None and self.layout != expected:
             raise InputError(f"{self.path} holds pages of another model or format: remove it or choose another path")
         self.pages = self.layout.layers * self.layout.experts
         self.page_bytes = self.layout.page_format.page_bytes
-        with open(self.path, "rb") as file:
-            self._data_start = 8 + struct.unpack("<Q", file.read(8))[0]
+        pages, crc32 = (entries.get(name) for name in ("pages", "crc32"))
         if (
-            shape != (self.pages, self.page_bytes)
-            or self._data_start % PAGE_ALIGNMENT
-            or self._crc32.shape != (self.pages,)
+            pages is None
+            or crc32 is None
+            or pages.shape != (self.pages, self.page_bytes)
+            or pages.start % PAGE_ALIGNMENT
+            or crc32.shape != (self.pages,)
         ):
             raise InputError(f"{self.path} does not hold what its layout says: remove it and make it again")
+        self._data_start, self._crc32 = pages.start, crc32.read().tolist()
         self._fd, self.direct = _open_for_reading(self.path, self._data_start)
 
     def offset(self, layer: int, expert: int) -> int:
@@ -142,7 +142,7 @@ class ExpertStore:
             InputError: naming the first page that differs.
         """
         page = aligned_buffer(self.page_bytes)
-        for index, expected in enumerate(self._crc32.tolist()):
+        for index, expected in enumerate(self._crc32):
             layer, expert = divmod(index, self.layout.experts)
             self.read_into(memoryview(page), self.offset(layer, expert))
             if zlib.crc32(page) != expected:

@@ -1,0 +1,109 @@
+"""A checkpoint of any size with random weights: to see that a model larger than memory runs, without downloading one.
+
+python -m cachemoe.benchmarks.synthetic FOLDER --gigabytes 3.2
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import save_file
+
+from cachemoe.moe.checkpoint import TINYMOE
+from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.offload.files import whole_file
+
+EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 32, 4, 1024, 1024, 8, 256
+STD = 0.02
+LAYER_BYTES = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE
+NOISE = 1 << 24  # numbers drawn; tensors are stretches of them, since drawing all would take minutes
+
+
+def write_synthetic(folder: Path, gigabytes: float, progress: Progress = show_progress) -> None:
+    """Write a random bfloat16 Qwen3-MoE of at least that size: layers of 32 experts of 6.3 MB each, byte-level.
+
+    Args:
+        folder: made if it is not there.
+        gigabytes: decimal, of all weights.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    layers = max(1, -(-int(gigabytes * 1e9) // LAYER_BYTES))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "moe_intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": HIDDEN // HEADS,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the vocabulary is tinymoe's: bytes
+        shutil.copy(TINYMOE / name, folder)
+    noise = torch.randn(NOISE, generator=torch.Generator().manual_seed(0)).mul_(STD).bfloat16()
+    draws = iter(range(1 << 62))
+
+    def weight(*shape: int) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        return noise[next(draws) * 7919 % (NOISE - size) :][:size].view(shape).clone()
+
+    def parts() -> Iterator[dict[str, torch.Tensor]]:
+        ends = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "lm_head.weight": weight(VOCABULARY, HIDDEN)}
+        yield ends | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}
+        for layer in range(layers):
+            yield {f"model.layers.{layer}.{name}": tensor for name, tensor in _layer(weight)}
+
+    weight_map = {}
+    with progress(f"writing {layers} layers", layers + 1) as advance:
+        for number, tensors in enumerate(parts()):
+            file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
+            with whole_file(folder / file) as partial:
+                save_file(tensors, partial, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, file)
+            advance()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
+def _layer(weight) -> Iterator[tuple[str, torch.Tensor]]:
+    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    yield from ((f"{name}.weight", ones.clone()) for name in ("input_layernorm", "post_attention_layernorm"))
+    yield from ((f"self_attn.{name}_proj.weight", weight(HIDDEN, HIDDEN)) for name in "qkvo")
+    yield from ((f"self_attn.{name}_norm.weight", ones[: HIDDEN // HEADS].clone()) for name in "qk")
+    yield "mlp.gate.weight", weight(EXPERTS, HIDDEN) / STD * HIDDEN**-0.5  # logits of standard deviation 1
+    for e in range(EXPERTS):
+        for name, shape in (
+            ("gate", (INTERMEDIATE, HIDDEN)),
+            ("up", (INTERMEDIATE, HIDDEN)),
+            ("down", (HIDDEN, INTERMEDIATE)),
+        ):
+            yield f"mlp.experts.{e}.{name}_proj.weight", weight(*shape)
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    gigabytes: Annotated[float, typer.Option(help="Of weights, at least.")] = 3.2,
+) -> None:
+    """Write a random Qwen3-MoE checkpoint of a given size."""
+    write_synthetic(folder, gigabytes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
