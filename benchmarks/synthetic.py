@@ -65,7 +65,9 @@ def write_synthetic(folder: Path, gigabytes: float, progress: Progress = show_pr
         return noise[next(draws) * 7919 % (NOISE - size) :][:size].view(shape).clone()
 
     def parts() -> Iterator[dict[str, torch.Tensor]]:
-        ends = {"model.embed_tokens.weight": weight(VOCABULARY, HIDDEN), "lm_head.weight": weight(VOCABULARY, HIDDEN)}
+        # Tokens so far apart that the layers do not level them: each has its own experts, and text decides who is used.
+        embedding = weight(VOCABULARY, HIDDEN) / STD
+        ends = {"model.embed_tokens.weight": embedding, "lm_head.weight": weight(VOCABULARY, HIDDEN)}
         yield ends | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}
         for layer in range(layers):
             yield {f"model.layers.{layer}.{name}": tensor for name, tensor in _layer(weight)}

@@ -1,0 +1,231 @@
+"""Decode from disk in the same memory three ways: cachemoe, mmap and the page cache, accelerate's disk offload.
+
+    python -m cachemoe.benchmarks.compare_offload FOLDER --pool 50%
+
+Each is a process of its own in a control group whose memory the system limits, page cache included: that takes root on
+Linux, or a group that may be written. They decode the same prose in turns. accelerate is compared where it is
+installed.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich import box
+from rich.table import Table
+
+from cachemoe.benchmarks.machine import describe
+from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
+from cachemoe.benchmarks.text import load_tokens
+from cachemoe.kernels import experts_cpu
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.info import needs
+from cachemoe.moe.load import PooledExperts, load, slots_of
+from cachemoe.moe.pack import open_packed
+from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.sizes import size_text
+from cachemoe.moe.strategies import Original
+from cachemoe.moe.swap import load_without_experts
+from cachemoe.offload.counters import Counters
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
+from cachemoe.offload.residency import Residency, least_recently_used
+
+CACHEMOE, MAPPED, ACCELERATE = "cachemoe", "mmap", "accelerate"
+BESIDE = (
+    700e6  # bytes of the limit for the interpreter, libraries, activations: what no way of the three can do without
+)
+PREFIX = 8
+GROUPS = Path("/sys/fs/cgroup")
+
+
+class MappedExperts:
+    """A store's pages mapped into memory, all of them: which are there is the system's to decide.
+
+    An engine for ``PooledExperts``; see ``ResidentEngine``.
+    """
+
+    def __init__(self, store):
+        layout = store.layout
+        self.page_format, self.counters = layout.page_format, Counters()
+        self.state = Residency.empty(torch.full((layout.layers,), layout.experts), layout.experts)
+        shape, start = (store.pages, store.page_bytes), store.offset(0, 0)
+        mapped = np.memmap(store.path, np.uint8, "c", start, shape)  # copy on write: torch wants it writable
+        self._weights = self.page_format.views(torch.from_numpy(mapped))
+        self._experts = layout.experts
+
+    @torch.no_grad()
+    def forward(self, layer, x, routing, gate_input=None):
+        y = torch.empty_like(x)
+        frames = routing.ids[0] + layer * self._experts
+        experts_cpu.experts(x, frames, routing.weights[0], self._weights, self.page_format, y)
+        return y
+
+
+def compare(folder: Path, pool: str, rounds: int, tokens: int, progress: Progress) -> dict:
+    """Milliseconds a token of each way, and how many times as long as cachemoe it takes, round by round.
+
+    Raises:
+        InputError: for a checkpoint or pool that cannot be, or where memory cannot be limited.
+    """
+    checkpoint = Checkpoint(folder)
+    layout = checkpoint.layout()
+    with open_packed(checkpoint, layout, progress) as store:
+        files = [store.path, *folder.glob("*.safetensors")]
+    page, dense = layout.page_format.page_bytes, needs(checkpoint).dense
+    limit = int(dense + sum(slots_of(pool, checkpoint.shape, page)) * page + BESIDE)
+    ways = [CACHEMOE, MAPPED, *([ACCELERATE] if find_spec("accelerate") else [])]
+    rows = {way: [] for way in ways}
+    with progress("decoding", rounds * len(ways)) as advance:
+        for _ in range(rounds):
+            for way in ways:
+                for file in files:
+                    _forget(file)
+                rows[way].append(_child(way, folder, pool, tokens, limit))
+                advance()
+    report = []
+    for way, runs in rows.items():
+        ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, rows[CACHEMOE], strict=True)]
+        report.append(
+            {
+                "name": way,
+                "ms_per_token": statistics.median(run["seconds"] for run in runs) * 1e3,
+                "of_cachemoe": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+                "runs": runs,
+            }
+        )
+    return {
+        "command": "compare_offload",
+        "machine": describe(),
+        "model": folder.resolve().name,
+        "pool": pool,
+        "limit_bytes": limit,
+        "weights_bytes": dense + checkpoint.shape.experts * len(checkpoint.shape.layers) * page,
+        "page_bytes": page,
+        "rounds": rounds,
+        "tokens": tokens,
+        "rows": report,
+    }
+
+
+def _forget(file: Path) -> None:
+    """Let go of a file's pages in the cache: a group pays only for those that it brings in itself."""
+    with open(file, "rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _limited_group(limit: int) -> Iterator[Path]:
+    """A control group with that much memory, and no swap; its ``cgroup.procs`` takes processes in.
+
+    Raises:
+        InputError: if the system does not let one be made.
+    """
+    first = GROUPS / "memory" if (GROUPS / "memory").is_dir() else GROUPS
+    name = "memory.limit_in_bytes" if first != GROUPS else "memory.max"
+    group = first / f"cachemoe-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / name).write_text(str(limit))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        raise InputError(
+            f"memory cannot be limited here ({error}): run as root on Linux with control groups"
+        ) from error
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def _child(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
+    command = [sys.executable, "-m", "cachemoe.benchmarks.compare_offload", str(folder), "--pool", pool]
+    with _limited_group(limit) as group:
+        done = subprocess.run(
+            [*command, "--tokens", str(tokens), "--child", way, "--limit", str(limit)],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+        )
+    if done.returncode:
+        raise InputError(f"{way} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.inference_mode()
+def _decode(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
+    """In the child: load in one of the ways, decode, and report."""
+    with TemporaryDirectory() as offloaded:
+        if way == CACHEMOE:
+            model, _ = load(folder, pool=pool)
+        elif way == MAPPED:
+            checkpoint = Checkpoint(folder)
+            layout = checkpoint.layout()
+            model = load_without_experts(checkpoint)
+            engine = MappedExperts(open_packed(checkpoint, layout, show_progress))
+            model.cachemoe = PooledExperts(model, checkpoint, layout, engine, Original(), least_recently_used)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            budget = {"cpu": int(limit - BESIDE)}
+            options = {"device_map": "auto", "max_memory": budget, "offload_folder": offloaded}
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options)
+        text = load_tokens(None, model.config.vocab_size, PREFIX + 2 * tokens)
+        past = model(text[None, :PREFIX], use_cache=True).past_key_values
+        times = []
+        for token in text[PREFIX:]:
+            start = perf_counter()
+            model(token[None, None], past_key_values=past, use_cache=True)
+            times.append(perf_counter() - start)
+        report = {"seconds": statistics.mean(times[tokens:]), "times": times}
+        if way == CACHEMOE:
+            counters = model.cachemoe.counters
+            report |= {"miss_rate": counters.misses / counters.selections, "bytes_read": counters.bytes_read}
+            model.cachemoe.close()
+        return report
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint; benchmarks/synthetic.py makes one.")],
+    pool: Annotated[str, typer.Option(help="As load takes it; the others get the same memory.")] = "50%",
+    rounds: Annotated[int, typer.Option(min=3, help="How often each decodes.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens on the clock, after as many to warm up.")] = 16,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/offload.json"),
+    child: Annotated[str, typer.Option(hidden=True)] = "",
+    limit: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Decode from disk in the same memory through cachemoe, through mmap, and through accelerate."""
+    if child:
+        print(json.dumps(_decode(child, folder, pool, tokens, limit)))
+        return
+    with one_sentence():
+        check_destination(json_path)
+        report = compare(folder, pool, rounds, tokens, show_progress)
+        title = f"{report['model']}, {size_text(report['weights_bytes'])} in {size_text(report['limit_bytes'])}"
+        table = Table(title=title, box=box.SIMPLE_HEAD)
+        for heading in ("way", "ms a token", "of cachemoe (spread)"):
+            table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
+        for row in report["rows"]:
+            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["of_cachemoe"])
+            table.add_row(row["name"], f"{row['ms_per_token']:.1f}", ratio)
+        console.print(table)
+        with whole_file(json_path) as partial:
+            partial.write_text(json.dumps(report, indent=1))
+        console.print(f"[dim]Every figure: {json_path}.[/dim]")
+
+
+if __name__ == "__main__":
+    typer.run(main)
