@@ -18,12 +18,17 @@ from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.simulate import belady_misses
 
 
-def windows_of(text: Path | None, tokenizer, tokens: int, context: int) -> torch.Tensor:
+def windows_of(text: Path | None, tokenizer, tokens: int, context: int, longest: int) -> torch.Tensor:
     """``[windows, context]`` of the text, as many as ``tokens`` and the text have.
 
+    Args:
+        longest: context that the model takes.
+
     Raises:
-        InputError: if that is none.
+        InputError: if that is none, or the context is longer than the model's.
     """
+    if context > longest:
+        raise InputError(f"--context {context} is more than the {longest} tokens that the model takes")
     if tokenizer is None:
         raise InputError("the checkpoint has no tokenizer: copy its tokenizer files into the folder")
     ids = tokenized(text, tokenizer, tokens // context * context)
@@ -64,7 +69,7 @@ def run_quality(
         page = pooled.engine.page_format.page_bytes
         slots = [max(slots_of(each, shape, page)) for each in capacities]
         settings = [Setting(strategy, count) for count in dict.fromkeys(slots) for strategy in parsed]
-        windows = windows_of(text, tokenizer, tokens, context).to(model.device)
+        windows = windows_of(text, tokenizer, tokens, context, shape.context).to(model.device)
         with progress("quality, stepped through the text", len(windows)) as advance:
             evaluation = evaluate(model, shape, windows, settings, evict, advance)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
@@ -123,7 +128,7 @@ def run_trace(
     """
     model, tokenizer = load(path, pool=pool, format=format, progress=progress)
     try:
-        windows = windows_of(text, tokenizer, tokens, context)
+        windows = windows_of(text, tokenizer, tokens, context, model.cachemoe.shape.context)
         logits, ids = [], []
         with progress("recording the routers", len(windows)) as advance:
             for window in windows:

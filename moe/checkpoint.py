@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, KINDS, PageFormat
+from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
 from cachemoe.moe.shards import Shards
@@ -250,10 +250,10 @@ def format_of(
         InputError: if the experts do not fit into it.
     """
     hidden, intermediate = size
-    if kind is None:
-        kind = next((name for name, own in FLOATS.items() if own == dtype), None)
-        if kind is None:
-            raise InputError(f"the experts are in {dtype}: choose a page format, {', '.join(KINDS)}")
+    own = next((name for name, each in FLOATS.items() if each == dtype), None)
+    if own is None:
+        raise InputError(f"the experts are in {dtype}, which cachemoe does not read: it reads {', '.join(FLOATS)}")
+    kind = own if kind is None else kind
     if kind == "int4" and group is None:
         fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
         if not fitting:
@@ -286,7 +286,7 @@ def _config(path: Path) -> dict:
         raise InputError(f"{path / 'config.json'} is not valid JSON: get the checkpoint again") from error
     if not isinstance(config, dict):
         raise InputError(f"{path / 'config.json'} is not a configuration: get the checkpoint again")
-    return config
+    return config | (config.get("text_config") or {})  # of a model that sees, too, the part that has the experts
 
 
 def _parts(naming: Naming) -> list[str]:

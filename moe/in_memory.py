@@ -31,7 +31,7 @@ class ModelExperts:
         self._layers = [layer.experts for layer in moe_layers(model)]
         self.config = model.config.get_text_config().to_dict()
         first = self._layers[0]
-        if not first.has_gate or first.down_proj.is_meta:
+        if not first.has_gate or not hasattr(first, "gate_up_proj") or first.down_proj.is_meta:
             raise InputError(
                 f"{type(first).__name__} has no weights in memory, or a form that cachemoe does not compute"
             )

@@ -1,0 +1,107 @@
+"""The commands on a user's own checkpoint, as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cachemoe.moe.checkpoint import TINYMOE
+from cachemoe.moe.trace import RoutingTrace
+from cachemoe.offload.store import ExpertStore
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run the command in a folder and a cache of its own."""
+
+    def command(*arguments, fails=False):
+        environment = os.environ | {"CACHEMOE_CACHE": str(tmp_path / "cache"), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "cachemoe.benchmarks.cli", *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
+        return done.stderr if fails else done.stdout
+
+    return command
+
+
+def test_info_says_what_fits(run):
+    said = run("info", TINYMOE, "--memory", "12MB")
+    assert "8 MoE layers of 60 experts, 4 used" in said
+    (row,) = (line.split() for line in said.splitlines() if line.startswith(" bf16"))
+    assert row[1:] == ["32.8", "kB", "15.7", "MB", "983", "kB", "1.05", "MB", "34", "of", "60", "454", "kB"]
+
+
+def test_a_packed_store_generates(run, tmp_path):
+    said = run("pack", TINYMOE, "--format", "int4", "--out", "stores/tiny.safetensors")
+    assert "480 pages of int4" in said and "root mean square" in said
+    with ExpertStore(tmp_path / "stores" / "tiny.safetensors") as store:
+        store.verify()
+    arguments = ("generate", TINYMOE, "--prompt", "The assignment statement ", "--tokens", "24")
+    said = run(*arguments, "--store", "stores/tiny.safetensors", "--routing", "cache-prior:0.5")
+    assert len(said.strip()) > 10
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_quality_is_the_latency_tables(run, tmp_path):
+    """The same model, text, caches and figures, through load and through the whole model."""
+    (tmp_path / "text").write_text("Experts that are resident come first where the model would hardly notice. " * 40)
+    common = ("--text", "text", "--capacity", "50%", "--strategy", "cache-prior:0.2", "--context", "128")
+    run("quality", TINYMOE, *common, "--tokens", "1024", "--json", "quality.json", "--pool", "50%")
+    plain = ("--payload", "native", "--tokens", "6", "--quality-tokens", "1024", "--json", "latency.json")
+    run("latency", *common, *plain, "--plot", "latency.png")
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    latency = json.loads((tmp_path / "latency.json").read_text())
+    rows = {row["name"]: row for row in latency["capacities"][0]["rows"]}
+    assert [row["strategy"] for row in quality["rows"]] == ["original", "cache-prior:0.2"]
+    for row in quality["rows"]:
+        other = rows[row["strategy"]]
+        for name in ("miss_rate", "top1_agreement"):
+            assert row[name] == pytest.approx(other[name], abs=1e-3)
+        for name in ("perplexity", "kl_nats"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4)
+    assert quality["rows"][0]["kl_nats"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_trace_has_the_routers_of_the_text(run, tmp_path):
+    (tmp_path / "text").write_text("A routing trace, for policies without the model.\n" * 20)
+    run("trace", TINYMOE, "--text", "text", "--tokens", "300", "--context", "128", "--out", "trace.safetensors")
+    trace = RoutingTrace.load(tmp_path / "trace.safetensors")
+    assert trace.logits.shape == (8, 256, 60) and trace.ids.shape == (8, 256, 4)
+    assert bytes(trace.tokens.tolist()) == (tmp_path / "text").read_bytes()[:256]
+    assert (trace.name, trace.context) == ("tinymoe", 128)
+    chosen = trace.logits.float().gather(2, trace.ids.long()).amin(2)  # of float16: equals may change places
+    assert (chosen >= trace.logits.float().topk(4).values[..., -1]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("info", "absent"), "no checkpoint folder"),
+        (("info", "nobody/absent"), "no folder nobody/absent, and the Hugging Face hub"),
+        (("info", TINYMOE, "--memory", "plenty"), "no size such as 6GiB"),
+        (("pack", TINYMOE, "--format", "int3", "--out", "x"), "unknown page format 'int3'"),
+        (("pack", TINYMOE, "--out", "."), "it is a folder"),
+        (("generate", TINYMOE, "--prompt", "x", "--pool", "1%"), "must lie between the 4"),
+        (("generate", TINYMOE, "--prompt", "x", "--routing", "best"), "unknown strategy 'best'"),
+        (("generate", TINYMOE, "--prompt", "x", "--store", "absent"), "there is no store at absent"),
+        (("quality", TINYMOE, "--text", "absent"), "absent cannot be read"),
+        (("quality", TINYMOE, "--context", "100000", "--tokens", "100000"), "more than the 2048 tokens"),
+        (("quality", TINYMOE, "--tokens", "100"), "less than one --context"),
+        (("trace", TINYMOE, "--text", "absent", "--out", "x"), "absent cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(run, arguments, words, tmp_path):
+    said = run(*arguments, fails=True)
+    assert words in said
+    assert not list(tmp_path.glob("**/*.partial")) and not (tmp_path / "x").exists()
