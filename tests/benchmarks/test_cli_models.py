@@ -1,12 +1,11 @@
 """The commands on a user's own checkpoint, as a user types them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from cachemoe.benchmarks.cli import app
 from cachemoe.moe.checkpoint import TINYMOE
 from cachemoe.moe.trace import RoutingTrace
 from cachemoe.offload.store import ExpertStore
@@ -15,22 +14,16 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run the command in a folder and a cache of its own."""
+def run(tmp_path, monkeypatch):
+    """Runs the command in a folder and a cache of its own; gives what it printed, or its refusal."""
+    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
 
     def command(*arguments, fails=False):
-        environment = os.environ | {"CACHEMOE_CACHE": str(tmp_path / "cache"), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, "-m", "cachemoe.benchmarks.cli", *map(str, arguments)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-        assert done.returncode == (2 if fails else 0), done.stdout + done.stderr
-        return done.stderr if fails else done.stdout
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == (2 if fails else 0), result.output
+        return " ".join(result.stderr.split()) if fails else result.stdout
 
     return command
 
