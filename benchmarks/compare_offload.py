@@ -176,7 +176,7 @@ def _decode(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
             layout = checkpoint.layout()
             model = load_without_experts(checkpoint)
             engine = MappedExperts(open_packed(checkpoint, layout, show_progress))
-            model.cachemoe = PooledExperts(model, checkpoint, layout, engine, Original(), least_recently_used)
+            PooledExperts(model, checkpoint, layout, engine, Original(), least_recently_used)
         else:
             from transformers import AutoModelForCausalLM
 

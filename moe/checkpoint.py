@@ -52,6 +52,8 @@ class Checkpoint:
         shape: see ``MoeShape``.
         dtype: of the experts' weights, bfloat16 where they are mxfp4.
         tensors: the ``Shards``.
+        transposed: whether a layer's matrices, all in one tensor, are ``[in, out]``; None where each expert has its
+            own.
 
     Raises:
         InputError: if it is missing, damaged, has no experts, or has experts that cachemoe cannot compute.
@@ -70,6 +72,10 @@ class Checkpoint:
             raise InputError(f"{self.path / 'config.json'} lacks {error}: get the checkpoint again") from error
         if not 1 <= self.shape.top_k <= self.shape.experts:
             raise InputError(f"{self.path} uses {self.shape.top_k} of {self.shape.experts} experts, which cannot be")
+
+    @property
+    def transposed(self) -> bool | None:
+        return None if "{}" in self._naming.down or self._naming.blocks else self._experts.transposed
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""

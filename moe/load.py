@@ -2,6 +2,7 @@
 
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -80,8 +81,7 @@ def load(
         model = load_without_experts(checkpoint, device)
         engine = _engine(stack, opened, capacity, device, evict, progress)
         tokenizer = load_tokenizer(checkpoint.path)
-        model.cachemoe = PooledExperts(model, checkpoint, layout, engine, routing, evict)
-        model.cachemoe.owns = stack.pop_all()
+        PooledExperts(model, checkpoint, layout, engine, routing, evict).keep(stack.pop_all())
     return model, tokenizer
 
 
@@ -96,7 +96,8 @@ def swap(
     """Swap kernels and pool into a transformers model that is in memory; its experts' own parameters are freed.
 
     Args:
-        model: any with experts that go through transformers' experts interface; changed in place.
+        model: any with experts that go through transformers' experts interface; changed in place, layer by layer:
+            interrupted in between, it is of no use any more.
         pool: as for ``load``: the experts move to a file in the cache directory that goes when they are closed. None:
             all stay in memory, as pages, and only the kernels are swapped.
         routing, format, eviction, progress: as for ``load``.
@@ -112,7 +113,7 @@ def swap(
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
     for layer in moe_layers(model):
-        check_experts(layer, layout.page_format)
+        check_experts(layer, layout.page_format, experts.transposed)
     with ExitStack() as stack:
         if pool is None:
             count = layout.layers * layout.experts
@@ -130,8 +131,7 @@ def swap(
             for layer in range(layout.layers):
                 experts.free(layer)
             engine = _engine(stack, file, capacity, model.device.type, evict, progress)
-        model.cachemoe = PooledExperts(model, experts, layout, engine, routing, evict)
-        model.cachemoe.owns = stack.pop_all()
+        PooledExperts(model, experts, layout, engine, routing, evict).keep(stack.pop_all())
     return model.cachemoe
 
 
@@ -230,7 +230,6 @@ class PooledExperts:
     Attributes:
         shape: of the MoE layers.
         fingerprint: of the experts' weights.
-        owns: what ``close`` closes with it.
         layers: a ``LayerCount`` of each MoE layer.
         engine: the ``OffloadEngine`` or ``ResidentEngine``.
 
@@ -248,7 +247,7 @@ class PooledExperts:
         evict: Callable,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
-        self.owns = ExitStack()
+        self._owned = ExitStack()
         self._model, self._evict = model, evict
         self._rounded = rounds(layout.page_format, source.dtype)
         shape = self.shape
@@ -260,11 +259,17 @@ class PooledExperts:
                 f"{len(shape.layers)} of {shape.experts}"
             )
         for layer in layers:
-            check_experts(layer, engine.page_format)
+            check_experts(layer, engine.page_format, source.transposed)
         self._states = _by_layer(engine.state)
         self._rules = None
         self.reset_counters()
         self.routing = routing
+        model.cachemoe = self
+
+    def keep(self, owned: ExitStack) -> None:
+        """Close what is owned with this, or when the model is no more."""
+        self._owned = owned
+        weakref.finalize(self._model, owned.close)
 
     @property
     def routing(self) -> Strategy:
@@ -317,7 +322,7 @@ class PooledExperts:
         if self._swap is not None:
             self._swap.__exit__()
             self._swap = None
-        self.owns.close()
+        self._owned.close()
 
     def __str__(self) -> str:
         c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format

@@ -73,23 +73,30 @@ class RouterOutput:
         return tuple(new[name] for name in self.order)
 
 
-def find_rule(router: torch.nn.Module, block: torch.nn.Module, output: RouterOutput) -> RoutingRule:
+def find_rule(
+    router: torch.nn.Module, block: torch.nn.Module, output: RouterOutput, likely: GateScores | None = None
+) -> RoutingRule:
     """The rule that gives what the router gave.
 
     Args:
         router: the module; its attributes say how many groups there are, what factor the weights have, and so on.
         block: the MoE block around it, which in some models has the correction.
         output: of the router on random hidden states.
+        likely: scores of the rule to try first.
 
     Raises:
         InputError: if no known rule does.
     """
     logits = output.logits.float()
-    rules = list(_candidates(router, block, logits.shape[1]))
-    agreeing = [_agreement(rule, logits, output) for rule in rules]
-    best = max(agreeing)
+    best, found = 0.0, None
+    for rule in sorted(_candidates(router, block, logits.shape[1]), key=lambda rule: rule.scores != likely):
+        agreement = _agreement(rule, logits, output)
+        if agreement > best:
+            best, found = agreement, rule
+        if best == 1:
+            break
     if best >= AGREEING:
-        return rules[agreeing.index(best)]
+        return found
     raise InputError(
         f"{type(router).__name__} follows a routing rule that cachemoe does not know, so that no other routing can "
         "stay true to its weights: use exact routing, or add the rule to moe/routers.py"

@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.integrations.moe import ExpertsInterface
 
+from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint
@@ -174,21 +175,27 @@ def text_streamer(tokenizer):
     return transformers.TextStreamer(tokenizer, skip_prompt=True)
 
 
-def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
-    """Whether the model computes its experts as the page format says.
+@torch.inference_mode()
+def check_experts(layer: MoeLayer, page_format: PageFormat, transposed: bool | None) -> None:
+    """Whether the model computes its experts as the page format says: the activation is asked, on random rows.
+
+    Args:
+        transposed: whether the matrices were stored, and read, as ``[in, out]``; None where the model's own form says
+            nothing about that.
 
     Raises:
         InputError: if not.
     """
-    experts = layer.experts
-    own = {
-        "gated": experts.has_gate,
-        "bias": experts.has_bias,
-        "interleaved": not experts.is_concatenated,
-    }
-    ours = {name: getattr(page_format, name) for name in own}
-    if own != ours or getattr(experts, "has_post_expert_norm", False):
-        raise InputError(f"{type(experts).__name__} computes otherwise than cachemoe's pages: {own}, and these {ours}")
+    experts, name = layer.experts, type(layer.experts).__name__
+    own = (experts.has_gate, experts.has_bias, getattr(experts, "has_post_expert_norm", False))
+    if own != (page_format.gated, page_format.bias, False):
+        raise InputError(f"{name} has experts with (gate, bias, norm) = {own}, which its pages here have not")
+    sizes = tuple(experts.down_proj.shape[1:][:: -1 if experts.is_transposed else 1])
+    if sizes != (page_format.hidden, page_format.intermediate) or transposed not in (None, experts.is_transposed):
+        raise InputError(f"{name} has matrices of another shape than its checkpoint: see moe/architectures.py")
+    rows = 4 * torch.randn(PROBES, 2 * page_format.intermediate, generator=torch.Generator().manual_seed(0))
+    if not torch.allclose(experts._apply_gate(rows), activate(rows, page_format), rtol=1e-4, atol=1e-5):
+        raise InputError(f"{name} has an activation that cachemoe does not compute: see moe/architectures.py")
 
 
 class Swap:
@@ -226,7 +233,8 @@ class Swap:
         return [layer.router.weight for layer in self.layers]
 
     def __enter__(self):
-        self._routing: dict[int, Routing] = {}
+        self._routing: dict[int, tuple[Routing, torch.Tensor]] = {}  # and the ids that the router answered
+        self._own_forward = [vars(layer.router).get("forward") for layer in self.layers if self._route is not None]
         for number, layer in enumerate(self.layers):
             if self._route is not None:
                 # The instance's forward, not its class: hooks that look for the router's type keep working.
@@ -245,6 +253,8 @@ class Swap:
         for layer in self.layers:
             if self._route is not None:
                 del layer.router.forward
+                if (forward := self._own_forward.pop(0)) is not None:  # another swap's, around this one
+                    layer.router.forward = forward
             if self._experts is not None:
                 del layer.experts.cachemoe_run
 
@@ -255,13 +265,18 @@ class Swap:
             logits = known.logits_of(router, seen)
         else:
             logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
-        self._routing[number] = routing = self._route(number, logits, seen)
-        return known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
+        routing = self._route(number, logits, seen)
+        answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
+        self._routing[number] = routing, answer[known.output.order.index("ids")]
+        return answer
 
     def _run_experts(self, number: int, hidden_states, ids, weights) -> torch.Tensor:
         if self._route is None:
-            self._routing[number] = self._place(number, ids, weights)
-        return self._experts(number, hidden_states, self._routing[number])
+            return self._experts(number, hidden_states, self._place(number, ids, weights))
+        routing, answered = self._routing[number]
+        if ids is not answered and not torch.equal(ids, answered):
+            raise RuntimeError("the experts are called with other ids than the layer's router answered")
+        return self._experts(number, hidden_states, routing)
 
 
 @dataclass(frozen=True)
@@ -277,22 +292,18 @@ class Probe:
     output: RouterOutput
     logits_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
 
-    def rule(self, layer: MoeLayer) -> RoutingRule:
-        """The router's rule.
-
-        Raises:
-            InputError: if cachemoe knows none that it follows.
-        """
-        return find_rule(layer.router, layer.block, self.output)
-
 
 def routing_rules(model) -> list[RoutingRule]:
     """The rule of each MoE layer's router.
 
     Raises:
-        InputError: as ``probe`` and ``Probe.rule``.
+        InputError: as ``probe``, or if cachemoe knows no rule that a router follows.
     """
-    return [probe(layer).rule(layer) for layer in moe_layers(model)]
+    rules: list[RoutingRule] = []
+    for layer in moe_layers(model):
+        likely = rules[-1].scores if rules else None  # a model's layers follow one rule
+        rules.append(find_rule(layer.router, layer.block, probe(layer).output, likely))
+    return rules
 
 
 @torch.inference_mode()
@@ -320,7 +331,7 @@ def probe(layer: MoeLayer) -> Probe:
 
 
 def _product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
-    return F.linear(seen, router.weight, getattr(router, "bias", None))
+    return F.linear(seen.to(router.weight.dtype), router.weight, getattr(router, "bias", None))
 
 
 def _float_product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:

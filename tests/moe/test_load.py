@@ -1,5 +1,6 @@
 """load and what it gives: any architecture, the model's own output from a pool, and what is refused."""
 
+import gc
 import shutil
 import threading
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def prompt(batch):
     return torch.randint(3, VOCABULARY, (batch, 20), generator=torch.Generator().manual_seed(1))
 
 
-def opened(folder, **options):
-    model, _ = load(folder, **options)
+def opened(folder, device="cpu", **options):
+    model, _ = load(folder, device=device, **options)
     return model
 
 
@@ -75,6 +76,20 @@ def test_exact_routing_gives_the_models_own_output(checkpoints, name, pool):
     counters = model.cachemoe.counters
     assert counters.selections == sum(layer.selections for layer in model.cachemoe.layers)
     assert 0 < counters.misses == sum(layer.misses for layer in model.cachemoe.layers) <= counters.pages_read
+    model.cachemoe.close()
+
+
+@pytest.mark.gpu
+@every_model
+@pytest.mark.parametrize("routing", [None, CachePrior(1e-12)])
+def test_a_gpu_gives_the_models_own_output(checkpoints, name, routing):
+    own, model = load_model(checkpoints(name)).cuda(), opened(checkpoints(name), "cuda", pool=4, routing=routing)
+    tokens = prompt(2).cuda()
+    with torch.inference_mode():
+        expected, logits = own(tokens).logits, model(tokens).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    model.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert model.cachemoe.counters.misses > 0
     model.cachemoe.close()
 
 
@@ -202,6 +217,33 @@ def test_after_close_nothing_of_cachemoe_is_left(checkpoints):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
+def test_a_model_that_is_gone_leaves_no_thread(checkpoints):
+    model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
+    generate(model, 1)
+    del model
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def test_experts_called_with_other_ids_are_refused(checkpoints):
+    """As where something else routes: no output may come of a routing that is not the layer's."""
+    model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
+    first = moe_layers(model)[0]
+    with torch.inference_mode():
+        model(prompt(1))
+        with pytest.raises(RuntimeError, match="other ids than the layer's router answered"):
+            first.experts(torch.zeros(20, 32), torch.zeros(20, 2, dtype=torch.int64), torch.ones(20, 2))
+    model.cachemoe.close()
+
+
+def test_an_activation_that_is_not_the_configs_is_refused(checkpoints):
+    model = load_model(checkpoints("mixtral"))
+    for layer in moe_layers(model):
+        layer.experts.act_fn = torch.nn.Tanh()
+    with pytest.raises(InputError, match="activation that cachemoe does not compute"):
+        swap(model)
+
+
 def test_the_store_is_made_once(checkpoints, cache):
     opened(checkpoints("olmoe"), pool=4).cachemoe.close()
     (store,) = cache.glob("*.safetensors")
@@ -212,7 +254,7 @@ def test_the_store_is_made_once(checkpoints, cache):
 
 def test_tinymoe_and_its_tokenizer(cache):
     text = "The assignment statement é\n"
-    model, tokenizer = load(TINYMOE, pool="50%", routing="cache-prior:0.5")
+    model, tokenizer = load(TINYMOE, pool="50%", routing="cache-prior:0.5", device="cpu")
     inputs = tokenizer(text, return_tensors="pt")
     assert inputs.input_ids[0].tolist() == list(text.encode())
     assert tokenizer.decode(inputs.input_ids[0]) == text
