@@ -170,7 +170,7 @@ def _decode(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
     """In the child: load in one of the ways, decode, and report."""
     with TemporaryDirectory() as offloaded:
         if way == CACHEMOE:
-            model, _ = load(folder, pool=pool)
+            model, _ = load(folder, pool=pool, device="cpu")
         elif way == MAPPED:
             checkpoint = Checkpoint(folder)
             layout = checkpoint.layout()

@@ -80,7 +80,7 @@ def _limited(what: str, folder: Path, pool: str, limit: int) -> dict:
     prompt = torch.arange(32, 64)[None]
     try:
         if what == "load":
-            model, _ = load(folder, pool=pool)
+            model, _ = load(folder, pool=pool, device="cpu")
         else:
             model = load_model(folder, torch.bfloat16)
         tokens = model.generate(prompt, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_random
+from tiny_models import save_mxfp4, save_random
 
-from cachemoe.kernels.quantize import FP4_VALUES
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.swap import load_model
 from cachemoe.offload.errors import InputError
@@ -80,22 +79,8 @@ def test_pages_hold_the_models_experts(tiny_checkpoint):
 def test_mxfp4_experts_are_their_exact_values(tmp_path):
     """gpt-oss as it is published: blocks of 32 values, two a byte, with a power of two each."""
     save_random("gpt_oss", tmp_path / "model")
-    generator = torch.Generator().manual_seed(0)
-    expected = {}
-
-    def quantise(tensors):
-        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-            experts, columns, rows = tensors.pop(name).shape
-            codes = torch.randint(0, 16, (experts, rows, columns // 32, 32), generator=generator)
-            scales = torch.randint(120, 130, (experts, rows, columns // 32), generator=generator)
-            tensors[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
-            tensors[f"{name}_scales"] = scales.to(torch.uint8)
-            values = torch.tensor(FP4_VALUES)[codes] * 2.0 ** (scales[..., None] - 127)
-            expected[name] = values.flatten(2)
-
-    edit_tensors(tmp_path / "model", quantise)
-    edit_config(tmp_path / "model", quantization_config={"quant_method": "mxfp4"})
-    checkpoint = Checkpoint(tmp_path / "model")
+    expected = save_mxfp4(tmp_path / "model", tmp_path / "mxfp4")
+    checkpoint = Checkpoint(tmp_path / "mxfp4")
     assert checkpoint.shape.intermediate == 64
     for e in range(8):
         weights = checkpoint.expert(1, e)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODELS, VOCABULARY, save_random
+from tiny_models import MODELS, VOCABULARY, save_mxfp4, save_random
 
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
 from cachemoe.moe.load import load, slots_of, swap
@@ -164,6 +164,17 @@ def round_experts(model, checkpoint, page_format):
                 weight = page_format.dequantized(views, name)
                 parameter = getattr(layer.experts, f"{name}_proj").data
                 parameter[e] = weight.T if layer.experts.is_transposed else weight
+
+
+def test_an_mxfp4_checkpoint_gives_what_its_values_give(checkpoints, tmp_path):
+    expected = save_mxfp4(checkpoints("gpt_oss"), tmp_path / "mxfp4")
+    own, model = load_model(checkpoints("gpt_oss")), opened(tmp_path / "mxfp4", pool=4)
+    for name, values in expected.items():
+        own.get_parameter(name).data.copy_(values.mT)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(prompt(1)).logits, own(prompt(1)).logits, rtol=1e-4, atol=1e-4)
+    assert model.cachemoe.label == "exact"
+    model.cachemoe.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,9 +1,14 @@
 """Random models of many architectures, small enough to save and load in a moment."""
 
+import json
+import shutil
 from dataclasses import dataclass, field
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
+from cachemoe.kernels.quantize import FP4_VALUES
 
 VOCABULARY = 96
 COMMON = {
@@ -140,3 +145,26 @@ def save_random(name: str, folder, dtype: torch.dtype = torch.float32, **options
         elif tensor.dim() >= 2 and tensor.is_floating_point() and "embed" not in key:
             torch.nn.init.normal_(tensor, std=0.15)
     model.to(dtype).save_pretrained(folder, **options)
+
+
+def save_mxfp4(source, folder) -> dict[str, torch.Tensor]:
+    """A copy of a gpt-oss checkpoint with random mxfp4 experts, as gpt-oss is published.
+
+    Returns:
+        By the name of the parameter, ``[E, rows, columns]`` float32 of what its blocks stand for.
+    """
+    shutil.copytree(source, folder)
+    file, generator, expected = folder / "model.safetensors", torch.Generator().manual_seed(0), {}
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        codes = torch.randint(0, 16, (experts, rows, columns // 32, 32), generator=generator)
+        scales = torch.randint(121, 125, (experts, rows, columns // 32), generator=generator)
+        tensors[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+        tensors[f"{name}_scales"] = scales.to(torch.uint8)
+        expected[name] = (torch.tensor(FP4_VALUES)[codes] * 2.0 ** (scales[..., None] - 127)).flatten(2)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return expected
