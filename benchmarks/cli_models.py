@@ -120,8 +120,8 @@ def generate(
 
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.load import checkpoint_folder, load
+        from cachemoe.moe.models import text_streamer
         from cachemoe.moe.strategies import Strategy
-        from cachemoe.moe.swap import text_streamer
         from cachemoe.offload.errors import InputError
 
         folder = checkpoint_folder(checkpoint)

@@ -32,12 +32,13 @@ from cachemoe.benchmarks.text import load_tokens
 from cachemoe.kernels import experts_cpu
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
-from cachemoe.moe.load import PooledExperts, load, slots_of
+from cachemoe.moe.load import load
+from cachemoe.moe.models import load_without_experts
 from cachemoe.moe.pack import open_packed
+from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
-from cachemoe.moe.sizes import size_text
+from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import Original
-from cachemoe.moe.swap import load_without_experts
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file

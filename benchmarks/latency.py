@@ -14,9 +14,11 @@ from cachemoe.kernels.reference import STATE
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
+from cachemoe.moe.layers import recorded_routers, routing_rules
+from cachemoe.moe.models import static_cache
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
-from cachemoe.moe.swap import Swap, recorded_routers, routing_rules, static_cache
+from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine

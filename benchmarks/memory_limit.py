@@ -19,8 +19,7 @@ import typer
 from cachemoe.benchmarks.machine import describe
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
-from cachemoe.moe.load import slots_of
-from cachemoe.moe.sizes import size_text
+from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
@@ -73,7 +72,7 @@ def _status(field: str) -> int:
 def _limited(what: str, folder: Path, pool: str, limit: int) -> dict:
     """In the child: limit the memory, load, and generate."""
     from cachemoe.moe.load import load
-    from cachemoe.moe.swap import load_model
+    from cachemoe.moe.models import load_model
 
     before = _status("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import torch
 
 from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.layers import recorded_routers, routing_rules
 from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy, cache_bias
-from cachemoe.moe.swap import Swap, recorded_routers, routing_rules
+from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency
 
 NATS_PER_BIT = 0.6931471805599453

@@ -17,9 +17,9 @@ from cachemoe.benchmarks.report import capacity_report
 from cachemoe.benchmarks.text import HELD_OUT, load_tokens
 from cachemoe.benchmarks.timeline_plot import plot_timeline
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.swap import load_model
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError

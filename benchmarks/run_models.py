@@ -8,10 +8,11 @@ import torch
 from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.quality import Evaluation, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, tokenized
-from cachemoe.moe.load import load, slots_of
+from cachemoe.moe.layers import recorded_routers
+from cachemoe.moe.load import load
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.swap import recorded_routers
 from cachemoe.moe.trace import RoutingTrace
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import eviction_policy

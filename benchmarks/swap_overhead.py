@@ -23,9 +23,9 @@ from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.load import swap
+from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.strategies import CachePrior
-from cachemoe.moe.swap import load_model
 from cachemoe.offload.files import whole_file
 
 OWN = ("eager", "batched_mm", "grouped_mm")

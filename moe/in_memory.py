@@ -8,7 +8,7 @@ import torch
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.architectures import TOP_K
 from cachemoe.moe.checkpoint import MoeShape, format_of
-from cachemoe.moe.swap import moe_layers
+from cachemoe.moe.layers import moe_layers
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import StoreLayout
 

@@ -1,7 +1,8 @@
-"""Sizes in bytes as people write them."""
+"""Sizes in bytes, and of pools, as people write them."""
 
 import re
 
+from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.offload.errors import InputError
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -26,3 +27,30 @@ def size_text(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB" if count < 999.5 else f"{count:.0f} GB"
+
+
+def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
+    """Slots of each MoE layer.
+
+    Args:
+        pool: as ``load`` takes it. Of a size in bytes as many pages as fit, spread evenly, the first layers one more.
+
+    Raises:
+        InputError: if it is none of these, or less than the K experts of a token in a layer.
+    """
+    layers, experts, k = len(shape.layers), shape.experts, shape.top_k
+    text = str(pool).strip()
+    if text.isdecimal():
+        slots = [int(text)] * layers
+    elif share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+        slots = [round(float(share[1]) / 100 * experts)] * layers
+    else:
+        pages = min(int(size_of(text) / page_bytes), layers * experts)
+        slots = [pages // layers + (layer < pages % layers) for layer in range(layers)]
+    if not k <= min(slots) <= max(slots) <= experts:
+        least, most = (size_text(layers * count * page_bytes) for count in (k, experts))
+        raise InputError(
+            f"a pool of {text} is {min(slots)} experts a layer: it must lie between the {k} that a token uses, {least} "
+            f"in all layers, and the {experts} that there are, {most}"
+        )
+    return slots

@@ -9,7 +9,7 @@ from importlib import import_module
 _HOMES = {
     "load": "cachemoe.moe.load",
     "swap": "cachemoe.moe.load",
-    "PooledExperts": "cachemoe.moe.load",
+    "PooledExperts": "cachemoe.moe.pooled",
     "TINYMOE": "cachemoe.moe.checkpoint",
     "Original": "cachemoe.moe.strategies",
     "Pruning": "cachemoe.moe.strategies",

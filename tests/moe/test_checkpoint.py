@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_mxfp4, save_random
 
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.swap import load_model
+from cachemoe.moe.models import load_model
 from cachemoe.offload.errors import InputError
 
 

@@ -7,7 +7,8 @@ from cachemoe.kernels.reference import CacheBias, GateScores
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.swap import Swap, load_model, static_cache
+from cachemoe.moe.models import load_model, static_cache
+from cachemoe.moe.swap import Swap
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.residency import least_recently_used

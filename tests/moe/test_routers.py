@@ -5,8 +5,9 @@ import torch
 from tiny_models import MODELS, save_random
 
 from cachemoe.kernels.reference import GateScores
+from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.models import load_model
 from cachemoe.moe.routers import RouterOutput, RoutingRule, choose, find_rule, sparsemixer_weights
-from cachemoe.moe.swap import load_model, moe_layers, recorded_routers, routing_rules
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used
 

@@ -6,8 +6,9 @@ import torch
 from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.models import load_model
 from cachemoe.moe.strategies import Strategy, cache_bias
-from cachemoe.moe.swap import Swap, load_model
+from cachemoe.moe.swap import Swap
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used

@@ -1,0 +1,167 @@
+"""The MoE layers of a model: found, checked against page formats, and their routers asked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+
+import torch
+import torch.nn.functional as F
+
+from cachemoe.kernels.activations import activate
+from cachemoe.kernels.formats import PageFormat
+from cachemoe.moe.routers import RouterOutput, RoutingRule, find_rule
+from cachemoe.offload.errors import InputError
+
+ROUTERS = ("gate", "router")  # what MoE blocks call theirs
+PROBES = 64  # random hidden states that tell a router's rule, and rows that tell an activation
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer of a model.
+
+    Args:
+        block: the module around both.
+        experts: whose forward goes through transformers' experts interface.
+        router: None where the block has none of a known name: its routing then cannot be changed.
+    """
+
+    block: torch.nn.Module
+    experts: torch.nn.Module
+    router: torch.nn.Module | None
+
+    @property
+    def count(self) -> int:
+        """E."""
+        return self.experts.num_experts
+
+
+def moe_layers(model) -> list[MoeLayer]:
+    """The model's MoE layers, in order.
+
+    Raises:
+        InputError: if it has none, or none that other experts can be put into.
+    """
+    layers = []
+    for block in model.modules():
+        for experts in (child for child in block.children() if is_experts(child)):
+            routers = (getattr(block, name, None) for name in ROUTERS)
+            layers.append(MoeLayer(block, experts, next(filter(None, routers), None)))
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no experts that go through transformers' experts interface")
+    return layers
+
+
+@contextmanager
+def recorded_routers(model) -> Iterator[list[list[RouterOutput]]]:
+    """While it is open, what each MoE layer's router answers is appended to the layer's list.
+
+    Raises:
+        InputError: as ``moe_layers``, or if a layer has no router of its own.
+    """
+    layers = moe_layers(model)
+    if any(layer.router is None for layer in layers):
+        raise InputError(f"{type(model).__name__} has MoE blocks without a router of their own to record")
+    answers = [[] for _ in layers]
+
+    def recorder(seen, experts):
+        return lambda router, arguments, answer: seen.append(RouterOutput.of(answer, experts))
+
+    hooks = [
+        layer.router.register_forward_hook(recorder(seen, layer.count))
+        for layer, seen in zip(layers, answers, strict=True)
+    ]
+    try:
+        yield answers
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether transformers' experts interface has decorated the module's class."""
+    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "num_experts"))
+
+
+@torch.inference_mode()
+def check_experts(layer: MoeLayer, page_format: PageFormat, transposed: bool | None) -> None:
+    """Whether the model computes its experts as the page format says: the activation is asked, on random rows.
+
+    Args:
+        transposed: whether the matrices were stored, and read, as ``[in, out]``; None where the model's own form says
+            nothing about that.
+
+    Raises:
+        InputError: if not.
+    """
+    experts, name = layer.experts, type(layer.experts).__name__
+    own = (experts.has_gate, experts.has_bias, getattr(experts, "has_post_expert_norm", False))
+    if own != (page_format.gated, page_format.bias, False):
+        raise InputError(f"{name} has experts with (gate, bias, norm) = {own}, which its pages here have not")
+    sizes = tuple(experts.down_proj.shape[1:][:: -1 if experts.is_transposed else 1])
+    if sizes != (page_format.hidden, page_format.intermediate) or transposed not in (None, experts.is_transposed):
+        raise InputError(f"{name} has matrices of another shape than its checkpoint: see moe/architectures.py")
+    rows = 4 * torch.randn(PROBES, 2 * page_format.intermediate, generator=torch.Generator().manual_seed(0))
+    if not torch.allclose(experts._apply_gate(rows), activate(rows, page_format), rtol=1e-4, atol=1e-5):
+        raise InputError(f"{name} has an activation that cachemoe does not compute: see moe/architectures.py")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a router does with random hidden states.
+
+    Args:
+        output: its answer.
+        logits_of: (router, ``[T, H]``) -> the same logits without the rest of its work; None if they are not a plain
+            product with its weight.
+    """
+
+    output: RouterOutput
+    logits_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
+
+
+def routing_rules(model) -> list[RoutingRule]:
+    """The rule of each MoE layer's router.
+
+    Raises:
+        InputError: as ``probe``, or if cachemoe knows no rule that a router follows.
+    """
+    rules: list[RoutingRule] = []
+    for layer in moe_layers(model):
+        likely = rules[-1].scores if rules else None  # a model's layers follow one rule
+        rules.append(find_rule(layer.router, layer.block, probe(layer).output, likely))
+    return rules
+
+
+@torch.inference_mode()
+def probe(layer: MoeLayer) -> Probe:
+    """Ask a layer's router.
+
+    Raises:
+        InputError: if there is none, or it answers otherwise than with logits, weights and ids.
+    """
+    router = layer.router
+    if router is None:
+        raise InputError(f"{type(layer.block).__name__} has no router of its own to put another in: use exact routing")
+    weight = max(router.parameters(), key=torch.Tensor.numel)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(PROBES, weight.shape[-1], generator=generator).to(weight)
+    # What the block passes besides is its own, under the same name.
+    more = [name for name, p in signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    output = RouterOutput.of(router(hidden, *(getattr(layer.block, name, None) for name in more)), layer.count)
+    for logits_of in (_product, _float_product):
+        if isinstance(getattr(router, "weight", None), torch.Tensor):
+            logits = logits_of(router, hidden)
+            if logits.dtype == output.logits.dtype and torch.equal(logits, output.logits):
+                return Probe(output, logits_of)
+    return Probe(output, None)
+
+
+def _product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    return F.linear(seen.to(router.weight.dtype), router.weight, getattr(router, "bias", None))
+
+
+def _float_product(router: torch.nn.Module, seen: torch.Tensor) -> torch.Tensor:
+    bias = getattr(router, "bias", None)
+    return F.linear(seen.float(), router.weight.float(), None if bias is None else bias.float())
