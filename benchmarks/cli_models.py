@@ -74,7 +74,7 @@ def info(
 
 def pack(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="The store to make, a .safetensors file; replaced if it is there.")],
+    out: Annotated[Path, typer.Option(help="The store to make, .safetensors; another that is there is replaced.")],
     format: Format = None,
 ):
     """Make a store of a checkpoint's experts, one expert in memory at a time; whole or not at all."""
@@ -82,10 +82,13 @@ def pack(
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.load import checkpoint_folder
         from cachemoe.moe.pack import pack as pack_store
+        from cachemoe.offload.store import ExpertStore
 
         opened = Opened(checkpoint_folder(checkpoint))
         layout = opened.layout(format)
         check_destination(out)
+        if out.exists():
+            ExpertStore(out).close()  # refuses anything but a store: nothing else is replaced
         rounding = pack_store(opened, layout, out, show_progress)
         pages = layout.layers * layout.experts
         size = pages * layout.page_format.page_bytes
@@ -118,19 +121,21 @@ def generate(
     with one_sentence():
         import torch
 
+        from cachemoe.benchmarks.run_models import check_tokenizer
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.load import checkpoint_folder, load
-        from cachemoe.moe.models import text_streamer
+        from cachemoe.moe.models import load_tokenizer, text_streamer
         from cachemoe.moe.strategies import Strategy
         from cachemoe.offload.errors import InputError
 
         folder = checkpoint_folder(checkpoint)
         shape = Opened(folder).shape
         strategy = Strategy.parse(routing, shape.experts, shape.top_k, top_j)
+        if not prompt:
+            raise InputError("--prompt is empty: give the model something to go on from")
+        check_tokenizer(load_tokenizer(folder), folder)
         model, tokenizer = load(folder, pool, strategy, format, store, eviction)
         try:
-            if tokenizer is None:
-                raise InputError(f"{folder} has no tokenizer: copy its tokenizer files into the folder")
             inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
             model.generation_config.pad_token_id = model.generation_config.pad_token_id or 0
             with torch.inference_mode():
@@ -157,7 +162,7 @@ def quality(
     eviction: Eviction = "lru",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
-    pool: Pool = "100%",
+    pool: Pool = "50%",
     format: Format = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/quality.json"),
 ):
@@ -183,14 +188,17 @@ def trace(
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
-    pool: Pool = "100%",
+    pool: Pool = "50%",
     format: Format = None,
 ):
     """Record a model's router logits on a text: what policies need, without the model. The format: moe/trace.py."""
     with one_sentence():
         from cachemoe.benchmarks.run_models import run_trace
+        from cachemoe.moe.trace import RoutingTrace
 
         check_destination(out)
+        if out.exists():
+            RoutingTrace.load(out)  # refuses anything but a trace: nothing else is replaced
         recorded = run_trace(checkpoint, text, tokens, context, pool, format, show_progress)
         recorded.save(out)
         layers, count, experts = recorded.logits.shape

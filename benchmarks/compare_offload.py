@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,6 +84,7 @@ def compare(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
     """
     checkpoint = Checkpoint(folder)
     layout = checkpoint.layout()
+    load_tokens(None, checkpoint.shape.vocabulary, 1)  # refuses what is not byte-level before anything is packed
     with open_packed(checkpoint, layout, progress) as store:
         files = [store.path, *folder.glob("*.safetensors")]
     page, dense = layout.page_format.page_bytes, needs(checkpoint).dense
@@ -96,6 +98,10 @@ def compare(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
                     _forget(file)
                 rows[way].append(_child(way, folder, pool, tokens, limit))
                 advance()
+    agreement = {
+        way: statistics.mean(a == b for a, b in zip(runs[0]["answers"], rows[CACHEMOE][0]["answers"], strict=True))
+        for way, runs in rows.items()
+    }
     report = []
     for way, runs in rows.items():
         ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, rows[CACHEMOE], strict=True)]
@@ -104,11 +110,13 @@ def compare(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
                 "name": way,
                 "ms_per_token": statistics.median(run["seconds"] for run in runs) * 1e3,
                 "of_cachemoe": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+                "same_next_token": agreement[way],
                 "runs": runs,
             }
         )
     return {
         "command": "compare_offload",
+        "accelerate": version("accelerate") if ACCELERATE in rows else None,
         "machine": describe(),
         "model": folder.resolve().name,
         "pool": pool,
@@ -129,7 +137,7 @@ def _forget(file: Path) -> None:
 
 @contextmanager
 def _limited_group(limit: int) -> Iterator[Path]:
-    """A control group with that much memory, and no swap; its ``cgroup.procs`` takes processes in.
+    """A control group with that much memory; its ``cgroup.procs`` takes processes in.
 
     Raises:
         InputError: if the system does not let one be made.
@@ -186,12 +194,15 @@ def _decode(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **options)
         text = load_tokens(None, model.config.vocab_size, PREFIX + 2 * tokens)
         past = model(text[None, :PREFIX], use_cache=True).past_key_values
-        times = []
-        for token in text[PREFIX:]:
+        times, answers = [], []
+        for place, token in enumerate(text[PREFIX:]):
+            if place == tokens and way == CACHEMOE:
+                model.cachemoe.reset_counters()
             start = perf_counter()
-            model(token[None, None], past_key_values=past, use_cache=True)
+            logits = model(token[None, None], past_key_values=past, use_cache=True).logits
             times.append(perf_counter() - start)
-        report = {"seconds": statistics.mean(times[tokens:]), "times": times}
+            answers.append(int(logits.argmax()))
+        report = {"seconds": statistics.mean(times[tokens:]), "times": times, "answers": answers}
         if way == CACHEMOE:
             counters = model.cachemoe.counters
             report |= {"miss_rate": counters.misses / counters.selections, "bytes_read": counters.bytes_read}

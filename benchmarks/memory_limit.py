@@ -17,6 +17,7 @@ import torch
 import typer
 
 from cachemoe.benchmarks.machine import describe
+from cachemoe.benchmarks.terminal import one_sentence
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.sizes import size_text, slots_of
@@ -103,7 +104,8 @@ def main(
     if child:
         print(json.dumps(_limited(child, folder, pool, limit)))
         return
-    report = run_limited(folder, pool)
+    with one_sentence():
+        report = run_limited(folder, pool)
     if json_path is not None:
         with whole_file(json_path) as partial:
             partial.write_text(json.dumps(report | {"pool": pool, "machine": describe()}, indent=1))

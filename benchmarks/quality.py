@@ -4,7 +4,7 @@ With a cache for each layer, a layer's residency depends only on that layer's ow
 exactly as token-by-token decode would. All settings ride in one batch, each with its own caches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency
 
+MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
 
 
@@ -96,8 +97,7 @@ def evaluate(
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
     batches = []
-    for k in {s.strategy.experts_used(shape.top_k): None for s in settings}:
-        members = [i for i, s in enumerate(settings) if s.strategy.experts_used(shape.top_k) == k]
+    for k, members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
         bias = cache_bias([settings[i].strategy for i in members])
@@ -129,6 +129,14 @@ def evaluate(
                 quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
+
+
+def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[tuple[int, list[int]]]:
+    """K used, and the settings that go through the model together: as many as their output leaves room for."""
+    most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
+    for k in {s.strategy.experts_used(shape.top_k): None for s in settings}:
+        members = [i for i, s in enumerate(settings) if s.strategy.experts_used(shape.top_k) == k]
+        yield from ((k, members[start : start + most]) for start in range(0, len(members), most))
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.quality import Evaluation, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, tokenized
 from cachemoe.moe.layers import recorded_routers
-from cachemoe.moe.load import load
+from cachemoe.moe.load import checkpoint_folder, load
+from cachemoe.moe.models import load_tokenizer
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Strategy
@@ -19,7 +20,17 @@ from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.simulate import belady_misses
 
 
-def windows_of(text: Path | None, tokenizer, tokens: int, context: int, longest: int) -> torch.Tensor:
+def check_tokenizer(tokenizer, folder: Path) -> None:
+    """Whether there is one.
+
+    Raises:
+        InputError: if not.
+    """
+    if tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer: copy the model's tokenizer files into it")
+
+
+def windows_of(text: Path | None, tokenizer, tokens: int, context: int, longest: int | None) -> torch.Tensor:
     """``[windows, context]`` of the text, as many as ``tokens`` and the text have.
 
     Args:
@@ -28,10 +39,10 @@ def windows_of(text: Path | None, tokenizer, tokens: int, context: int, longest:
     Raises:
         InputError: if that is none, or the context is longer than the model's.
     """
-    if context > longest:
+    if tokens < context:
+        raise InputError(f"--tokens {tokens} is less than one --context of {context}")
+    if longest is not None and context > longest:
         raise InputError(f"--context {context} is more than the {longest} tokens that the model takes")
-    if tokenizer is None:
-        raise InputError("the checkpoint has no tokenizer: copy its tokenizer files into the folder")
     ids = tokenized(text, tokenizer, tokens // context * context)
     if len(ids) < context:
         raise InputError(f"{text or HELD_OUT} gives {len(ids)} tokens, less than one --context of {context}")
@@ -60,8 +71,9 @@ def run_quality(
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
-    evict = eviction_policy(eviction)
-    model, tokenizer = load(path, pool=pool, format=format, progress=progress)
+    evict, folder = eviction_policy(eviction), checkpoint_folder(path)
+    check_tokenizer(load_tokenizer(folder), folder)
+    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
     model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
     try:
         shape, pooled = model.cachemoe.shape, model.cachemoe
@@ -127,7 +139,9 @@ def run_trace(
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
-    model, tokenizer = load(path, pool=pool, format=format, progress=progress)
+    folder = checkpoint_folder(path)
+    check_tokenizer(load_tokenizer(folder), folder)
+    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
     try:
         windows = windows_of(text, tokenizer, tokens, context, model.cachemoe.shape.context)
         logits, ids = [], []

@@ -39,7 +39,7 @@ NAMINGS = (
     Naming(gate_up="experts.gate_up_proj", down="experts.down_proj"),
     Naming(gate_up="experts.gate_up_proj", down="experts.down_proj", blocks=True),
     # Granite.
-    Naming(gate_up="input_linear.weight", down="output_linear.weight"),
+    Naming(gate_up="block_sparse_moe.input_linear.weight", down="block_sparse_moe.output_linear.weight"),
 )
 
 

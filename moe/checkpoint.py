@@ -29,7 +29,7 @@ class MoeShape:
     Args:
         layers: decoder layers that are MoE layers, in order.
         experts: E. top_k: K. hidden: H. intermediate: I of an expert. vocabulary: tokens.
-        context: longest sequence the model takes.
+        context: longest sequence the model takes; None where it does not say.
     """
 
     layers: tuple[int, ...]
@@ -38,7 +38,7 @@ class MoeShape:
     hidden: int
     intermediate: int
     vocabulary: int
-    context: int
+    context: int | None
 
 
 class Checkpoint:
@@ -80,7 +80,7 @@ class Checkpoint:
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""
         name = name.removesuffix("_bias").replace("_scales", "_blocks")
-        return any(_pattern(part).search(name) for naming in NAMINGS for part in _parts(naming))
+        return any(_pattern(part).search(name) for part in _parts(self._naming))
 
     def fingerprint(self) -> str:
         """Digest of the shape and of a row of each expert's matrices: it tells fine-tunes of one architecture apart."""
@@ -160,11 +160,12 @@ class Checkpoint:
         layers = self.config.get("num_hidden_layers", float("inf"))
         for naming in NAMINGS:
             first = _parts(naming)[0]
-            found = {}
+            stems: dict[str, dict[int, str]] = {}
             for name in self.tensors.entries:
                 if (match := _pattern(first).search(name)) and int(match["layer"]) < layers:
-                    found[int(match["layer"])] = match["prefix"]
-            if found:
+                    stems.setdefault(match["stem"], {})[int(match["layer"])] = match["prefix"]
+            if stems:  # layers that predict further tokens have a stem of their own: the model's has the most
+                found = max(stems.values(), key=len)
                 self._layers = tuple(sorted(found))
                 return naming, [found[layer] for layer in self._layers]
         raise InputError(
@@ -174,8 +175,6 @@ class Checkpoint:
 
     def _shape(self) -> MoeShape:
         config, naming = self.config, self._naming
-        if (key := next((key for key in TOP_K if config.get(key) is not None), None)) is None:
-            raise KeyError(TOP_K[0])
         down = self.tensors.entries[self._place(0, 0, naming.down + ("_scales" if naming.blocks else ""))[0]]
         shape = down.shape
         if "{}" in naming.down:
@@ -191,19 +190,18 @@ class Checkpoint:
         return MoeShape(
             layers=self._layers,
             experts=experts,
-            top_k=config[key],
+            top_k=top_k_of(config),
             hidden=hidden,
             intermediate=intermediate,
             vocabulary=config["vocab_size"],
-            context=config["max_position_embeddings"],
+            context=config.get("max_position_embeddings"),
         )
 
     def _count(self, part: str) -> int:
         """Experts of every layer, where each has a tensor of its own."""
-        found = (_pattern(part).search(name) for name in self.tensors.entries)
         counts = dict.fromkeys(self._layers, 0)
-        for match in found:
-            if match and int(match["layer"]) in counts:
+        for name in self.tensors.entries:
+            if (match := _pattern(part).search(name)) and match["prefix"] in self._prefixes:
                 counts[int(match["layer"])] += 1
         if len(set(counts.values())) > 1:
             layer, count = min(counts.items(), key=lambda item: item[1])
@@ -224,13 +222,27 @@ class Checkpoint:
         activation_of(self.config)
 
 
+def top_k_of(config: dict) -> int:
+    """K, of a model's config.
+
+    Raises:
+        InputError: if it says none, or another one for each layer.
+    """
+    value = next((config[key] for key in TOP_K if config.get(key) is not None), None)
+    values = set(value) if isinstance(value, list) else {value}
+    if len(values) != 1 or type(value := values.pop()) is not int:
+        raise InputError(f"the model's config does not say how many experts every token uses, as {TOP_K[0]}")
+    return value
+
+
 def activation_of(config: dict) -> str:
     """The page format's activation for a model's experts.
 
     Raises:
         InputError: if cachemoe does not compute it.
     """
-    experts, name = EXPERTS.get(config.get("model_type"), PLAIN), config.get("hidden_act", "silu")
+    experts = EXPERTS.get(config.get("model_type"), PLAIN)
+    name = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     for key, value in experts.constants:
         if config.get(key, value) != value:
             raise InputError(f"the model has {key} = {config[key]}, and cachemoe computes with {value} alone")
@@ -305,4 +317,4 @@ def _parts(naming: Naming) -> list[str]:
 def _pattern(part: str) -> re.Pattern:
     """Matches the whole name of a part's tensor, in any layer."""
     name = re.escape(part).replace(re.escape("{}"), r"(?P<expert>\d+)")
-    return re.compile(rf"^(?P<prefix>(?:.*\.)?layers\.(?P<layer>\d+)\.(?:.*\.)?){name}$")
+    return re.compile(rf"^(?P<prefix>(?P<stem>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?){name}$")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.moe.architectures import TOP_K
-from cachemoe.moe.checkpoint import MoeShape, format_of
+from cachemoe.moe.checkpoint import MoeShape, format_of, top_k_of
 from cachemoe.moe.layers import moe_layers
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import StoreLayout
@@ -34,22 +33,20 @@ class ModelExperts:
         self._layers = [layer.experts for layer in moe_layers(model)]
         self.config = model.config.get_text_config().to_dict()
         first = self._layers[0]
-        if not first.has_gate or not hasattr(first, "gate_up_proj") or first.down_proj.is_meta:
-            raise InputError(
-                f"{type(first).__name__} has no weights in memory, or a form that cachemoe does not compute"
-            )
+        if not first.has_gate or not hasattr(first, "gate_up_proj"):
+            raise InputError(f"{type(first).__name__} has experts without a gate, which cachemoe's pages have")
+        if first.down_proj.is_meta:
+            raise InputError("the model's experts have no weights in memory: it is swapped already, or never loaded")
         self.dtype = first.down_proj.dtype
         hidden, intermediate = first.down_proj.shape[1:][:: -1 if first.is_transposed else 1]
-        if (top_k := next((self.config[key] for key in TOP_K if self.config.get(key)), None)) is None:
-            raise InputError("the model's config does not say how many experts a token uses")
         self.shape = MoeShape(
             layers=tuple(range(len(self._layers))),
             experts=first.num_experts,
-            top_k=top_k,
+            top_k=top_k_of(self.config),
             hidden=hidden,
             intermediate=intermediate,
             vocabulary=self.config["vocab_size"],
-            context=self.config.get("max_position_embeddings", 0),
+            context=self.config.get("max_position_embeddings"),
         )
 
     def layout(self, kind: str | None) -> StoreLayout:
@@ -59,7 +56,7 @@ class ModelExperts:
         page_format = format_of(kind, None, self.config, size, self.dtype, bias=self._layers[0].has_bias)
         digest = hashlib.sha256(repr(shape).encode())
         for layer in self._layers:
-            digest.update(layer.down_proj[:, 0].float().cpu().contiguous().numpy())
+            digest.update(layer.down_proj[:, 0].detach().float().cpu().contiguous().numpy())
         return StoreLayout(digest.hexdigest()[:16], len(shape.layers), shape.experts, page_format)
 
     def expert(self, layer: int, e: int) -> dict[str, torch.Tensor]:

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from cachemoe.kernels.compile_c import cache_directory
+from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint, MoeShape
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_experts, moe_layers
+from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.models import load_tokenizer, load_without_experts
 from cachemoe.moe.pack import open_packed, pack
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.sizes import slots_of
-from cachemoe.moe.strategies import Original, Strategy
+from cachemoe.moe.strategies import EXACT, Original, Strategy
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
@@ -65,18 +66,21 @@ def load(
     with ExitStack() as stack:
         if store is None:
             layout = checkpoint.layout(format)
-            capacity = slots_of(pool, shape, layout.page_format.page_bytes)
-            opened = stack.enter_context(open_packed(checkpoint, layout, progress))
         else:
             opened = stack.enter_context(ExpertStore(store))
             kind = opened.layout.page_format
+            if format not in (None, kind.kind):
+                raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
             layout = checkpoint.layout(kind.kind, kind.group)
             if opened.layout != layout:
                 raise InputError(f"{store} holds pages of another checkpoint than {checkpoint.path}: pack this one")
-            capacity = slots_of(pool, shape, opened.page_bytes)
-        model = load_without_experts(checkpoint, device)
-        engine = _engine(stack, opened, capacity, device, evict, progress)
+        capacity = slots_of(pool, shape, layout.page_format.page_bytes)
         tokenizer = load_tokenizer(checkpoint.path)
+        model = load_without_experts(checkpoint, device)
+        check_model(model, layout.page_format, checkpoint.transposed, routing)
+        if store is None:  # what takes long comes last
+            opened = stack.enter_context(open_packed(checkpoint, layout, progress))
+        engine = _engine(stack, opened, capacity, device, evict, progress)
         PooledExperts(model, checkpoint, layout, engine, routing, evict).keep(stack.pop_all())
     return model, tokenizer
 
@@ -92,8 +96,8 @@ def swap(
     """Swap kernels and pool into a transformers model that is in memory; its experts' own parameters are freed.
 
     Args:
-        model: any with experts that go through transformers' experts interface; changed in place, layer by layer:
-            interrupted in between, it is of no use any more.
+        model: any with experts that go through transformers' experts interface; changed in place, for inference alone.
+            Without a pool that goes layer by layer, and a model interrupted in between is of no use any more.
         pool: as for ``load``: the experts move to a file in the cache directory that goes when they are closed. None:
             all stay in memory, as pages, and only the kernels are swapped.
         routing, format, eviction, progress: as for ``load``.
@@ -108,8 +112,7 @@ def swap(
     routing = _strategy(routing, experts.shape)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
-    for layer in moe_layers(model):
-        check_experts(layer, layout.page_format, experts.transposed)
+    check_model(model, layout.page_format, experts.transposed, routing)
     with ExitStack() as stack:
         if pool is None:
             count = layout.layers * layout.experts
@@ -124,16 +127,28 @@ def swap(
                 file = stack.enter_context(ExpertStore(path))
             finally:
                 path.unlink()  # what is open stays readable, and nothing is left behind however this ends
-            for layer in range(layout.layers):
-                experts.free(layer)
-            engine = _engine(stack, file, capacity, model.device.type, evict, progress)
+            engine = _engine(stack, file, capacity, model.device, evict, progress)
         PooledExperts(model, experts, layout, engine, routing, evict).keep(stack.pop_all())
+        for layer in range(layout.layers):
+            experts.free(layer)
     return model.cachemoe
 
 
-def _engine(stack: ExitStack, store, capacity, device: str, evict: Callable, progress: Progress) -> OffloadEngine:
+def check_model(model, page_format: PageFormat, transposed: bool | None, routing: Strategy) -> None:
+    """Whether the model's experts and routers are such as pages and routing suppose.
+
+    Raises:
+        InputError: if not.
+    """
+    for layer in moe_layers(model):
+        check_experts(layer, page_format, transposed)
+    if routing.label != EXACT:
+        routing_rules(model)
+
+
+def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress: Progress) -> OffloadEngine:
     """The engine over a file: through pinned memory where a GPU computes."""
-    if device != "cpu":
+    if torch.device(device).type != "cpu":
         with progress("reading every page into pinned memory", store.pages) as advance:
             store = stack.enter_context(PinnedStore(store, advance))
     return stack.enter_context(OffloadEngine(store, capacity, device, evict=evict))
@@ -159,7 +174,7 @@ def checkpoint_folder(path: str | os.PathLike) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # of many kinds: no network, no such model, no right to it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(

@@ -120,7 +120,8 @@ def _hollow(model_class: type) -> type:
 
 @contextmanager
 def _readable_errors(path) -> Iterator[None]:
-    """What transformers raises, in one sentence; and no progress bars."""
+    """What transformers raises, in one sentence; and no progress bars meanwhile."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
@@ -129,6 +130,9 @@ def _readable_errors(path) -> Iterator[None]:
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"transformers cannot load {path}: {reason}") from error
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def _check_complete(path, loading: dict) -> None:

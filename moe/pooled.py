@@ -11,7 +11,8 @@ from cachemoe.kernels import route_cpu
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
+from cachemoe.moe.layers import moe_layers, routing_rules
+from cachemoe.moe.models import SWAPPED_EXPERTS
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.routers import choose
 from cachemoe.moe.sizes import size_text, slots_of
@@ -75,16 +76,13 @@ class PooledExperts:
         self._owned = ExitStack()
         self._model, self._evict = model, evict
         self._rounded = rounds(layout.page_format, source.dtype)
-        shape = self.shape
         self._swap: Swap | None = None
-        layers = moe_layers(model)
+        layers, shape = moe_layers(model), self.shape
         if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
             raise InputError(
                 f"{type(model).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
                 f"{len(shape.layers)} of {shape.experts}"
             )
-        for layer in layers:
-            check_experts(layer, engine.page_format, source.transposed)
         self._states = _by_layer(engine.state)
         self._rules = None
         self.reset_counters()
@@ -131,10 +129,12 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
-        self.engine.resize(slots)
-        for count, capacity in zip(self.layers, slots, strict=True):
-            count.slots = capacity
-        self._states = _by_layer(self.engine.state)
+        try:
+            self.engine.resize(slots)
+        finally:  # an engine that could not may have the old capacities or the new
+            for count, capacity in zip(self.layers, self.engine.state.capacity.tolist(), strict=True):
+                count.slots = capacity
+            self._states = _by_layer(self.engine.state)
 
     def reset_counters(self) -> None:
         """Count anew; what is resident stays."""
@@ -143,10 +143,13 @@ class PooledExperts:
         self.layers = [LayerCount(layer, count) for layer, count in zip(self.shape.layers, slots, strict=True)]
 
     def close(self) -> None:
-        """Give the model its own routers back, end the engine's threads and close the store; the experts are gone."""
+        """End the engine's threads and close the store. The experts are gone: the model raises where it needs them."""
         if self._swap is not None:
             self._swap.__exit__()
             self._swap = None
+            for layer in moe_layers(self._model):
+                layer.experts.cachemoe_run = _closed
+            self._model.set_experts_implementation(SWAPPED_EXPERTS)
         self._owned.close()
 
     def __str__(self) -> str:
@@ -157,7 +160,7 @@ class PooledExperts:
             f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
             f"{page_format.kind} pages\n"
             f"routing: {self.routing}; {self.label}\n"
-            f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}\n"
+            f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}; in a prompt an expert misses once\n"
             f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
             f"in {c.compute_s:.2f} s"
         )
@@ -180,6 +183,10 @@ class PooledExperts:
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
         return y
+
+
+def _closed(*_):
+    raise RuntimeError("the model's experts are closed: load it again")
 
 
 def _by_layer(state):

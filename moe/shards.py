@@ -77,4 +77,4 @@ def _header(file: Path) -> dict[str, TensorEntry]:
     except FileNotFoundError as error:
         raise InputError(f"{file} is missing: get the checkpoint again") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is cut short or damaged ({error}): get the checkpoint again") from error
+        raise InputError(f"{file} cannot be read, cut short or damaged perhaps: {error}") from error

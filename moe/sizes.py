@@ -16,7 +16,7 @@ def size_of(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS:
-        raise InputError(f"{text!r} is no size such as 6GiB or 800MB (a pool may also be 50%, or slots of each layer)")
+        raise InputError(f"{text!r} is no size such as 6GiB or 800MB")
     return float(match[1]) * UNITS[match[2].upper()]
 
 
@@ -45,7 +45,10 @@ def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
     elif share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
         slots = [round(float(share[1]) / 100 * experts)] * layers
     else:
-        pages = min(int(size_of(text) / page_bytes), layers * experts)
+        try:
+            pages = min(int(size_of(text) / page_bytes), layers * experts)
+        except InputError as error:
+            raise InputError(f"a pool is a share such as 50%, slots of each layer, or a size: {error}") from error
         slots = [pages // layers + (layer < pages % layers) for layer in range(layers)]
     if not k <= min(slots) <= max(slots) <= experts:
         least, most = (size_text(layers * count * page_bytes) for count in (k, experts))

@@ -62,15 +62,16 @@ class RoutingTrace:
         """
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["cachemoe-trace"])
+                fields = json.loads((file.metadata() or {})["cachemoe-trace"])
                 tensors = {name: file.get_tensor(name) for name in ("logits", "ids", "tokens")}
+            version, about = fields["version"], {name: fields[name] for name in ("model", "name", "context")}
         except FileNotFoundError as error:
             raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one") from error
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again") from error
-        if about.pop("version", None) != TRACE_VERSION:
+        if version != TRACE_VERSION:
             raise InputError(f"{path} is a trace of another version: make it again")
-        layers, tokens, _ = tensors["logits"].shape
-        if tensors["ids"].shape[:2] != (layers, tokens) or tensors["tokens"].shape != (tokens,):
+        logits, ids, tokens = (tuple(tensors[name].shape) for name in ("logits", "ids", "tokens"))
+        if not logits[:2] == ids[:2] == (*logits[:1], *tokens) or len(logits) != 3 or len(ids) != 3:
             raise InputError(f"{path} has parts that do not fit each other: make it again")
         return cls(**tensors, **about)

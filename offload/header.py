@@ -91,7 +91,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
                 raise ValueError(f"{name} has a place that cannot be")
             entries[name] = entry = TensorEntry(file, 8 + length + first, DTYPES[fields["dtype"]], shape)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{name} is of a kind that is not known, {error}") from error
+            raise ValueError(f"{name} has a dtype that cachemoe does not know, or no place: {error}") from error
         if end - first != entry.bytes or 8 + length + end > size:
             raise ValueError(f"{name} does not fit into it")
     if 8 + length + sum(entry.bytes for entry in entries.values()) != size:

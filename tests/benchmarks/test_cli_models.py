@@ -85,16 +85,21 @@ def test_a_trace_has_the_routers_of_the_text(run, tmp_path):
         (("info", TINYMOE, "--memory", "plenty"), "no size such as 6GiB"),
         (("pack", TINYMOE, "--format", "int3", "--out", "x"), "unknown page format 'int3'"),
         (("pack", TINYMOE, "--out", "."), "it is a folder"),
+        (("pack", TINYMOE, "--out", "precious"), "precious is not a cachemoe store"),
+        (("trace", TINYMOE, "--out", "precious"), "precious is not a cachemoe trace"),
+        (("generate", TINYMOE, "--prompt", ""), "--prompt is empty"),
         (("generate", TINYMOE, "--prompt", "x", "--pool", "1%"), "must lie between the 4"),
         (("generate", TINYMOE, "--prompt", "x", "--routing", "best"), "unknown strategy 'best'"),
         (("generate", TINYMOE, "--prompt", "x", "--store", "absent"), "there is no store at absent"),
         (("quality", TINYMOE, "--text", "absent"), "absent cannot be read"),
         (("quality", TINYMOE, "--context", "100000", "--tokens", "100000"), "more than the 2048 tokens"),
-        (("quality", TINYMOE, "--tokens", "100"), "less than one --context"),
+        (("quality", TINYMOE, "--tokens", "100"), "--tokens 100 is less than one --context of 512"),
         (("trace", TINYMOE, "--text", "absent", "--out", "x"), "absent cannot be read"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(run, arguments, words, tmp_path):
+    (tmp_path / "precious").write_text("not to be replaced")
     said = run(*arguments, fails=True)
     assert words in said
+    assert (tmp_path / "precious").read_text() == "not to be replaced"
     assert not list(tmp_path.glob("**/*.partial")) and not (tmp_path / "x").exists()

@@ -63,6 +63,19 @@ def test_layers_beyond_the_models_are_left_out(folder):
     assert Checkpoint(folder).shape.layers == (0,)
 
 
+@pytest.mark.parametrize("stem", ["mtp.", "model.mtp.", "another."])
+def test_experts_that_predict_further_tokens_are_not_the_models(tiny_checkpoint, folder, stem):
+    def add(tensors):
+        for name in [name for name in tensors if name.startswith("model.layers.0.mlp.experts.")]:
+            tensors[name.replace("model.", stem, 1)] = torch.zeros_like(tensors[name])
+
+    edit_tensors(folder, add)
+    ours, whole = Checkpoint(folder), Checkpoint(tiny_checkpoint)
+    assert ours.shape == whole.shape
+    assert ours.fingerprint() == whole.fingerprint()
+    assert ours.is_expert(f"{stem}layers.0.mlp.experts.3.up_proj.weight")
+
+
 def test_pages_hold_the_models_experts(tiny_checkpoint):
     checkpoint, model = Checkpoint(tiny_checkpoint), load_model(tiny_checkpoint, torch.bfloat16)
     page_format = checkpoint.layout().page_format
@@ -112,7 +125,10 @@ def test_a_model_without_experts_is_refused(folder):
 
 def test_a_config_that_lacks_a_field_is_refused(folder):
     edit_config(folder, num_experts_per_tok=None)
-    with pytest.raises(InputError, match="lacks 'num_experts_per_tok'"):
+    with pytest.raises(InputError, match="does not say how many experts every token uses, as num_experts_per_tok"):
+        Checkpoint(folder)
+    edit_config(folder, num_experts_per_tok=[2, 2], vocab_size=None)
+    with pytest.raises(InputError, match="lacks 'vocab_size'"):
         Checkpoint(folder)
 
 
@@ -120,6 +136,7 @@ def test_a_config_that_lacks_a_field_is_refused(folder):
     ("changes", "words"),
     [
         ({"num_experts_per_tok": 9}, "9 of 8 experts"),
+        ({"num_experts_per_tok": [2, 3]}, "does not say how many experts every token uses"),
         ({"hidden_act": "relu2"}, "'relu2'; cachemoe computes silu"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised by fp8"),
         ({"model_type": "gpt_oss", "swiglu_limit": 5.0}, "swiglu_limit = 5.0"),
@@ -144,7 +161,7 @@ def test_missing_or_damaged_files_are_refused(folder, name):
 def test_a_file_that_is_cut_short_is_refused(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match="cut short or damaged"):
+    with pytest.raises(InputError, match="cut short or damaged perhaps"):
         Checkpoint(folder)
 
 

@@ -19,6 +19,7 @@ from cachemoe.moe.shards import Shards
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Original
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.pool import ExpertPool
 
 transformers = pytest.importorskip("transformers")
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -226,7 +227,9 @@ def test_after_close_nothing_of_cachemoe_is_left(checkpoints):
     model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
     model.cachemoe.close()
     model.cachemoe.close()
-    assert not any("cachemoe_run" in vars(module) or "forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(RuntimeError, match="experts are closed: load it again"):
+        model(prompt(1))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
 
@@ -247,6 +250,49 @@ def test_experts_called_with_other_ids_are_refused(checkpoints):
         with pytest.raises(RuntimeError, match="other ids than the layer's router answered"):
             first.experts(torch.zeros(20, 32), torch.zeros(20, 2, dtype=torch.int64), torch.ones(20, 2))
     model.cachemoe.close()
+
+
+def test_swap_of_a_model_as_users_load_it(checkpoints):
+    """With gradients on, as transformers leaves them; and what fails leaves the model as it was."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints("mixtral"))
+    expected = model(prompt(1)).logits
+    with pytest.raises(InputError, match="must lie between"):
+        swap(model, pool="1%")
+    for layer in moe_layers(model):
+        layer.router.forward = lambda hidden: (torch.zeros(len(hidden), 8),) * 2
+    with pytest.raises(InputError, match="do not answer with logits"):
+        swap(model, routing=CachePrior(0.5), pool=4)
+    for layer in moe_layers(model):
+        del layer.router.forward
+    assert torch.equal(model(prompt(1)).logits, expected)
+    swap(model, pool=4)
+    torch.testing.assert_close(model(prompt(1)).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="swapped already"):
+        swap(model)
+    model.cachemoe.close()
+
+
+def test_a_resize_that_fails_leaves_routing_and_engine_of_one_mind(checkpoints, monkeypatch):
+    model = opened(checkpoints("qwen3_moe"), pool=6)
+    expected = generate(model, 1)
+    own = ExpertPool.resize
+
+    def fails(pool, frames):
+        raise InputError("no memory")
+
+    for pool in (2, 8):
+        monkeypatch.setattr(ExpertPool, "resize", fails)
+        with pytest.raises(InputError, match="no memory"):
+            model.cachemoe.resize(pool)
+        monkeypatch.setattr(ExpertPool, "resize", own)
+        assert torch.equal(generate(model, 1), expected)
+    model.cachemoe.close()
+
+
+def test_a_format_that_is_not_the_stores_is_refused(checkpoints, tmp_path):
+    checkpoint, store = Checkpoint(checkpoints("qwen3_moe")), tmp_path / "store.safetensors"
+    pack(checkpoint, checkpoint.layout("int4"), store, quiet)
+    refused("holds int4 pages, and format says bf16", checkpoint.path, store=store, format="bf16")
 
 
 def test_an_activation_that_is_not_the_configs_is_refused(checkpoints):
