@@ -102,7 +102,8 @@ def check_experts(layer: MoeLayer, page_format: PageFormat, transposed: bool | N
     sizes = tuple(experts.down_proj.shape[1:][:: -1 if experts.is_transposed else 1])
     if sizes != (page_format.hidden, page_format.intermediate) or transposed not in (None, experts.is_transposed):
         raise InputError(f"{name} has matrices of another shape than its checkpoint: see moe/architectures.py")
-    rows = 4 * torch.randn(PROBES, 2 * page_format.intermediate, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(PROBES, 2 * page_format.intermediate, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(-1, 2, PROBES)[:, None]  # small values show the curve, large ones where it is cut off
     if not torch.allclose(experts._apply_gate(rows), activate(rows, page_format), rtol=1e-4, atol=1e-5):
         raise InputError(f"{name} has an activation that cachemoe does not compute: see moe/architectures.py")
 

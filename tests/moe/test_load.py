@@ -297,10 +297,13 @@ def test_a_format_that_is_not_the_stores_is_refused(checkpoints, tmp_path):
 
 def test_an_activation_that_is_not_the_configs_is_refused(checkpoints):
     model = load_model(checkpoints("mixtral"))
-    for layer in moe_layers(model):
-        layer.experts.act_fn = torch.nn.Tanh()
-    with pytest.raises(InputError, match="activation that cachemoe does not compute"):
-        swap(model)
+    others = [torch.nn.Tanh(), torch.nn.GELU(), lambda gate: torch.nn.functional.silu(gate.clamp(max=50.0))]
+    for other in others:
+        for layer in moe_layers(model):
+            del layer.experts.act_fn
+            layer.experts.act_fn = other
+        with pytest.raises(InputError, match="activation that cachemoe does not compute"):
+            swap(model)
 
 
 def test_the_store_is_made_once(checkpoints, cache):
