@@ -263,7 +263,7 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
     caches, tokens, top_k = ids.shape
     if int(state.capacity.min()) < top_k:
         raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
-    order = weights.argsort(-1, descending=True, stable=True)
+    order = weights.argsort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
     out = Routing.empty(caches, tokens, top_k, ids.device)
     _step(lambda t: ids[:, t], state, evict, out)
