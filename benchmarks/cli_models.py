@@ -1,6 +1,5 @@
 """The commands on a user's own checkpoint: info, pack, generate, quality and trace."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
+from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.moe.progress import show_progress
 from cachemoe.moe.sizes import size_text
-from cachemoe.offload.files import whole_file
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[
@@ -124,7 +122,7 @@ def generate(
         from cachemoe.benchmarks.run_models import check_tokenizer
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.load import checkpoint_folder, load
-        from cachemoe.moe.models import load_tokenizer, text_streamer
+        from cachemoe.moe.models import text_streamer
         from cachemoe.moe.strategies import Strategy
         from cachemoe.offload.errors import InputError
 
@@ -133,7 +131,7 @@ def generate(
         strategy = Strategy.parse(routing, shape.experts, shape.top_k, top_j)
         if not prompt:
             raise InputError("--prompt is empty: give the model something to go on from")
-        check_tokenizer(load_tokenizer(folder), folder)
+        check_tokenizer(folder)
         model, tokenizer = load(folder, pool, strategy, format, store, eviction)
         try:
             inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -177,9 +175,7 @@ def quality(
         report = run_quality(checkpoint, *options, show_progress)
         for table in quality_table(report):
             console.print(table)
-        with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report, indent=1, allow_nan=False))
-        console.print(f"[dim]Every figure: {json_path}.[/dim]")
+        save_report(report, json_path)
 
 
 def trace(

@@ -24,11 +24,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich import box
-from rich.table import Table
 
 from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
+from cachemoe.benchmarks.ratios import ratio_table, ratios
+from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.benchmarks.text import load_tokens
 from cachemoe.kernels import experts_cpu
 from cachemoe.moe.checkpoint import Checkpoint
@@ -42,7 +41,6 @@ from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import Original
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.files import whole_file
 from cachemoe.offload.residency import Residency, least_recently_used
 
 CACHEMOE, MAPPED, ACCELERATE = "cachemoe", "mmap", "accelerate"
@@ -104,12 +102,12 @@ def compare(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
     }
     report = []
     for way, runs in rows.items():
-        ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs, rows[CACHEMOE], strict=True)]
+        times, baseline = ([run["seconds"] for run in each] for each in (runs, rows[CACHEMOE]))
         report.append(
             {
                 "name": way,
-                "ms_per_token": statistics.median(run["seconds"] for run in runs) * 1e3,
-                "of_cachemoe": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+                "ms_per_token": statistics.median(times) * 1e3,
+                "of_cachemoe": ratios(times, baseline),
                 "same_next_token": agreement[way],
                 "runs": runs,
             }
@@ -227,16 +225,8 @@ def main(
         check_destination(json_path)
         report = compare(folder, pool, rounds, tokens, show_progress)
         title = f"{report['model']}, {size_text(report['weights_bytes'])} in {size_text(report['limit_bytes'])}"
-        table = Table(title=title, box=box.SIMPLE_HEAD)
-        for heading in ("way", "ms a token", "of cachemoe (spread)"):
-            table.add_column(heading, justify="left" if heading == "way" else "right", no_wrap=True)
-        for row in report["rows"]:
-            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["of_cachemoe"])
-            table.add_row(row["name"], f"{row['ms_per_token']:.1f}", ratio)
-        console.print(table)
-        with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report, indent=1))
-        console.print(f"[dim]Every figure: {json_path}.[/dim]")
+        console.print(ratio_table(title, "way", report["rows"], CACHEMOE))
+        save_report(report, json_path)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency
+from cachemoe.offload.simulate import belady_misses
 
 MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
@@ -73,6 +74,10 @@ class Evaluation:
     settings: list[Quality]
     unmodified: Quality
     original_ids: torch.Tensor
+
+    def belady_miss_rate(self, capacity: int) -> float:
+        """Misses a selection of the unmodified model, by the eviction that knows the future."""
+        return sum(belady_misses(ids, capacity) for ids in self.original_ids) / self.original_ids.numel()
 
 
 @torch.inference_mode()

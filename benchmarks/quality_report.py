@@ -3,12 +3,16 @@
 from rich import box
 from rich.table import Table
 
-COLUMNS = (
-    ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),
+# What a routing costs; the latency tables show the same.
+COST_COLUMNS = (
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}"),
     ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
+)
+COLUMNS = (
+    ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),
+    *COST_COLUMNS,
     ("label", lambda r: r["label"]),
 )
 

@@ -11,7 +11,8 @@ from cachemoe.benchmarks.foresight import NO_PREFETCH
 from cachemoe.benchmarks.latency import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
 from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
-from cachemoe.offload.simulate import belady_misses
+from cachemoe.benchmarks.quality_report import COST_COLUMNS
+from cachemoe.benchmarks.ratios import with_spread
 
 TARGET_PERPLEXITY_CHANGE = 0.03
 
@@ -45,11 +46,10 @@ def capacity_report(
         if not row.name.startswith((RESIDENT, FREE_MISSES)):
             entry |= _quality(quality[strategy], evaluation.unmodified)
         report.append(entry)
-    selections = evaluation.original_ids.numel()
     return {
         "capacity": capacity,
         "capacity_fraction": capacity / experts,
-        "belady_miss_rate": sum(belady_misses(ids, capacity) for ids in evaluation.original_ids) / selections,
+        "belady_miss_rate": evaluation.belady_miss_rate(capacity),
         "rows": report,
     }
 
@@ -166,7 +166,7 @@ def _percent(value: float) -> str:
 
 
 def _speedup(row: dict) -> str:
-    return "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["speedup_over_original"])
+    return with_spread(row["speedup_over_original"])
 
 
 def _some_percent(value: float | None) -> str:
@@ -185,10 +185,7 @@ SPEED_COLUMNS = (
 QUALITY_COLUMNS = (
     ("bits\na byte", lambda r: f"{r['bits_per_byte']:.3f}", True),
     ("change", lambda r: f"{round(r['bits_per_byte_change'], 3) + 0.0:+.3f}", True),
-    ("perplexity", lambda r: f"{r['perplexity']:.3f}", True),
-    ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}", True),
-    ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}", True),
-    ("agree\n%", lambda r: _percent(r["top1_agreement"]), True),
+    *((heading, text, True) for heading, text in COST_COLUMNS),
     ("label", lambda r: r["label"], False),
 )
 MOVEMENT_COLUMNS = (

@@ -10,23 +10,22 @@ from cachemoe.benchmarks.quality import Evaluation, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, tokenized
 from cachemoe.moe.layers import recorded_routers
 from cachemoe.moe.load import checkpoint_folder, load
-from cachemoe.moe.models import load_tokenizer
+from cachemoe.moe.models import has_tokenizer
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.trace import RoutingTrace
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import eviction_policy
-from cachemoe.offload.simulate import belady_misses
 
 
-def check_tokenizer(tokenizer, folder: Path) -> None:
-    """Whether there is one.
+def check_tokenizer(folder: Path) -> None:
+    """Whether the checkpoint has one.
 
     Raises:
         InputError: if not.
     """
-    if tokenizer is None:
+    if not has_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer: copy the model's tokenizer files into it")
 
 
@@ -72,7 +71,7 @@ def run_quality(
         InputError: for a checkpoint or options that cannot be.
     """
     evict, folder = eviction_policy(eviction), checkpoint_folder(path)
-    check_tokenizer(load_tokenizer(folder), folder)
+    check_tokenizer(folder)
     model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
     model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
     try:
@@ -108,10 +107,7 @@ def run_quality(
 
 
 def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
-    belady: dict[int, float] = {}
-    for capacity in {setting.capacity for setting in settings}:
-        missed = sum(belady_misses(ids, capacity) for ids in evaluation.original_ids)
-        belady[capacity] = missed / evaluation.original_ids.numel()
+    belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
     return [
         {
             "capacity": setting.capacity,
@@ -140,7 +136,7 @@ def run_trace(
         InputError: for a checkpoint or options that cannot be.
     """
     folder = checkpoint_folder(path)
-    check_tokenizer(load_tokenizer(folder), folder)
+    check_tokenizer(folder)
     model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
     try:
         windows = windows_of(text, tokenizer, tokens, context, model.cachemoe.shape.context)

@@ -7,7 +7,6 @@ round.
 """
 
 import gc
-import json
 import random
 import statistics
 from pathlib import Path
@@ -16,17 +15,15 @@ from typing import Annotated
 
 import torch
 import typer
-from rich import box
-from rich.table import Table
 
 from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence
+from cachemoe.benchmarks.ratios import ratio_table, ratios
+from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.load import swap
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.strategies import CachePrior
-from cachemoe.offload.files import whole_file
 
 OWN = ("eager", "batched_mm", "grouped_mm")
 PREFIX, WARM_UP = 32, 4
@@ -58,12 +55,11 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
                 advance()
     rows = []
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[BASELINE], strict=True)]
         rows.append(
             {
                 "name": name,
                 "ms_per_token": statistics.median(times) * 1e3,
-                "of_eager": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+                "of_eager": ratios(times, seconds[BASELINE]),
                 "seconds": times,
             }
         )
@@ -102,16 +98,9 @@ def main(
     with one_sentence():
         check_destination(json_path)
         report = measure(folder, rounds, tokens, show_progress)
-        table = Table(title=f"{report['model']}, {report['dtype']}: decode, everything resident", box=box.SIMPLE_HEAD)
-        for heading in ("implementation", "ms a token", "of eager (spread)"):
-            table.add_column(heading, justify="left" if heading == "implementation" else "right", no_wrap=True)
-        for row in report["rows"]:
-            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**row["of_eager"])
-            table.add_row(row["name"], f"{row['ms_per_token']:.2f}", ratio)
-        console.print(table)
-        with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report, indent=1))
-        console.print(f"[dim]Every figure: {json_path}.[/dim]")
+        title = f"{report['model']}, {report['dtype']}: decode, everything resident"
+        console.print(ratio_table(title, "implementation", report["rows"], BASELINE))
+        save_report(report, json_path)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every command does at the terminal: where it prints, and how it fails."""
 
+import json
 from contextlib import contextmanager
 from errno import EISDIR
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
 
 console = Console()
 errors = Console(stderr=True)
@@ -42,3 +44,14 @@ def check_destination(path: Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): choose another file") from error
+
+
+def save_report(report: dict, path: Path) -> None:
+    """Write every figure as JSON, whole or not at all, and say where.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(report, indent=1, allow_nan=False))
+    console.print(f"[dim]Every figure: {path}.[/dim]")

@@ -17,6 +17,7 @@ from cachemoe.moe.models import load_tokenizer, load_without_experts
 from cachemoe.moe.pack import open_packed, pack
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import EXACT, Original, Strategy
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
@@ -77,11 +78,11 @@ def load(
         capacity = slots_of(pool, shape, layout.page_format.page_bytes)
         tokenizer = load_tokenizer(checkpoint.path)
         model = load_without_experts(checkpoint, device)
-        check_model(model, layout.page_format, checkpoint.transposed, routing)
+        rules = check_model(model, layout.page_format, checkpoint.transposed, routing)
         if store is None:  # what takes long comes last
             opened = stack.enter_context(open_packed(checkpoint, layout, progress))
         engine = _engine(stack, opened, capacity, device, evict, progress)
-        PooledExperts(model, checkpoint, layout, engine, routing, evict).keep(stack.pop_all())
+        PooledExperts(model, checkpoint, layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model, tokenizer
 
 
@@ -112,7 +113,7 @@ def swap(
     routing = _strategy(routing, experts.shape)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
-    check_model(model, layout.page_format, experts.transposed, routing)
+    rules = check_model(model, layout.page_format, experts.transposed, routing)
     with ExitStack() as stack:
         if pool is None:
             count = layout.layers * layout.experts
@@ -128,22 +129,24 @@ def swap(
             finally:
                 path.unlink()  # what is open stays readable, and nothing is left behind however this ends
             engine = _engine(stack, file, capacity, model.device, evict, progress)
-        PooledExperts(model, experts, layout, engine, routing, evict).keep(stack.pop_all())
+        PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
         for layer in range(layout.layers):
             experts.free(layer)
     return model.cachemoe
 
 
-def check_model(model, page_format: PageFormat, transposed: bool | None, routing: Strategy) -> None:
+def check_model(model, page_format: PageFormat, transposed: bool | None, routing: Strategy) -> list[RoutingRule] | None:
     """Whether the model's experts and routers are such as pages and routing suppose.
+
+    Returns:
+        The routers' rules, which exact routing does not need: None for that.
 
     Raises:
         InputError: if not.
     """
     for layer in moe_layers(model):
         check_experts(layer, page_format, transposed)
-    if routing.label != EXACT:
-        routing_rules(model)
+    return None if routing.label == EXACT else routing_rules(model)
 
 
 def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress: Progress) -> OffloadEngine:

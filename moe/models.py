@@ -77,13 +77,18 @@ def load_without_experts(checkpoint: Checkpoint, device: torch.device | str = "c
     return model.eval().requires_grad_(False)
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a checkpoint folder has the files of one."""
+    return any((path / name).exists() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path: Path):
     """The checkpoint's tokenizer; None where it has none.
 
     Raises:
         InputError: if transformers cannot load it.
     """
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(path):
         return None
     with _readable_errors(path):
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)

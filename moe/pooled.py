@@ -14,7 +14,7 @@ from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.models import SWAPPED_EXPERTS
 from cachemoe.moe.pack import rounds
-from cachemoe.moe.routers import choose
+from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, cache_bias
 from cachemoe.moe.swap import Swap
@@ -52,6 +52,7 @@ class PooledExperts:
         engine: that has or fetches them.
         routing: see ``routing``.
         evict: eviction policy.
+        rules: of the routers, if they have been asked; else they are when a routing first needs them.
 
     Attributes:
         shape: of the MoE layers.
@@ -71,6 +72,7 @@ class PooledExperts:
         engine: OffloadEngine | ResidentEngine,
         routing: Strategy,
         evict: Callable,
+        rules: list[RoutingRule] | None = None,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
@@ -84,7 +86,7 @@ class PooledExperts:
                 f"{len(shape.layers)} of {shape.experts}"
             )
         self._states = _by_layer(engine.state)
-        self._rules = None
+        self._rules = rules
         self.reset_counters()
         self.routing = routing
         model.cachemoe = self
