@@ -34,46 +34,61 @@ def two_floats(words, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _one_to_two(eight, one, BIT: tl.constexpr):
-    """1 + q / 16 for the four bits q from BIT on: put at the top of a float's mantissa, they need no conversion."""
-    if BIT <= 19:
-        bits = eight << (19 - BIT)
-    else:
-        bits = eight >> (BIT - 19)
-    return (bits & 0x780000 | one).to(tl.float32, bitcast=True)
+def _add_two(products, sums, eight, pair, BYTE: tl.constexpr, FLOAT: tl.constexpr):
+    """``products`` and the values of a byte of each word times ``pair``'s two numbers, ``sums`` and the two numbers.
+
+    Values stay where they are in the word: q from bit b on, read as the bits of a float32, is q * 2**(b - 149), while
+    b <= 20. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion, exact for x of
+    2**-57 to 2**47.
+    """
+    even, odd = two_floats(pair, FLOAT)
+    sums += even + odd
+    if BYTE == 3:
+        eight >>= 8
+    PLACE: tl.constexpr = 8 * (2 if BYTE == 3 else BYTE)
+    low = (eight & (15 << PLACE)).to(tl.float32, bitcast=True)
+    high = (eight & (240 << PLACE)).to(tl.float32, bitcast=True)
+    products += low * (even * 2.0 ** (80 - PLACE))[None, :, :]
+    products += high * (odd * 2.0 ** (76 - PLACE))[None, :, :]
+    return products, sums
 
 
 @triton.jit
 def _matvec(
     x_ptr,  # the vectors; as words of two elements where KIND is int4
-    x_first,  # [P] where vector p begins
-    x_live,  # [P] bool, vectors to read; the others are 0
-    rows,  # [P, N] pointers to the first element of each row
-    scale_rows,  # [P, N] pointers to each row's scales, as words of a scale and a zero (int4)
-    live,  # [P, N] bool, rows to read; the others give 0
-    one,  # the bits of 1.0: a register, so that one LOP3 does what two would with constants
+    x_first,  # [P] where vector p begins, or [1], the same for all
+    x_live,  # [P] or [1] bool, vectors to read; the others are 0
+    rows,  # [N, P] pointers to the first element of each row
+    scale_rows,  # [N, P] pointers to each row's scales, as words of a scale and a zero (int4)
+    live,  # [N, P] bool, rows to read; the others give 0
     length,  # elements of a row; int4: words of eight values
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    pool_rows,  # with READ_THROUGH: [P, N] pointers to where the rows belong in the pool,
+    pool_rows,  # with READ_THROUGH: [N, P] pointers to where the rows belong in the pool,
     pool_scale_rows,
-    missing,  # and [P, N] bool, rows that are to be written there
+    missing,  # and [N, P] bool, rows that are to be written there
     READ_THROUGH: tl.constexpr,
 ):
-    """[P, N] float32: row (p, n) times vector p, before int8's scales."""
-    P: tl.constexpr = rows.shape[0]
-    N: tl.constexpr = rows.shape[1]
+    """[N, P] float32: row (n, p) times vector p, before int8's scales.
+
+    Rows of the same vector lie along the first dimension, over which a thread repeats: it reads the vector once.
+    """
+    N: tl.constexpr = rows.shape[0]
+    P: tl.constexpr = rows.shape[1]
+    X: tl.constexpr = x_first.shape[0]
+    # A thread sums what it loads at once, 16 bytes, so that few accumulators are live.
+    AT_ONCE: tl.constexpr = 128 // rows.dtype.element_ty.primitive_bitwidth
     if KIND == "int4":
         GROUP_WORDS: tl.constexpr = GROUP // 8
         GROUPS: tl.constexpr = BLOCK_K // GROUP_WORDS
-        total = tl.zeros([P, N, GROUPS], tl.float32)
+        PARTS: tl.constexpr = GROUP_WORDS // AT_ONCE
+        total = tl.zeros([N, P, GROUPS, PARTS], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
             inside = (k < length)[None, None, :] & live[:, :, None]
-            inside_x = (k < length)[None, :] & x_live[:, None]
             eight = tl.load(rows[:, :, None] + k[None, None, :], inside, 0, eviction_policy="evict_first")
             if READ_THROUGH:
                 tl.store(pool_rows[:, :, None] + k[None, None, :], eight, inside & missing[:, :, None])
@@ -82,23 +97,22 @@ def _matvec(
             words = tl.load(scale_rows[:, :, None] + g[None, None, :], inside, 0)
             if READ_THROUGH:
                 tl.store(pool_scale_rows[:, :, None] + g[None, None, :], words, inside & missing[:, :, None])
+            inside = (k < length)[None, :] & x_live[:, None]
+            at = x_ptr + 4 * (x_first[:, None] + k[None, :])
+            byte_0, byte_1 = tl.load(at, inside, 0), tl.load(at + 1, inside, 0)
+            byte_2, byte_3 = tl.load(at + 2, inside, 0), tl.load(at + 3, inside, 0)
+            products, sums = tl.zeros([N, P, BLOCK_K], tl.float32), tl.zeros([X, BLOCK_K], tl.float32)
+            products, sums = _add_two(products, sums, eight, byte_0, 0, FLOAT)
+            products, sums = _add_two(products, sums, eight, byte_1, 1, FLOAT)
+            products, sums = _add_two(products, sums, eight, byte_2, 2, FLOAT)
+            products, sums = _add_two(products, sums, eight, byte_3, 3, FLOAT)
+            dot = tl.sum(tl.reshape(products, [N, P, GROUPS, PARTS, AT_ONCE]), 4) * 2.0**69
+            sum_x = tl.sum(tl.reshape(sums, [X, GROUPS, PARTS, AT_ONCE]), 3)
             scale, zero = two_floats(words, tl.bfloat16)
-            products = tl.zeros([P, N, BLOCK_K], tl.float32)
-            sums = tl.zeros([P, BLOCK_K], tl.float32)
-            for byte in tl.static_range(4):
-                pair = tl.load(x_ptr + (x_first[:, None] + k[None, :]) * 4 + byte, inside_x, 0)
-                even, odd = two_floats(pair, FLOAT)
-                products += _one_to_two(eight, one, 8 * byte) * even[:, None, :]
-                products += _one_to_two(eight, one, 8 * byte + 4) * odd[:, None, :]
-                sums += even + odd
-            dot = tl.sum(tl.reshape(products, [P, N, GROUPS, GROUP_WORDS]), 3)
-            sum_x = tl.sum(tl.reshape(sums, [P, GROUPS, GROUP_WORDS]), 2)
-            total += 16.0 * scale * dot + (zero - 24.0 * scale) * sum_x[:, None, :]
-        return tl.sum(total, 2)
+            total += scale[:, :, :, None] * dot + (zero - 8.0 * scale)[:, :, :, None] * sum_x[None, :, :, :]
+        total = tl.reshape(total, [N, P, GROUPS * PARTS])
     else:
-        # A thread sums what it loaded at once, 16 bytes, so that few accumulators are live.
-        AT_ONCE: tl.constexpr = 128 // rows.dtype.element_ty.primitive_bitwidth
-        total = tl.zeros([P, N, BLOCK_K // AT_ONCE], tl.float32)
+        total = tl.zeros([N, P, BLOCK_K // AT_ONCE], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
             inside = (k < length)[None, None, :] & live[:, :, None]
@@ -107,20 +121,20 @@ def _matvec(
             w = tl.load(rows[:, :, None] + k[None, None, :], inside, 0, eviction_policy="evict_first")
             if READ_THROUGH:
                 tl.store(pool_rows[:, :, None] + k[None, None, :], w, inside & missing[:, :, None])
-            products = tl.reshape(w.to(tl.float32) * x[:, None, :], [P, N, BLOCK_K // AT_ONCE, AT_ONCE])
+            products = tl.reshape(w.to(tl.float32) * x[None, :, :], [N, P, BLOCK_K // AT_ONCE, AT_ONCE])
             total += tl.sum(products, 3)
-        return tl.sum(total, 2)
+    return tl.sum(total, 2)
 
 
 @triton.jit
 def _decode_rows(
     x_ptr,
-    x_first,  # [P] int64
-    x_live,  # [P]
+    x_first,  # [P] or [1] int64
+    x_live,  # likewise
     slot,  # [P] int64
     source,  # [P] int64, the page to read through, -1: the slot has it
-    row,  # [P, N]
-    live,  # [P, N]
+    row,  # [N, P]
+    live,  # [N, P]
     weight,  # pointers into the pool's slots: weight,
     scales,
     bias,
@@ -130,7 +144,6 @@ def _decode_rows(
     weight_stride,  # elements from a slot to the next, the same in pool and store
     scales_stride,
     bias_stride,
-    one,
     length,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
@@ -139,8 +152,8 @@ def _decode_rows(
     STAGES: tl.constexpr,
     READ_THROUGH: tl.constexpr,
 ):
-    """[P, N] float32: rows of the slots' matrix times vectors, scaled and with their bias."""
-    slot = slot[:, None]
+    """[N, P] float32: rows of the slots' matrix times vectors, scaled and with their bias."""
+    slot = slot[None, :]
     groups = length // (GROUP // 8) if KIND == "int4" else 1
     rows = weight + slot * weight_stride + row.to(tl.int64) * length
     scale_rows = scales + slot * scales_stride + row * groups if KIND == "int4" or KIND == "int8" else rows
@@ -148,27 +161,30 @@ def _decode_rows(
     pool_scale_rows = scale_rows
     missing = live
     if READ_THROUGH:
-        page = source[:, None]
+        page = source[None, :]
         missing = (page >= 0) & live
         rows = tl.where(missing, weight_source + page * weight_stride + row.to(tl.int64) * length, rows)
         if KIND == "int4" or KIND == "int8":
             scale_rows = tl.where(missing, scales_source + page * scales_stride + row * groups, scale_rows)
-    y = _matvec(
-        x_ptr, x_first, x_live, rows, scale_rows, live, one, length, KIND, GROUP, FLOAT, BLOCK_K, STAGES,
-        pool_rows, pool_scale_rows, missing, READ_THROUGH,
-    )  # fmt: skip
+    # What the end needs is read before the stream of weights, not after.
     if KIND == "int8":
         scale = tl.load(scale_rows, live, 0.0)
         if READ_THROUGH:
             tl.store(pool_scale_rows, scale, missing)
-        y *= scale
     if bias is not None:
         pool_bias = bias + slot * bias_stride + row
         b = tl.load(pool_bias, live, 0.0)
         if READ_THROUGH:
-            from_store = tl.load(bias_source + source[:, None] * bias_stride + row, missing, 0.0)
+            from_store = tl.load(bias_source + page * bias_stride + row, missing, 0.0)
             tl.store(pool_bias, from_store, missing)
             b = tl.where(missing, from_store, b)
+    y = _matvec(
+        x_ptr, x_first, x_live, rows, scale_rows, live, length, KIND, GROUP, FLOAT, BLOCK_K, STAGES,
+        pool_rows, pool_scale_rows, missing, READ_THROUGH,
+    )  # fmt: skip
+    if KIND == "int8":
+        y *= scale
+    if bias is not None:
         y += b
     return y
 
@@ -189,7 +205,6 @@ def _decode_gate_up_kernel(
     weight_stride,
     scales_stride,
     bias_stride,
-    one,
     chunks,
     I,
     K,
@@ -213,18 +228,18 @@ def _decode_gate_up_kernel(
     MATRICES: tl.constexpr = 2 if GATED else 1
     matrix = tl.arange(0, MATRICES)  # gate, up
     none = tl.zeros([MATRICES], tl.int64)
-    row = 2 * n[None, :] + matrix[:, None] if INTERLEAVED else n[None, :] + matrix[:, None] * I
-    live = (n < I)[None, :] & (matrix >= 0)[:, None]
+    row = 2 * n[:, None] + matrix[None, :] if INTERLEAVED else n[:, None] + matrix[None, :] * I
+    live = (n < I)[:, None] & (matrix >= 0)[None, :]
     READ_THROUGH: tl.constexpr = source_ptr is not None
     sums = _decode_rows(
-        x_ptr, none + (pair // K) * length, matrix >= 0, none + tl.load(slots_ptr + pair),
+        x_ptr, tl.zeros([1], tl.int64) + (pair // K) * length, tl.arange(0, 1) >= 0, none + tl.load(slots_ptr + pair),
         none + tl.load(source_ptr + pair) if READ_THROUGH else none, row, live,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
-        weight_stride, scales_stride, bias_stride, one, length,
+        weight_stride, scales_stride, bias_stride, length,
         KIND, GROUP, h_ptr.dtype.element_ty, BLOCK_K, STAGES, READ_THROUGH,
     )  # fmt: skip
-    gate = tl.sum(tl.where(matrix[:, None] == 0, sums, 0.0), 0)
-    up = tl.sum(tl.where(matrix[:, None] == MATRICES - 1, sums, 0.0), 0)
+    gate = tl.sum(tl.where(matrix[None, :] == 0, sums, 0.0), 1)
+    up = tl.sum(tl.where(matrix[None, :] == MATRICES - 1, sums, 0.0), 1)
     h = activate_tile(gate, up, ACTIVATION, GATED)
     tl.store(h_ptr + pair * I + n, h.to(h_ptr.dtype.element_ty), n < I)
 
@@ -247,7 +262,6 @@ def _decode_down_kernel(
     weight_stride,
     scales_stride,
     bias_stride,
-    one,
     chunks,
     H,
     K,
@@ -268,27 +282,30 @@ def _decode_down_kernel(
     READ_THROUGH: tl.constexpr = source_ptr is not None
     slot = tl.load(slots_ptr + pair, k < K, 0).to(tl.int64)
     source = tl.load(source_ptr + pair, k < K, -1).to(tl.int64) if READ_THROUGH else slot
-    inside = (n < H)[None, :] & (k < K)[:, None]
+    inside = (n < H)[:, None] & (k < K)[None, :]
     computed = k < K
     if pending_ptr is not None:
         computed = tl.load(pending_ptr + pair, k < K, 0) != 0
-    live = inside & computed[:, None]
-    row = tl.zeros([PADDED_K, 1], tl.int32) + n[None, :]
+    live = inside & computed[None, :]
+    row = n[:, None] + tl.zeros([1, PADDED_K], tl.int32)
+    if FINISH:
+        gates = tl.load(gates_ptr + pair, k < K, 0.0)
+    if partial_ptr is not None:
+        at = partial_ptr + pair[None, :] * H + n[:, None]
+        if FINISH:
+            earlier = tl.load(at, inside & (live == 0), 0.0)
     sums = _decode_rows(
         h_ptr, pair * length, computed, slot, source, row, live,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
-        weight_stride, scales_stride, bias_stride, one, length,
+        weight_stride, scales_stride, bias_stride, length,
         KIND, GROUP, y_ptr.dtype.element_ty, BLOCK_K, STAGES, READ_THROUGH,
     )  # fmt: skip
-    if partial_ptr is not None:
-        at = partial_ptr + pair[:, None] * H + n[None, :]
-        if FINISH:
-            sums = tl.where(live, sums, tl.load(at, inside & (live == 0), 0.0))
-        else:
-            tl.store(at, sums, live)
-    if FINISH:
-        gates = tl.load(gates_ptr + pair, k < K, 0.0)
-        y = tl.sum(sums * gates[:, None], 0)
+    if not FINISH:
+        tl.store(at, sums, live)
+    else:
+        if partial_ptr is not None:
+            sums = tl.where(live, sums, earlier)
+        y = tl.sum(sums * gates[None, :], 1)
         tl.store(y_ptr + tl.program_id(1).to(tl.int64) * H + n, y.to(y_ptr.dtype.element_ty), n < H)
 
 
@@ -320,6 +337,8 @@ def plan_decode(
     """
     tokens, top_k = slots.shape
     int4 = page_format.kind == "int4"
+    # Left to itself the assembler would spill to fit more programs.
+    limit = 160 if int4 and pending is not None else None
     launches = []
     for name, kernel, vectors, outputs in (
         ("gate_up", _decode_gate_up_kernel, x, page_format.intermediate),
@@ -349,7 +368,6 @@ def plan_decode(
             "weight_stride": weight.stride(0),
             "scales_stride": 0 if scales is None else scales.stride(0),
             "bias_stride": 0 if bias is None else bias.stride(0),
-            "one": 0x3F800000,
             "chunks": weight.shape[-1] // chunk,
             "K": top_k,
         }
@@ -375,6 +393,15 @@ def plan_decode(
             second = tokens
         grid = (triton.cdiv(outputs, tiles.block_n), second)
         launches.append(
-            Launch(kernel, grid, arguments, constants, tiles.warps, streams_pages=True, pipelined=tiles.stages > 1)
+            Launch(
+                kernel,
+                grid,
+                arguments,
+                constants,
+                tiles.warps,
+                streams_pages=True,
+                pipelined=tiles.stages > 1,
+                max_registers=limit,
+            )
         )
     return launches

@@ -187,8 +187,8 @@ def plan_prefill(
     ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result.
     """
     (tokens, top_k), count = slots.shape, weights["gate_up"].shape[0]
-    # Without tensor cores the assembler would spill to fit more programs.
-    limit = 255 if x.dtype == torch.float32 else None
+    # Left to itself the assembler would spill to fit more programs: products without tensor cores, values taken apart.
+    limit = 255 if x.dtype == torch.float32 or page_format.kind == "int4" else None
     launches = []
     for name, a, y in (("gate_up", x, h), ("down", h, pairs)):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))

@@ -1,6 +1,7 @@
 """The experts kernels against their reference: in Triton's interpreter on the CPU, and on a GPU where there is one."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -149,6 +150,29 @@ def test_awkward_shapes(run, page_format, tokens, top_k, slots):
 def test_any_width(run, hidden, inner):
     case = Case(PageFormat("bf16", hidden, inner), 2, 2, 3, torch.float32)
     assert_near(run(case), case.expected())
+
+
+@each_path
+@pytest.mark.parametrize("exponent", [-22, 22])
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[8]], ids=name_of)
+def test_tokens_of_any_size(run, page_format, exponent):
+    page_format = replace(page_format, activation="relu", bias=False)  # of which both products grow with the token
+    case = Case(page_format, tokens=2, top_k=2, slots=3, dtype=torch.float32)
+    case.x = case.x * 2.0**exponent
+    assert_near(run(case), case.expected())
+
+
+@each_path
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=name_of)
+def test_a_token_that_is_not_finite_spoils_its_own_row_alone(run, page_format, value):
+    case = Case(page_format, tokens=3, top_k=2, slots=3, dtype=torch.float32)
+    whole = run(case)
+    case.x[1, 5] = value
+    y = run(case)
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], whole[[0, 2]])
 
 
 # ----------------------------------------------------------------------------------------------------- the page table
