@@ -5,15 +5,36 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from cachemoe.kernels.launch import Launch
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide)."""
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+"""KiB of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide)."""
+
+
+class AbsentGPU:
+    """As much of a Triton driver as compiling asks for: the GPU that it is for.
+
+    Args:
+        capability: compute capability, such as 90.
+    """
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
 @dataclass(frozen=True)
@@ -37,30 +58,31 @@ class Resources:
     tensor_core: int
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Compile one launch for a compute capability such as 90.
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """One launch compiled for a compute capability such as 90: Triton's ``CompiledKernel``.
+
+    Triton takes that GPU for the process's own from then on.
 
     Raises:
         RuntimeError: if TRITON_INTERPRET is set: an interpreted kernel cannot be compiled.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET to compile kernels")
-    types, constants, attributes = launch.signature()
-    compiled = triton.compile(
-        ASTSource(launch.kernel, types, constants, attributes),
-        target=GPUTarget("cuda", capability, 32),
-        options=launch.options(),
-    )
+    driver.set_active(AbsentGPU(capability))
+    return launch.compile()
+
+
+def resources(cubin: bytes, ptx: str, shared: int) -> Resources:
+    """What a compiled kernel uses, ``shared`` being its bytes of shared memory."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(cubin)
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    ptx = compiled.asm["ptx"]
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(
         registers=found["REG"],
-        shared=compiled.metadata.shared,
+        shared=shared,
         stack=found["STACK"],
         wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.c[ag]\S* .*, 0x10\b", ptx)),
         asynchronous=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b", ptx)),
@@ -77,8 +99,9 @@ def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     found = []
     if resources.stack:
         found.append(f"{resources.stack} bytes of registers spilled to the stack")
-    if resources.shared > SHARED_MEMORY[capability]:
-        found.append(f"{resources.shared} bytes of shared memory, and a block has {SHARED_MEMORY[capability]}")
+    limit = SHARED_MEMORY[capability] * 1024
+    if resources.shared > limit:
+        found.append(f"{resources.shared} bytes of shared memory, and a block has {limit}")
     if launch.streams_pages and not resources.wide_loads:
         found.append("no 16-byte loads")
     if launch.pipelined and not resources.asynchronous:

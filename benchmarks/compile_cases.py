@@ -115,15 +115,9 @@ def _fetch() -> Iterator[tuple[str, Launch]]:
 
 
 def cases() -> Iterator[tuple[str, Launch]]:
-    """(what it is for, launch), each distinct compilation once, under the first geometry that needs it."""
-    seen = set()
-
-    def new(launch: Launch) -> bool:
-        key = (launch.kernel.__name__, repr(launch.signature()), repr(launch.options()))
-        return key not in seen and not seen.add(key)
-
+    """(what it is for, launch); geometries share many compilations."""
     for geometry in GEOMETRIES.values():
-        yield from ((f"{geometry.title}, {what}", launch) for what, launch in _experts(geometry) if new(launch))
+        yield from ((f"{geometry.title}, {what}", launch) for what, launch in _experts(geometry))
     for name, router in ROUTERS.items():
-        yield from ((f"{name}, {what}", launch) for what, launch in _route(router) if new(launch))
-    yield from ((what, launch) for what, launch in _fetch() if new(launch))
+        yield from ((f"{name}, {what}", launch) for what, launch in _route(router))
+    yield from _fetch()

@@ -4,14 +4,16 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 
 import triton
 from rich import box
 from rich.table import Table
 
-from cachemoe.benchmarks.compile import compile_launch, defects
+from cachemoe.benchmarks.compile import SHARED_MEMORY, compile_launch, defects, resources
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.moe.progress import Progress
+from cachemoe.offload.errors import InputError
 
 COLUMNS = ("registers", "shared", "stack", "wide_loads", "asynchronous", "tensor_core")
 
@@ -20,40 +22,49 @@ def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
     """Compile every case for every compute capability, on all cores.
 
     Returns:
-        For JSON: the Triton release, and a row for each compilation with its resources and its defects.
+        For JSON: the Triton release, and a row for each distinct compilation with its resources and its defects.
+
+    Raises:
+        InputError: for a compute capability whose limits are not known here.
     """
+    for capability in capabilities:
+        if capability not in SHARED_MEMORY:
+            known = ", ".join(map(str, SHARED_MEMORY))
+            raise InputError(f"compute capability {capability} is not one of those that can be checked: {known}")
     count = len(list(cases()))
     jobs = [(index, capability) for capability in capabilities for index in range(count)]
-    rows = []
+    rows = {}
     with (
-        ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        progress(f"compiling {count} kernel configurations", len(jobs)) as advance,
+        ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool,
+        progress(f"compiling the kernels' {count} configurations", len(jobs)) as advance,
     ):
-        for row in pool.map(_compile, jobs, chunksize=4):
-            rows.append(row)
+        for (_, capability), (key, row) in zip(jobs, pool.map(_compile, jobs, chunksize=4), strict=True):
+            rows.setdefault((key, capability), row)
             advance()
-    return {"triton": triton.__version__, "rows": rows}
+    return {"triton": triton.__version__, "rows": list(rows.values())}
 
 
 _CASES: list = []
 
 
-def _compile(job: tuple[int, int]) -> dict:
+def _compile(job: tuple[int, int]) -> tuple[str, dict]:
     """One job in a worker: launches hold kernels, which do not travel between processes, so cases go by number."""
     if not _CASES:
         _CASES.extend(cases())
     index, capability = job
     what, launch = _CASES[index]
-    resources = compile_launch(launch, capability)
-    return {
+    compiled = compile_launch(launch, capability)
+    uses = resources(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+    row = {
         "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         "for": what,
         "capability": capability,
         "constants": {name: str(value) for name, value in launch.constants.items()},
         "warps": launch.num_warps,
-        **asdict(resources),
-        "defects": defects(launch, resources, capability),
+        **asdict(uses),
+        "defects": defects(launch, uses, capability),
     }
+    return compiled.hash, row
 
 
 def compile_table(report: dict) -> Table:

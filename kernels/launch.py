@@ -8,25 +8,13 @@ from typing import Any
 
 import torch
 
-TRITON_TYPES = {
-    torch.bool: "i1",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-}
-
 
 @dataclass(frozen=True)
 class Launch:
     """What ``kernel[grid](**arguments, **constants)`` needs.
 
     A launcher is a pure function from tensors to launches: given tensors on the meta device it plans the same launches,
-    which ``cachemoe.benchmarks.compile`` compiles for any GPU.
+    which can be compiled for any GPU.
 
     Args:
         kernel: a ``triton.jit`` function.
@@ -57,31 +45,15 @@ class Launch:
         )
         device = next(devices, None)
         with torch.cuda.device(device) if device else nullcontext():  # Triton launches on the current one
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
+            self.kernel[self.grid](**self._keywords())
 
-    def options(self) -> dict[str, int | None]:
-        """What the compiler is told."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+    def compile(self) -> Any:
+        """The kernel as Triton specialises and compiles it for its active driver's GPU, without launching it.
 
-    def signature(self) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
-        """The launch as Triton specialises it: the types, constants and known divisibilities of ``ASTSource``.
-
-        Triton turns None and 1 into constants and notes pointers and integers that 16 divides.
+        It goes into Triton's cache, where ``run`` will find it.
         """
-        types, constants, attributes = {}, {}, {}
-        for position, name in enumerate(self.kernel.arg_names):
-            value = self.constants[name] if name in self.constants else self.arguments[name]
-            if name in self.constants or value is None or (type(value) is int and value == 1):
-                types[name], constants[(position,)] = "constexpr", value
-            elif isinstance(value, (bool, float)):
-                types[name] = "u1" if isinstance(value, bool) else "fp32"
-            else:
-                if isinstance(value, int):
-                    types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                    address = value
-                else:
-                    types[name] = "*" + TRITON_TYPES[value.dtype]
-                    address = value.storage_offset() * value.element_size()
-                if address % 16 == 0:
-                    attributes[(position,)] = [["tt.divisibility", 16]]
-        return types, constants, attributes
+        return self.kernel.warmup(grid=self.grid, **self._keywords())
+
+    def _keywords(self) -> dict[str, Any]:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        return {**self.arguments, **self.constants, **options}
