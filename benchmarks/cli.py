@@ -145,6 +145,13 @@ def gpu(
         "results/gpu.json"
     ),
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for all steps together.")] = 9.0,
+    step: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="environment, compile, correctness, microbenchmarks or latency; repeatable.",
+            show_default="all of them",
+        ),
+    ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Run the same steps on the CPU.")] = False,
 ):
     """Everything that needs a GPU, in one run from a checkout: tests, microbenchmarks and tables, into one JSON file.
@@ -156,7 +163,7 @@ def gpu(
         from cachemoe.benchmarks.run_gpu import run_gpu
 
         check_destination(out)
-        report = run_gpu(out, 60 * minutes, rehearse, show_progress)
+        report = run_gpu(out, 60 * minutes, step or [], rehearse, show_progress)
         _print_gpu(report)
         console.print(f"[dim]Every figure: {out}.[/dim]")
     if any(step["status"] != "passed" for step in report["steps"]):
@@ -186,8 +193,12 @@ def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors
 @app.command("compile")
 def compile_kernels(
     capability: Annotated[
-        list[int] | None, typer.Option(help="Compute capability, once for each.", show_default="80 and 90")
+        list[int] | None,
+        typer.Option(help="Compute capability, once for each.", show_default="the GPU's own; without one 80 and 90"),
     ] = None,
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="The tiles too that the microbenchmarks try beside the chosen ones.")
+    ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Where every figure goes.")] = None,
 ):
     """Compile every kernel configuration for GPUs that need not be there, and show what each uses.
@@ -196,11 +207,11 @@ def compile_kernels(
     pipeline that it claims.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_compile import compile_table, run_compile
+        from cachemoe.benchmarks.run_compile import compile_table, default_capabilities, run_compile
 
         if json_path is not None:
             check_destination(json_path)
-        report = run_compile(capability or [80, 90], show_progress)
+        report = run_compile(capability or default_capabilities(), tiles, show_progress)
         console.print(compile_table(report))
         if json_path is not None:
             with whole_file(json_path) as partial:

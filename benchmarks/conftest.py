@@ -19,7 +19,7 @@ from rich.console import Console
 
 from cachemoe.benchmarks import machine
 from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
-from cachemoe.benchmarks.micro_plot import plot_micro
+from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 from cachemoe.benchmarks.timing import Round
 from cachemoe.offload.files import whole_file
@@ -154,7 +154,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for note in micro_notes(report):
         console.print(note, highlight=False)
     written = f"Every figure: {session.path}."
-    if any(row["bound_seconds"] for row in report["rows"]):
+    if drawable(report):
         picture = session.path.with_suffix(".png")
         with whole_file(picture) as partial:
             plot_micro(report, partial)

@@ -10,22 +10,26 @@ import matplotlib.pyplot as plt
 from cachemoe.benchmarks.geometries import GEOMETRIES
 
 
+def drawable(report: dict) -> list[dict]:
+    """The rows that have a bound; trials of tiles are for tables."""
+    return [row for row in report["rows"] if row["bound_seconds"] is not None and row["kernel"] != "tiles"]
+
+
 def plot_micro(report: dict, path: Path) -> None:
-    """Write the rows that have a bound as PNG, a panel for each kernel, number of tokens and variant.
+    """Write what is drawable as PNG, a panel for each kernel, number of tokens and variant.
 
     Raises:
         OSError: if the file cannot be written.
-        ValueError: if no row has a bound.
+        ValueError: if nothing is drawable.
     """
     panels: dict[tuple, list[dict]] = {}
-    for row in report["rows"]:
-        if row["bound_seconds"] is not None:
-            panels.setdefault((row["kernel"], row["tokens"], row["variant"]), []).append(row)
+    for row in drawable(report):
+        panels.setdefault((row["kernel"], row["tokens"], row["variant"]), []).append(row)
     if not panels:
         raise ValueError("nothing to draw: no row has a bound")
     measured = (row["implementation"] for rows in panels.values() for row in rows)
     implementations = list(dict.fromkeys(["cachemoe", *measured]))
-    colours = dict(zip(implementations, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(implementations, plt.get_cmap("tab20").colors, strict=False))
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False, layout="constrained")
     for axis, (key, rows) in zip(axes[:, 0], panels.items(), strict=True):
         _panel(axis, key, rows, colours)

@@ -4,22 +4,39 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from multiprocessing import get_context
 
+import torch
 import triton
 from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.compile import SHARED_MEMORY, compile_launch, defects, resources
 from cachemoe.benchmarks.compile_cases import cases
+from cachemoe.benchmarks.tiles import tile_cases
+from cachemoe.kernels.launch import Launch
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 
 COLUMNS = ("registers", "shared", "stack", "wide_loads", "asynchronous", "tensor_core")
 
 
-def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
+def default_capabilities() -> list[int]:
+    """The compute capability of the GPU that is here; without one, those of an A100 and an H100."""
+    if not torch.cuda.is_available():
+        return [80, 90]
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor]
+
+
+def run_compile(capabilities: Sequence[int], tiles: bool, progress: Progress) -> dict:
     """Compile every case for every compute capability, on all cores.
+
+    Args:
+        capabilities: such as 90.
+        tiles: compile ``tile_cases`` too.
+        progress: shows the compilations.
 
     Returns:
         For JSON: the Triton release, and a row for each distinct compilation with its resources and its defects.
@@ -31,7 +48,7 @@ def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
         if capability not in SHARED_MEMORY:
             known = ", ".join(map(str, SHARED_MEMORY))
             raise InputError(f"compute capability {capability} is not one of those that can be checked: {known}")
-    count = len(list(cases()))
+    count = len(_all_cases()) if tiles else len(list(cases()))
     jobs = [(index, capability) for capability in capabilities for index in range(count)]
     rows = {}
     with (
@@ -44,15 +61,15 @@ def run_compile(capabilities: Sequence[int], progress: Progress) -> dict:
     return {"triton": triton.__version__, "rows": list(rows.values())}
 
 
-_CASES: list = []
+@cache
+def _all_cases() -> list[tuple[str, Launch]]:
+    return [*cases(), *tile_cases()]
 
 
 def _compile(job: tuple[int, int]) -> tuple[str, dict]:
     """One job in a worker: launches hold kernels, which do not travel between processes, so cases go by number."""
-    if not _CASES:
-        _CASES.extend(cases())
     index, capability = job
-    what, launch = _CASES[index]
+    what, launch = _all_cases()[index]
     compiled = compile_launch(launch, capability)
     uses = resources(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
     row = {
@@ -69,10 +86,11 @@ def _compile(job: tuple[int, int]) -> tuple[str, dict]:
 
 def compile_table(report: dict) -> Table:
     """A row for each kernel and capability: how many configurations, and the most or the fewest of each resource."""
-    table = Table(title=f"Compiled ahead of time with Triton {report['triton']}", box=box.SIMPLE_HEAD)
-    headings = ("kernel", "sm", "configurations", "registers", "shared bytes", "spilled", "16-byte loads")
-    for heading in (*headings, "async copies", "tensor core", "defects"):
-        table.add_column(heading, justify="left" if heading == "kernel" else "right")
+    title = f"Compiled ahead of time with Triton {report['triton']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
+    headings = ("kernel", "sm", "count", "regs", "shared", "spilled", "16-byte", "async", "tensor", "wrong")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "kernel" else "right", no_wrap=True)
     groups: dict[tuple[str, int], list[dict]] = {}
     for row in report["rows"]:
         groups.setdefault((row["kernel"], row["capability"]), []).append(row)

@@ -62,7 +62,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()
     ours = "gpu or kernel"
     correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
-    figures, picture = folder / "micro.json", folder / "latency.png"
+    figures, picture, compiled = folder / "micro.json", folder / "latency.png", folder / "compile.json"
 
     def tested(output: str) -> dict:
         tests = junit(correctness)
@@ -72,6 +72,13 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
 
     return [
         Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
+        # First, on every core: the steps after it find these kernels in Triton's cache.
+        Step(
+            "compile",
+            (python, "-m", "cachemoe.benchmarks.cli", "compile", "--tiles", f"--json={compiled}"),
+            3,
+            lambda output: summarised(read_json(compiled)),
+        ),
         Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested),
         Step(
             "microbenchmarks",
@@ -88,17 +95,18 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     ]
 
 
-def run_gpu(out: Path, seconds: float, rehearse: bool, progress: Progress) -> dict:
-    """Run every step; the report is written to ``out`` after each.
+def run_gpu(out: Path, seconds: float, only: Sequence[str], rehearse: bool, progress: Progress) -> dict:
+    """Run the steps; the report is written to ``out`` after each.
 
     Args:
         out: a JSON file; the steps' pictures go beside it.
+        only: names of the steps to run; none: every step.
         seconds: of all steps together; time that a step leaves goes to those after it.
         rehearse: run on the CPU what would run on a GPU.
         progress: shows the steps.
 
     Raises:
-        InputError: without a GPU, unless it is a rehearsal, or without the sources.
+        InputError: without a GPU, unless it is a rehearsal, without the sources, or for a step that there is not.
     """
     if not (ROOT / "tests").is_dir():
         raise InputError("the tests are not beside the installed package: run this from a checkout, pip install -e .")
@@ -124,7 +132,13 @@ def run_gpu(out: Path, seconds: float, rehearse: bool, progress: Progress) -> di
             for picture in folder.glob("*.png"):
                 shutil.copyfile(picture, out.with_name(f"{out.stem}-{picture.name}"))
 
-        run_steps(gpu_steps(folder, rehearse), seconds, environment, report, write, progress)
+        steps = gpu_steps(folder, rehearse)
+        names = [step.name for step in steps]
+        for name in only:
+            if name not in names:
+                raise InputError(f"there is no step {name!r}; there are {', '.join(names)}")
+        chosen = [step for step in steps if step.name in only or not only]
+        run_steps(chosen, seconds, environment, report, write, progress)
     return report
 
 
@@ -203,6 +217,12 @@ def _end(running: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)  # its children may outlive it
     running.wait()
+
+
+def summarised(compiled: dict) -> dict:
+    """A report of ``cachemoe compile`` without the rows that nothing is wrong with."""
+    wrong = [row for row in compiled["rows"] if row["defects"]]
+    return {"triton": compiled["triton"], "configurations": len(compiled["rows"]), "wrong": wrong}
 
 
 def junit(path: Path) -> dict:

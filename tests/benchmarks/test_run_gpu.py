@@ -205,6 +205,23 @@ def test_a_rehearsal_writes_one_file_and_the_pictures_and_hides_the_gpu(quick_st
     assert "rehearsal" in result.output
 
 
+def test_one_step_alone(quick_steps, tmp_path):
+    out = tmp_path / "gpu.json"
+    result = CliRunner().invoke(app, ["gpu", "--rehearse", "--step", "draws", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert [step["name"] for step in json.loads(out.read_text())["steps"]] == ["draws"]
+    result = CliRunner().invoke(app, ["gpu", "--rehearse", "--step", "drawing", "--out", str(out)])
+    assert result.exit_code == 2
+    assert "no step 'drawing'; there are draws, hides the GPU" in " ".join(result.stderr.split())
+
+
+def test_the_compilations_without_defects_are_counted_alone(tmp_path):
+    rows = [{"kernel": "route", "defects": []}, {"kernel": "fetch", "defects": ["no 16-byte loads"]}]
+    (tmp_path / "compile.json").write_text(json.dumps({"triton": "3.6.0", "rows": rows}))
+    compiled = next(step for step in gpu_steps(tmp_path, True) if step.name == "compile")
+    assert compiled.collect("") == {"triton": "3.6.0", "configurations": 2, "wrong": rows[1:]}
+
+
 def test_a_failed_step_exits_with_1(monkeypatch, tmp_path):
     monkeypatch.setattr(run_gpu, "gpu_steps", lambda folder, rehearse: [step("bad", "raise SystemExit(3)")])
     result = CliRunner().invoke(app, ["gpu", "--rehearse", "--out", str(tmp_path / "gpu.json")])

@@ -1,0 +1,84 @@
+"""The decode kernels with other tiles than the heuristics choose: evidence for ``cachemoe.kernels.experts_tiles``."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import triton
+
+from cachemoe.benchmarks.geometries import GEOMETRIES
+from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.experts_tiles import DecodeTiles
+from cachemoe.kernels.launch import Launch
+
+TRIED = [(geometry, kind) for geometry in ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b") for kind in ("bf16", "int4")]
+"""Geometries and page formats: the finest experts, the coarsest, and widths that are no powers of two."""
+
+LAUNCHES = ("gate_up", "down")
+
+
+def tiles_of(launch: Launch) -> DecodeTiles:
+    """The tiles of a decode launch."""
+    constants = launch.constants
+    return DecodeTiles(constants["BLOCK_N"], constants["BLOCK_K"], launch.num_warps, constants["STAGES"])
+
+
+def retile(launch: Launch, tiles: DecodeTiles) -> Launch:
+    """A decode launch with other tiles."""
+    outputs = launch.arguments["I"] if "I" in launch.arguments else launch.arguments["H"]
+    return replace(
+        launch,
+        grid=(triton.cdiv(outputs, tiles.block_n), launch.grid[1]),
+        constants=launch.constants | {"BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "STAGES": tiles.stages},
+        num_warps=tiles.warps,
+        pipelined=tiles.stages > 1,
+    )
+
+
+def neighbours(tiles: DecodeTiles, least_k: int) -> list[DecodeTiles]:
+    """``tiles`` and those a step away: another shape, size, number of warps or depth.
+
+    Args:
+        least_k: the shortest ``block_k`` that the kernel takes.
+    """
+    n, k, warps, stages = tiles.block_n, tiles.block_k, tiles.warps, tiles.stages
+    steps = [
+        tiles,
+        *(replace(tiles, stages=depth) for depth in (stages - 1, stages + 1, stages + 2)),
+        *(replace(tiles, warps=count) for count in (warps // 2, warps * 2)),
+        *(DecodeTiles(n // 2, k * factor, warps, stages) for factor in (1, 2)),
+        *(DecodeTiles(n * factor, k // 2, warps, stages) for factor in (1, 2)),
+        DecodeTiles(n * 2, k, warps, stages),
+        DecodeTiles(n // 2, k, warps // 2, stages),
+    ]
+    return [step for step in dict.fromkeys(steps) if step.block_n and step.block_k >= least_k and step.warps]
+
+
+def retiled(launch: Launch) -> list[Launch]:
+    """A decode launch, and the same with the neighbours of its tiles."""
+    least_k = max(16, launch.constants["GROUP"] // 8)
+    return [retile(launch, tiles) for tiles in neighbours(tiles_of(launch), least_k)]
+
+
+def title(tiles: DecodeTiles) -> str:
+    return f"{tiles.block_n} x {tiles.block_k}, {tiles.warps} warps, {tiles.stages} stages"
+
+
+def meta_launches(geometry: str, kind: str) -> dict[str, Launch]:
+    """The launches of one token, ``gate_up`` and ``down``, without memory."""
+    shape = GEOMETRIES[geometry]
+    page_format = shape.page_format(kind)
+    pool = torch.empty(shape.experts, page_format.page_bytes, dtype=torch.uint8, device="meta")
+    x = torch.empty(1, shape.hidden, dtype=torch.bfloat16, device="meta")
+    h = torch.empty(shape.top_k, shape.intermediate, dtype=torch.bfloat16, device="meta")
+    slots = torch.empty(1, shape.top_k, dtype=torch.int64, device="meta")
+    launches = plan_decode(x, slots, slots.float(), page_format.views(pool), page_format, x, h)
+    return dict(zip(LAUNCHES, launches, strict=True))
+
+
+def tile_cases() -> Iterator[tuple[str, Launch]]:
+    """(what it is for, launch) of all that the microbenchmarks try."""
+    for geometry, kind in TRIED:
+        for launch in meta_launches(geometry, kind).values():
+            for other in retiled(launch):
+                yield f"{GEOMETRIES[geometry].title}, {kind}, {title(tiles_of(other))}", other
