@@ -1,4 +1,4 @@
-"""The decode kernels with other tiles than the heuristics choose: evidence for ``cachemoe.kernels.experts_tiles``."""
+"""The experts' kernels with other tiles than the heuristics choose: evidence for ``cachemoe.kernels.experts_tiles``."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,13 +8,31 @@ import triton
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.kernels.experts_decode import plan_decode
-from cachemoe.kernels.experts_tiles import DecodeTiles
+from cachemoe.kernels.experts_prefill import plan_prefill
+from cachemoe.kernels.experts_tiles import DecodeTiles, PrefillTiles
 from cachemoe.kernels.launch import Launch
 
 TRIED = [(geometry, kind) for geometry in ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b") for kind in ("bf16", "int4")]
 """Geometries and page formats: the finest experts, the coarsest, and widths that are no powers of two."""
 
 LAUNCHES = ("gate_up", "down")
+
+PROMPT = 512
+PROMPTS = ("qwen3-30b-a3b", "olmoe", "mixtral-8x7b")
+"""Geometries that a prompt of so many tokens is tried with, in bf16: some 32, 64 and 128 pairs an expert."""
+
+PREFILL_TRIED = [
+    (PrefillTiles(m, gate_up, k, warps, stages), PrefillTiles(m, down, k, warps, stages))
+    for m, gate_up, down, k, warps, stages in (
+        (32, 64, 128, 64, 4, 3),
+        (64, 64, 64, 64, 4, 4),
+        (64, 64, 128, 64, 8, 3),
+        (64, 128, 128, 32, 8, 4),
+        (64, 128, 256, 32, 8, 4),
+        (128, 64, 128, 32, 8, 4),
+    )
+]
+"""Tiles of both products: taller and wider ones read less from the cache for each operation, and pad more."""
 
 
 def tiles_of(launch: Launch) -> DecodeTiles:
@@ -61,19 +79,32 @@ def retiled(launch: Launch) -> list[Launch]:
 
 
 def title(tiles: DecodeTiles) -> str:
+    """In a table."""
     return f"{tiles.block_n} x {tiles.block_k}, {tiles.warps} warps, {tiles.stages} stages"
+
+
+def prefill_title(tiles: tuple[PrefillTiles, PrefillTiles]) -> str:
+    """In a table."""
+    gate_up, down = tiles
+    sizes = f"{gate_up.block_m} x {gate_up.block_n} and {down.block_n} x {gate_up.block_k}"
+    return f"{sizes}, {gate_up.warps} warps, {gate_up.stages} stages"
 
 
 def meta_launches(geometry: str, kind: str) -> dict[str, Launch]:
     """The launches of one token, ``gate_up`` and ``down``, without memory."""
+    x, slots, weights, page_format, h = _meta(geometry, kind, 1)
+    launches = plan_decode(x, slots, slots.float(), weights, page_format, x, h)
+    return dict(zip(LAUNCHES, launches, strict=True))
+
+
+def _meta(geometry: str, kind: str, tokens: int):
     shape = GEOMETRIES[geometry]
     page_format = shape.page_format(kind)
     pool = torch.empty(shape.experts, page_format.page_bytes, dtype=torch.uint8, device="meta")
-    x = torch.empty(1, shape.hidden, dtype=torch.bfloat16, device="meta")
-    h = torch.empty(shape.top_k, shape.intermediate, dtype=torch.bfloat16, device="meta")
-    slots = torch.empty(1, shape.top_k, dtype=torch.int64, device="meta")
-    launches = plan_decode(x, slots, slots.float(), page_format.views(pool), page_format, x, h)
-    return dict(zip(LAUNCHES, launches, strict=True))
+    x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
+    h = torch.empty(tokens * shape.top_k, shape.intermediate, dtype=torch.bfloat16, device="meta")
+    slots = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
+    return x, slots, page_format.views(pool), page_format, h
 
 
 def tile_cases() -> Iterator[tuple[str, Launch]]:
@@ -82,3 +113,10 @@ def tile_cases() -> Iterator[tuple[str, Launch]]:
         for launch in meta_launches(geometry, kind).values():
             for other in retiled(launch):
                 yield f"{GEOMETRIES[geometry].title}, {kind}, {title(tiles_of(other))}", other
+    for geometry in PROMPTS:
+        x, slots, weights, page_format, h = _meta(geometry, "bf16", PROMPT)
+        pairs = torch.empty(*slots.shape, x.shape[1], device="meta")
+        for tiles in PREFILL_TRIED:
+            what = f"{GEOMETRIES[geometry].title}, bf16, {prefill_title(tiles)}"
+            for launch in plan_prefill(x, slots, slots.float(), weights, page_format, x, h, pairs, tiles=tiles):
+                yield what, launch

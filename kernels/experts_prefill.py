@@ -4,13 +4,15 @@ Weights are read in place, without padded copies; tokens are gathered as they ar
 act(gate(x)) * up(x) for each pair, ``down`` each pair's result in float32, ``combine`` their sum weighted by the gates.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from cachemoe.kernels.activations_gpu import activate_tile
 from cachemoe.kernels.experts_decode import as_words, two_floats
-from cachemoe.kernels.experts_tiles import prefill_tiles
+from cachemoe.kernels.experts_tiles import PrefillTiles, prefill_tiles
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.launch import Launch
 
@@ -181,22 +183,24 @@ def plan_prefill(
     pairs: torch.Tensor,
     pending: torch.Tensor | None = None,
     finish: bool = True,
+    tiles: Sequence[PrefillTiles] = (),
 ) -> list[Launch]:
     """The launches. Arguments as ``cachemoe.kernels.experts.experts``.
 
-    ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result.
+    ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result. ``tiles`` of
+    the two products, with one ``block_m``; none: what ``prefill_tiles`` chooses.
     """
     (tokens, top_k), count = slots.shape, weights["gate_up"].shape[0]
     # Left to itself the assembler would spill to fit more programs: products without tensor cores, values taken apart.
     limit = 255 if x.dtype == torch.float32 or page_format.kind == "int4" else None
     launches = []
-    for name, a, y in (("gate_up", x, h), ("down", h, pairs)):
+    for product, (name, a, y) in enumerate((("gate_up", x, h), ("down", h, pairs))):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         if page_format.kind == "int4":
             scales = as_words(scales)
-        tiles = prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], x.dtype)
+        size = tiles[product] if tiles else prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], x.dtype)
         if not launches:
-            grouping = group_by_slot(slots, pending, count, tiles.block_m)
+            grouping = group_by_slot(slots, pending, count, size.block_m)
         order, tile_slot, tile_first, slot_end = grouping
         arguments = {
             "a_ptr": a,
@@ -223,15 +227,13 @@ def plan_prefill(
             "GATED": page_format.gated,
             "ACTIVATION": page_format.activation,
             "INTERLEAVED": page_format.interleaved,
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BLOCK_K": tiles.block_k,
+            "BLOCK_M": size.block_m,
+            "BLOCK_N": size.block_n,
+            "BLOCK_K": size.block_k,
         }
-        grid = (tile_slot.shape[0], triton.cdiv(y.shape[-1], tiles.block_n))
+        grid = (tile_slot.shape[0], triton.cdiv(y.shape[-1], size.block_n))
         launches.append(
-            Launch(
-                _grouped_kernel, grid, arguments, constants, tiles.warps, tiles.stages, True, tiles.stages > 1, limit
-            )
+            Launch(_grouped_kernel, grid, arguments, constants, size.warps, size.stages, True, size.stages > 1, limit)
         )
     if finish:
         hidden, block_n = page_format.hidden, 256

@@ -1,10 +1,24 @@
-"""Other tiles of the decode kernels: they compute the same, and are worth a trial."""
+"""The experts' kernels with other tiles: they compute the same."""
 
 import pytest
 import torch
 
-from cachemoe.benchmarks.tiles import LAUNCHES, TRIED, meta_launches, neighbours, retiled, tile_cases, tiles_of, title
+from cachemoe.benchmarks.geometries import GEOMETRIES
+from cachemoe.benchmarks.tiles import (
+    LAUNCHES,
+    PREFILL_TRIED,
+    PROMPTS,
+    TRIED,
+    meta_launches,
+    neighbours,
+    prefill_title,
+    retiled,
+    tile_cases,
+    tiles_of,
+    title,
+)
 from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.experts_tiles import DecodeTiles
 from cachemoe.kernels.formats import PageFormat
 
@@ -51,9 +65,34 @@ def test_whatever_the_tiles_the_result_is_the_same(page_format, name):
 
 
 def test_what_is_compiled_is_what_is_tried():
-    assert len(list(tile_cases())) == sum(
-        len(retiled(launch)) for geometry, kind in TRIED for launch in meta_launches(geometry, kind).values()
-    )
     names = [what for what, _ in tile_cases()]
-    assert any("Mixtral-8x7B, int4, " + title(DecodeTiles(8, 128, 4, 3)) == what for what in names)
-    assert {tiles_of(launch).stages for _, launch in tile_cases()} == {2, 3, 4, 5}
+    for geometry, kind in TRIED:
+        for launch in meta_launches(geometry, kind).values():
+            for tiles in neighbours(tiles_of(launch), 16):
+                assert f"{GEOMETRIES[geometry].title}, {kind}, {title(tiles)}" in names
+    for geometry in PROMPTS:
+        for tiles in PREFILL_TRIED:
+            assert f"{GEOMETRIES[geometry].title}, bf16, {prefill_title(tiles)}" in names
+
+
+@pytest.mark.parametrize("tiles", PREFILL_TRIED, ids=prefill_title)
+def test_whatever_the_tiles_a_prompt_has_the_same_result(tiles):
+    torch.manual_seed(0)
+    page_format = PageFormat("fp16", 96, 160)
+    pool = torch.stack([page_format.pack(torch.randn(320, 96) * 0.1, torch.randn(96, 160) * 0.1) for _ in range(3)]).to(
+        DEVICE
+    )
+    x = torch.randn(40, 96, device=DEVICE, dtype=torch.float16)
+    slots = torch.stack([torch.randperm(3)[:2] for _ in x]).to(DEVICE)
+    gates = torch.rand(40, 2, device=DEVICE)
+
+    def run(tiles):
+        out, h = torch.full_like(x, float("nan")), x.new_full((80, 160), float("nan"))
+        pairs = torch.full((40, 2, 96), float("nan"), device=DEVICE)
+        weights = page_format.views(pool)
+        for launch in plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, tiles=tiles):
+            launch.run()
+        return out
+
+    expected = run(())
+    torch.testing.assert_close(run(tiles), expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
