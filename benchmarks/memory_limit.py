@@ -75,7 +75,9 @@ def _limited(what: str, folder: Path, pool: str, limit: int) -> dict:
     from cachemoe.moe.load import load
     from cachemoe.moe.models import load_model
 
-    before = _status("VmRSS")
+    mapped, before = _status("VmSize"), _status("VmRSS")
+    if mapped >= limit:  # a CUDA build of PyTorch maps gigabytes of libraries
+        return {"error": f"the libraries alone take {size_text(mapped)} of address space: try a larger model"}
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     prompt = torch.arange(32, 64)[None]
     try:
