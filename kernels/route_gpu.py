@@ -25,8 +25,7 @@ MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 OUTPUTS = ("ids", "weights", "slots", "hits", "waves", "miss_experts", "miss_slots", "miss_count")
 
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
-NAN_KEY = tl.constexpr(2**31 - 1)
-NEVER = tl.constexpr(2**63 - 1)
+HIGHEST = tl.constexpr(2**31 - 1)  # NaN's key
 
 
 @triton.jit
@@ -34,7 +33,7 @@ def _key(value):
     """int32 that sorts as float32 does, NaN highest, -0.0 equal to 0.0."""
     bits = tl.where(value == 0.0, 0, value.to(tl.int32, bitcast=True))
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(value != value, NAN_KEY, key)
+    return tl.where(value != value, HIGHEST, key)
 
 
 @triton.jit
@@ -178,7 +177,8 @@ def _route_kernel(
     GROUP: tl.constexpr = E // GROUPS
     GROUPED: tl.constexpr = TOP_GROUPS < GROUPS
     BIASED: tl.constexpr = WINDOW or MASS or PRIOR
-    e, c = tl.arange(0, E_PAD), tl.arange(0, C_PAD)
+    # Said not to be contiguous: each load would choose a layout of its own, and every step would change between them.
+    e, c = tl.max_contiguous(tl.arange(0, E_PAD), 1), tl.max_contiguous(tl.arange(0, C_PAD), 1)
     real = e < E
     logits = tl.load(logits_ptr + e, real, 0.0)
     slot_of = tl.load(slot_of_ptr + cache * E + e, real, -1).to(tl.int32)
@@ -215,7 +215,7 @@ def _route_kernel(
         if correction_ptr is not None:
             value = score + correction
         key = tl.where(real, _key(value), LOWEST)
-        value_range = _value(tl.max(key, 0)) - _value(tl.min(tl.where(real, key, NAN_KEY), 0))
+        value_range = _value(tl.max(key, 0)) - _value(tl.min(tl.where(real, key, HIGHEST), 0))
         groups = 0
         if GROUPED:
             groups = _chosen_groups(
@@ -275,19 +275,24 @@ def _route_kernel(
             weights = score / (tl.sum(tl.where(used, score, 0.0), 0) + epsilon)
         tl.store(weights_ptr + offsets, weights * scale, used)
 
-        left_wave = 0
-        for _ in range(tl.sum(missing.to(tl.int32), 0)):
+        left_wave, misses = 0, tl.sum(missing.to(tl.int32), 0)
+        # The policy's keys in two halves that int32 compares in order, which takes a warp one instruction each.
+        high, low = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
+        if misses > free:
+            last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
+            uses = tl.load(uses_ptr + cache * E + e, real, 0) + touches
+            policy = EVICT(tl.where(touched > 0, clock + touched, last_use), uses)
+            high, low = (policy >> 32).to(tl.int32), policy.to(tl.int32) ^ LOWEST
+        for _ in range(misses):
             expert = tl.min(tl.where(used & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
             if free > 0:
                 slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
                 free -= 1
             else:
-                last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
-                uses = tl.load(uses_ptr + cache * E + e, real, 0) + touches
-                policy = tl.minimum(EVICT(tl.where(touched > 0, clock + touched, last_use), uses), NEVER - 1)
-                policy = tl.where(used | (slot_of < 0) | (slot_of >= capacity), NEVER, policy)
-                least = policy == tl.min(policy, 0)
-                slot = tl.min(tl.where(least & (slot_of >= 0), slot_of, C - 1), 0)
+                least = (slot_of >= 0) & (slot_of < capacity) & (place == K)
+                least &= high == tl.min(tl.where(least, high, HIGHEST), 0)
+                least &= low == tl.min(tl.where(least, low, HIGHEST), 0)
+                slot = tl.min(tl.where(least, slot_of, C - 1), 0)
                 left_wave |= tl.max(((slot_of == slot) & (touched > wave_start)).to(tl.int32), 0)
             slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
             expert_of = tl.where(c == slot, expert, expert_of)
@@ -306,7 +311,7 @@ def _route_kernel(
         range_sum += tl.where(finite, value_range, 0.0).to(tl.float64)
 
     for first in range(missed, T * K, 128):
-        i = first + tl.arange(0, 128)
+        i = first + tl.max_contiguous(tl.arange(0, 128), 1)
         tl.store(miss_experts_ptr + cache * T * K + i, -1, i < T * K)
         tl.store(miss_slots_ptr + cache * T * K + i, -1, i < T * K)
     tl.store(miss_count_ptr + cache, missed)
