@@ -38,8 +38,8 @@ def _add_two(products, sums, eight, pair, BYTE: tl.constexpr, FLOAT: tl.constexp
     """``products`` and the values of a byte of each word times ``pair``'s two numbers, ``sums`` and the two numbers.
 
     Values stay where they are in the word: q from bit b on, read as the bits of a float32, is q * 2**(b - 149), while
-    b <= 20. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion, exact for x of
-    2**-57 to 2**47.
+    b <= 20. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion; nothing is lost
+    for x of 2**-57 to 2**47.
     """
     even, odd = two_floats(pair, FLOAT)
     sums += even + odd
