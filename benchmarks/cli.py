@@ -154,7 +154,9 @@ def gpu(
     ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="Run the same steps on the CPU.")] = False,
 ):
-    """Everything that needs a GPU, in one run from a checkout: tests, microbenchmarks and tables, into one JSON file.
+    """Everything that needs a GPU, in one run from a checkout, into one JSON file.
+
+    Every kernel is compiled, then come tests, microbenchmarks and tables.
 
     Each step is a process of its own; one that fails or hangs does not keep the others from running. Exits with 1 if
     any step failed, with 2 if there is no GPU.
@@ -203,11 +205,11 @@ def compile_kernels(
 ):
     """Compile every kernel configuration for GPUs that need not be there, and show what each uses.
 
-    The exit code is 1 if one spills registers, asks for too much shared memory, or lacks the wide loads or the
-    pipeline that it claims.
+    The exit code is 1 if one that the heuristics choose spills registers, asks for too much shared memory, or lacks the
+    wide loads or the pipeline that it claims.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_compile import compile_table, default_capabilities, run_compile
+        from cachemoe.benchmarks.run_compile import compile_table, default_capabilities, run_compile, wrong
 
         if json_path is not None:
             check_destination(json_path)
@@ -216,11 +218,10 @@ def compile_kernels(
         if json_path is not None:
             with whole_file(json_path) as partial:
                 partial.write_text(json.dumps(report, indent=1))
-        wrong = [row for row in report["rows"] if row["defects"]]
-        for row in wrong:
+        for row in wrong(report):
             what = f"{row['kernel']} for {row['for']} on sm_{row['capability']}: {'; '.join(row['defects'])}"
             errors.print(what, highlight=False, soft_wrap=True)
-        if wrong:
+        if wrong(report):
             raise typer.Exit(1)
 
 

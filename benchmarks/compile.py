@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from cachemoe.kernels.launch import Launch
 
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
+SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 """KiB of shared memory that one block may use, by compute capability (CUDA C++ Programming Guide)."""
 
 
@@ -61,18 +61,19 @@ class Resources:
 def compile_launch(launch: Launch, capability: int) -> Any:
     """One launch compiled for a compute capability such as 90: Triton's ``CompiledKernel``.
 
-    Triton takes that GPU for the process's own from then on.
-
     Raises:
         RuntimeError: if TRITON_INTERPRET is set: an interpreted kernel cannot be compiled.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET to compile kernels")
     driver.set_active(AbsentGPU(capability))
-    return launch.compile()
+    try:
+        return launch.compile()
+    finally:
+        driver.set_active(None)  # Triton looks for the machine's own when it next needs one
 
 
-def resources(cubin: bytes, ptx: str, shared: int) -> Resources:
+def read_resources(cubin: bytes, ptx: str, shared: int) -> Resources:
     """What a compiled kernel uses, ``shared`` being its bytes of shared memory."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

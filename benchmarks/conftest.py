@@ -37,13 +37,14 @@ class Session:
     speeds: dict[str, float] = field(default_factory=dict)
     memory: list[float] = field(default_factory=list)  # a CPU's, in the course of the session
     measurements: list[Measurement] = field(default_factory=list)
+    machine: dict = field(default_factory=dict)  # asked once: on a GPU it takes a while
     notes: list[str] = field(default_factory=list)
 
     def report(self) -> dict:
         spread = {"memory_samples": self.memory} if self.memory else {}
         return {
             "command": "bench",
-            "machine": machine.describe(),
+            "machine": self.machine,
             "speeds": self.speeds | spread,
             "notes": self.notes,
             "rows": aggregate(self.measurements, self.speeds),
@@ -81,6 +82,7 @@ def device():
 def session(pytestconfig, device):
     """The session, once the machine's speeds are known."""
     session = pytestconfig.stash[SESSION]
+    session.machine = machine.describe()
     if device.type == "cuda":
         session.speeds[MEMORY] = machine.device_copy_bandwidth()
         session.speeds[PINNED] = machine.pinned_copy_bandwidth()
@@ -158,6 +160,6 @@ def pytest_terminal_summary(terminalreporter, config):
         picture = session.path.with_suffix(".png")
         with whole_file(picture) as partial:
             plot_micro(report, partial)
-        written += f" Picture, of what has a bound: {picture}."
+        written += f" Picture, of what has a bound, without the trials of tiles: {picture}."
     console.print(written, highlight=False)
     terminalreporter.write(console.file.getvalue())

@@ -26,7 +26,7 @@ def plot_micro(report: dict, path: Path) -> None:
     for row in drawable(report):
         panels.setdefault((row["kernel"], row["tokens"], row["variant"]), []).append(row)
     if not panels:
-        raise ValueError("nothing to draw: no row has a bound")
+        raise ValueError("nothing to draw: no row but trials of tiles has a bound")
     measured = (row["implementation"] for rows in panels.values() for row in rows)
     implementations = list(dict.fromkeys(["cachemoe", *measured]))
     colours = dict(zip(implementations, plt.get_cmap("tab20").colors, strict=False))

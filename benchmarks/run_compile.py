@@ -12,13 +12,14 @@ import triton
 from rich import box
 from rich.table import Table
 
-from cachemoe.benchmarks.compile import SHARED_MEMORY, compile_launch, defects, resources
+from cachemoe.benchmarks.compile import SHARED_MEMORY, compile_launch, defects, read_resources
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.benchmarks.tiles import tile_cases
 from cachemoe.kernels.launch import Launch
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 
+MOST_WORKERS = 32  # each is a process with PyTorch
 COLUMNS = ("registers", "shared", "stack", "wide_loads", "asynchronous", "tensor_core")
 
 
@@ -48,33 +49,41 @@ def run_compile(capabilities: Sequence[int], tiles: bool, progress: Progress) ->
         if capability not in SHARED_MEMORY:
             known = ", ".join(map(str, SHARED_MEMORY))
             raise InputError(f"compute capability {capability} is not one of those that can be checked: {known}")
-    count = len(_all_cases()) if tiles else len(list(cases()))
-    jobs = [(index, capability) for capability in capabilities for index in range(count)]
+    count = len(_all_cases(tiles))
+    jobs = [(tiles, index, capability) for capability in capabilities for index in range(count)]
     rows = {}
     with (
-        ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool,
+        ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_WORKERS), get_context("spawn")) as pool,
         progress(f"compiling the kernels' {count} configurations", len(jobs)) as advance,
     ):
-        for (_, capability), (key, row) in zip(jobs, pool.map(_compile, jobs, chunksize=4), strict=True):
-            rows.setdefault((key, capability), row)
+        for key, row in pool.map(_compile, jobs, chunksize=4):
+            rows.setdefault(key, row)
             advance()
     return {"triton": triton.__version__, "rows": list(rows.values())}
 
 
+def wrong(report: dict) -> list[dict]:
+    """The rows with defects; what is only tried may have them."""
+    return [row for row in report["rows"] if row["defects"] and not row["trial"]]
+
+
 @cache
-def _all_cases() -> list[tuple[str, Launch]]:
-    return [*cases(), *tile_cases()]
+def _all_cases(tiles: bool) -> list[tuple[str, Launch, bool]]:
+    """(what it is for, launch, whether it is a trial)."""
+    chosen = [(what, launch, False) for what, launch in cases()]
+    return chosen + ([(what, launch, True) for what, launch in tile_cases()] if tiles else [])
 
 
-def _compile(job: tuple[int, int]) -> tuple[str, dict]:
+def _compile(job: tuple[bool, int, int]) -> tuple[str, dict]:
     """One job in a worker: launches hold kernels, which do not travel between processes, so cases go by number."""
-    index, capability = job
-    what, launch = _all_cases()[index]
+    tiles, index, capability = job
+    what, launch, trial = _all_cases(tiles)[index]
     compiled = compile_launch(launch, capability)
-    uses = resources(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+    uses = read_resources(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
     row = {
         "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         "for": what,
+        "trial": trial,
         "capability": capability,
         "constants": {name: str(value) for name, value in launch.constants.items()},
         "warps": launch.num_warps,
@@ -99,6 +108,5 @@ def compile_table(report: dict) -> Table:
         for column in COLUMNS:
             low, high = min(row[column] for row in rows), max(row[column] for row in rows)
             ranges.append(str(low) if low == high else f"{low}-{high}")
-        wrong = sum(bool(row["defects"]) for row in rows)
-        table.add_row(kernel, str(capability), str(len(rows)), *ranges, str(wrong))
+        table.add_row(kernel, str(capability), str(len(rows)), *ranges, str(len(wrong({"rows": rows}))))
     return table

@@ -62,6 +62,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()
     ours = "gpu or kernel"
     correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
+    everything = ("--capability=90",) if rehearse else ("--tiles",)  # without a GPU no other tiles are tried
     figures, picture, compiled = folder / "micro.json", folder / "latency.png", folder / "compile.json"
 
     def tested(output: str) -> dict:
@@ -75,8 +76,8 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
         # First, on every core: the steps after it find these kernels in Triton's cache.
         Step(
             "compile",
-            (python, "-m", "cachemoe.benchmarks.cli", "compile", "--tiles", f"--json={compiled}"),
-            3,
+            (python, "-m", "cachemoe.benchmarks.cli", "compile", *everything, f"--json={compiled}"),
+            6,
             lambda output: summarised(read_json(compiled)),
         ),
         Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested),
@@ -112,8 +113,8 @@ def run_gpu(out: Path, seconds: float, only: Sequence[str], rehearse: bool, prog
         raise InputError("the tests are not beside the installed package: run this from a checkout, pip install -e .")
     if not rehearse and not torch.cuda.is_available():
         raise InputError(
-            "there is no CUDA GPU here. With one, this runs the GPU tests, the microbenchmarks of the kernels and the "
-            "latency table, and writes one JSON file; --rehearse runs the same steps on the CPU."
+            "there is no CUDA GPU here. With one, this compiles the kernels, runs the GPU tests, the microbenchmarks "
+            "and the latency table, and writes one JSON file; --rehearse runs the same steps on the CPU."
         )
     with TemporaryDirectory() as name:
         folder = Path(name)

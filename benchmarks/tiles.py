@@ -110,9 +110,9 @@ def _meta(geometry: str, kind: str, tokens: int):
 def tile_cases() -> Iterator[tuple[str, Launch]]:
     """(what it is for, launch) of all that the microbenchmarks try."""
     for geometry, kind in TRIED:
-        for launch in meta_launches(geometry, kind).values():
+        for name, launch in meta_launches(geometry, kind).items():
             for other in retiled(launch):
-                yield f"{GEOMETRIES[geometry].title}, {kind}, {title(tiles_of(other))}", other
+                yield f"{GEOMETRIES[geometry].title}, {kind} {name}, {title(tiles_of(other))}", other
     for geometry in PROMPTS:
         x, slots, weights, page_format, h = _meta(geometry, "bf16", PROMPT)
         pairs = torch.empty(*slots.shape, x.shape[1], device="meta")

@@ -188,8 +188,13 @@ def plan_prefill(
     """The launches. Arguments as ``cachemoe.kernels.experts.experts``.
 
     ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result. ``tiles`` of
-    the two products, with one ``block_m``; none: what ``prefill_tiles`` chooses.
+    the two products; none: what ``prefill_tiles`` chooses.
+
+    Raises:
+        ValueError: if the two products' tiles differ in ``block_m``: pairs are grouped once.
     """
+    if len({size.block_m for size in tiles}) > 1:
+        raise ValueError(f"pairs are grouped once for both products, and not by {tiles}")
     (tokens, top_k), count = slots.shape, weights["gate_up"].shape[0]
     # Left to itself the assembler would spill to fit more programs: products without tensor cores, values taken apart.
     limit = 255 if x.dtype == torch.float32 or page_format.kind == "int4" else None

@@ -10,6 +10,7 @@ import pytest
 
 from cachemoe.benchmarks.compile import SHARED_MEMORY, Resources, compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
+from cachemoe.benchmarks.run_compile import wrong
 from cachemoe.kernels.launch import Launch
 
 FINE = Resources(
@@ -36,6 +37,37 @@ def test_every_configuration(capability, tmp_path, capsys):
     kernels = {launch.kernel.__name__ for _, launch in cases()}
     assert {f"_{row['kernel']}_kernel" for row in rows} == kernels and len(rows) > 300
     assert not [row for row in rows if row["defects"] or row["stack"]]
+
+
+SAME_KEY = """
+import torch
+from cachemoe.benchmarks.compile import compile_launch
+from cachemoe.kernels.experts_decode import plan_decode
+from cachemoe.kernels.formats import PageFormat
+
+def keys(device):
+    page_format = PageFormat("int4", 64, 64, 32, bias=True)
+    pool = torch.zeros(3, page_format.page_bytes, dtype=torch.uint8, device=device)
+    x, h = torch.zeros(1, 64, device=device).bfloat16(), torch.zeros(2, 64, device=device).bfloat16()
+    slots, gates = torch.zeros(1, 2, dtype=torch.int64, device=device), torch.zeros(1, 2, device=device)
+    pending, partial = torch.zeros(1, 2, dtype=torch.bool, device=device), torch.zeros(1, 2, 64, device=device)
+    weights = page_format.views(pool)
+    launches = plan_decode(x, slots, gates, weights, page_format, x, h, pending, partial, finish=False)
+    return [compile_launch(launch, 90).hash for launch in launches]
+
+assert keys("meta") == keys("cpu")
+"""
+
+
+def test_a_launch_without_memory_is_compiled_as_one_with_it():
+    # Triton's cache finds by this key what was compiled ahead of time.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", SAME_KEY], env=environment, check=True)
+
+
+def test_trials_may_have_defects():
+    rows = [{"trial": trial, "defects": found} for trial in (True, False) for found in ([], ["spilled"])]
+    assert wrong({"rows": rows}) == [{"trial": False, "defects": ["spilled"]}]
 
 
 def test_the_cases_cover_every_path_and_format():

@@ -19,6 +19,13 @@ def quiet(description, total):
     yield lambda: None
 
 
+def test_libraries_larger_than_the_limit_are_said_to_be(tmp_path):
+    write_synthetic(tmp_path / "model", 0.05, quiet)
+    report = run_limited(tmp_path / "model", "50%")
+    for process in ("loaded", "unmodified"):
+        assert "the libraries alone take" in report[process]["error"]
+
+
 def test_a_model_larger_than_memory_generates(tmp_path, monkeypatch):
     if torch.version.cuda:
         pytest.skip("the libraries of a CUDA build of PyTorch take more address space than the limit")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate, bound
-from cachemoe.benchmarks.micro_plot import plot_micro
+from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +82,14 @@ def test_the_report_shows_times_beside_their_bound(report):
     assert "a processor" in notes
     assert "vLLM" in notes
     assert "*: waits for the GPU" in notes
+
+
+def test_trials_of_tiles_are_not_drawn(report, tmp_path):
+    tried = replace(MEASUREMENT, subject=replace(SUBJECT, kernel="tiles", implementation="8 x 256"))
+    tables = [*aggregate([tried], SPEEDS), *report["rows"]]
+    assert drawable(report | {"rows": tables}) == drawable(report) and len(drawable(report)) == 2
+    with pytest.raises(ValueError, match="trials of tiles"):
+        plot_micro(report | {"rows": tables[:1]}, tmp_path / "micro.png")
 
 
 def test_the_picture_is_drawn(report, tmp_path):

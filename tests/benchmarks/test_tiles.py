@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from cachemoe.benchmarks import bench_tiles
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.tiles import (
     LAUNCHES,
     PREFILL_TRIED,
     PROMPTS,
-    TRIED,
     meta_launches,
     neighbours,
     prefill_title,
@@ -19,7 +19,7 @@ from cachemoe.benchmarks.tiles import (
 )
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
-from cachemoe.kernels.experts_tiles import DecodeTiles
+from cachemoe.kernels.experts_tiles import DecodeTiles, PrefillTiles
 from cachemoe.kernels.formats import PageFormat
 
 pytestmark = pytest.mark.kernel
@@ -64,15 +64,24 @@ def test_whatever_the_tiles_the_result_is_the_same(page_format, name):
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4 * float(results[0].abs().max()))
 
 
-def test_what_is_compiled_is_what_is_tried():
-    names = [what for what, _ in tile_cases()]
-    for geometry, kind in TRIED:
-        for launch in meta_launches(geometry, kind).values():
-            for tiles in neighbours(tiles_of(launch), 16):
-                assert f"{GEOMETRIES[geometry].title}, {kind}, {title(tiles)}" in names
+def test_what_is_tried_has_been_compiled():
+    compiled = [what for what, _ in tile_cases()]
+    assert len(compiled) == len(set(compiled)) + len(PROMPTS) * len(PREFILL_TRIED) * 2  # a prompt has three launches
+    for geometry, kind, name, _, place in (run.values for run in bench_tiles.runs()):
+        tiles = title(tiles_of(retiled(meta_launches(geometry, kind)[name])[place]))
+        assert f"{GEOMETRIES[geometry].title}, {kind} {name}, {tiles}" in compiled
     for geometry in PROMPTS:
         for tiles in PREFILL_TRIED:
-            assert f"{GEOMETRIES[geometry].title}, bf16, {prefill_title(tiles)}" in names
+            assert f"{GEOMETRIES[geometry].title}, bf16, {prefill_title(tiles)}" in compiled
+
+
+def test_products_of_a_prompt_are_grouped_alike():
+    tiles = PrefillTiles(16, 64, 64, 4, 3), PrefillTiles(32, 64, 64, 4, 3)
+    x, slots = torch.empty(40, 96, device="meta"), torch.empty(40, 2, dtype=torch.int64, device="meta")
+    page_format = PageFormat("bf16", 96, 160)
+    weights = page_format.views(torch.empty(3, page_format.page_bytes, dtype=torch.uint8, device="meta"))
+    with pytest.raises(ValueError, match="grouped once"):
+        plan_prefill(x, slots, slots.float(), weights, page_format, x, x, x, tiles=tiles)
 
 
 @pytest.mark.parametrize("tiles", PREFILL_TRIED, ids=prefill_title)

@@ -175,6 +175,23 @@ def test_logits_of_each_dtype(backend, dtype):
     assert_as_reference(backend, normal_logits(2, 1, 4, 9).to(dtype), state, LRU, 3, CacheBias(1, prior=0.4))
 
 
+def most_recently_used(last_use, uses):
+    """Not a policy for anyone, but one whose keys are negative."""
+    return -last_use
+
+
+@every_backend
+@pytest.mark.parametrize("evict", [LRU, EVICTION_POLICIES["lfu"], most_recently_used])
+@pytest.mark.parametrize("clock", [2**31 - 20, 2**32 - 20, 2**40])
+def test_a_clock_that_has_run_for_years(backend, evict, clock):
+    state = Residency.empty(torch.tensor([5]), 12)
+    reference.route(normal_logits(1, 1, 6, 12), state, evict, 3, NO_BIAS)
+    state.last_use += clock * (state.last_use > 0)
+    state.clock += clock
+    routing = assert_as_reference(backend, normal_logits(2, 1, 20, 12), state, evict, 3, CacheBias(1, prior=0.1))
+    assert int(routing.misses.count) > 12 and int(state.clock) > clock + 20
+
+
 @every_backend
 def test_rows_of_a_larger_tensor(backend):
     logits = normal_logits(3, 3, 2, 12)[..., 2:11].transpose(0, 1)  # [2, 3, 9], strided
