@@ -80,7 +80,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
             6,
             lambda output: summarised(read_json(compiled)),
         ),
-        Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 6, tested),
+        Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 8, tested),
         Step(
             "microbenchmarks",
             (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
