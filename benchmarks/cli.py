@@ -218,10 +218,11 @@ def compile_kernels(
         if json_path is not None:
             with whole_file(json_path) as partial:
                 partial.write_text(json.dumps(report, indent=1))
-        for row in wrong(report):
+        rows = wrong(report)
+        for row in rows:
             what = f"{row['kernel']} for {row['for']} on sm_{row['capability']}: {'; '.join(row['defects'])}"
             errors.print(what, highlight=False, soft_wrap=True)
-        if wrong(report):
+        if rows:
             raise typer.Exit(1)
 
 

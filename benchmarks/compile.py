@@ -73,17 +73,18 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         driver.set_active(None)  # Triton looks for the machine's own when it next needs one
 
 
-def read_resources(cubin: bytes, ptx: str, shared: int) -> Resources:
-    """What a compiled kernel uses, ``shared`` being its bytes of shared memory."""
+def read_resources(compiled: Any) -> Resources:
+    """What a kernel uses, from what ``compile_launch`` gave."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    ptx = compiled.asm["ptx"]
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(
         registers=found["REG"],
-        shared=shared,
+        shared=compiled.metadata.shared,
         stack=found["STACK"],
         wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.c[ag]\S* .*, 0x10\b", ptx)),
         asynchronous=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b", ptx)),

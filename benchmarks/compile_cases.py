@@ -54,17 +54,27 @@ def _formats(geometry: Geometry) -> Iterator[tuple[str, PageFormat, torch.dtype]
             yield f"int4 {group}", replace(geometry.page_format("int4"), group=group), torch.bfloat16
 
 
+def experts_arguments(geometry: Geometry, page_format: PageFormat, dtype: torch.dtype, tokens: int) -> tuple:
+    """What ``plan_decode`` needs, without memory, and ``plan_prefill`` before its results of pairs."""
+    weights = page_format.views(_empty(geometry.experts, page_format.page_bytes, dtype=torch.uint8))
+    pairs = (tokens, geometry.top_k)
+    x, out = (_empty(tokens, geometry.hidden, dtype=dtype) for _ in range(2))
+    slots, gates = _empty(*pairs, dtype=torch.int64), _empty(*pairs, dtype=torch.float32)
+    h = _empty(tokens * geometry.top_k, geometry.intermediate, dtype=dtype)
+    return x, slots, gates, weights, page_format, out, h
+
+
+def pair_results(geometry: Geometry, tokens: int) -> torch.Tensor:
+    """``[T, K, H]`` float32 without memory."""
+    return _empty(tokens, geometry.top_k, geometry.hidden, dtype=torch.float32)
+
+
 def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
     for kind, page_format, dtype in _formats(geometry):
-        pool = _empty(geometry.experts, page_format.page_bytes, dtype=torch.uint8)
-        weights = page_format.views(pool)
         for tokens in (1, *PREFILL_TOKENS):
-            pairs = (tokens, geometry.top_k)
-            x, h = _empty(tokens, geometry.hidden, dtype=dtype), _empty(*pairs, geometry.intermediate, dtype=dtype)
-            slots, gates = _empty(*pairs, dtype=torch.int64), _empty(*pairs, dtype=torch.float32)
-            results = _empty(*pairs, geometry.hidden, dtype=torch.float32)
-            pending = _empty(*pairs, dtype=torch.bool)
-            arguments = (x, slots, gates, weights, page_format, _empty(*x.shape, dtype=dtype), h.flatten(0, 1))
+            arguments = experts_arguments(geometry, page_format, dtype, tokens)
+            slots, weights, results = arguments[1], arguments[3], pair_results(geometry, tokens)
+            pending = _empty(*slots.shape, dtype=torch.bool)
             if tokens > 1:
                 for launch in plan_prefill(*arguments, results):
                     yield f"{kind}, T = {tokens}", launch

@@ -79,7 +79,7 @@ def _compile(job: tuple[bool, int, int]) -> tuple[str, dict]:
     tiles, index, capability = job
     what, launch, trial = _all_cases(tiles)[index]
     compiled = compile_launch(launch, capability)
-    uses = read_resources(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
+    uses = read_resources(compiled)
     row = {
         "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
         "for": what,

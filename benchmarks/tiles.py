@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 import triton
 
+from cachemoe.benchmarks.compile_cases import experts_arguments, pair_results
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
@@ -92,19 +93,9 @@ def prefill_title(tiles: tuple[PrefillTiles, PrefillTiles]) -> str:
 
 def meta_launches(geometry: str, kind: str) -> dict[str, Launch]:
     """The launches of one token, ``gate_up`` and ``down``, without memory."""
-    x, slots, weights, page_format, h = _meta(geometry, kind, 1)
-    launches = plan_decode(x, slots, slots.float(), weights, page_format, x, h)
-    return dict(zip(LAUNCHES, launches, strict=True))
-
-
-def _meta(geometry: str, kind: str, tokens: int):
     shape = GEOMETRIES[geometry]
-    page_format = shape.page_format(kind)
-    pool = torch.empty(shape.experts, page_format.page_bytes, dtype=torch.uint8, device="meta")
-    x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
-    h = torch.empty(tokens * shape.top_k, shape.intermediate, dtype=torch.bfloat16, device="meta")
-    slots = torch.empty(tokens, shape.top_k, dtype=torch.int64, device="meta")
-    return x, slots, page_format.views(pool), page_format, h
+    launches = plan_decode(*experts_arguments(shape, shape.page_format(kind), torch.bfloat16, 1))
+    return dict(zip(LAUNCHES, launches, strict=True))
 
 
 def tile_cases() -> Iterator[tuple[str, Launch]]:
@@ -114,9 +105,8 @@ def tile_cases() -> Iterator[tuple[str, Launch]]:
             for other in retiled(launch):
                 yield f"{GEOMETRIES[geometry].title}, {kind} {name}, {title(tiles_of(other))}", other
     for geometry in PROMPTS:
-        x, slots, weights, page_format, h = _meta(geometry, "bf16", PROMPT)
-        pairs = torch.empty(*slots.shape, x.shape[1], device="meta")
+        shape = GEOMETRIES[geometry]
+        arguments = experts_arguments(shape, shape.page_format("bf16"), torch.bfloat16, PROMPT)
         for tiles in PREFILL_TRIED:
-            what = f"{GEOMETRIES[geometry].title}, bf16, {prefill_title(tiles)}"
-            for launch in plan_prefill(x, slots, slots.float(), weights, page_format, x, h, pairs, tiles=tiles):
-                yield what, launch
+            for launch in plan_prefill(*arguments, pair_results(shape, PROMPT), tiles=tiles):
+                yield f"{shape.title}, bf16, {prefill_title(tiles)}", launch

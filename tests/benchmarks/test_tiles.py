@@ -9,6 +9,7 @@ from cachemoe.benchmarks.tiles import (
     LAUNCHES,
     PREFILL_TRIED,
     PROMPTS,
+    TRIED,
     meta_launches,
     neighbours,
     prefill_title,
@@ -67,8 +68,9 @@ def test_whatever_the_tiles_the_result_is_the_same(page_format, name):
 def test_what_is_tried_has_been_compiled():
     compiled = [what for what, _ in tile_cases()]
     assert len(compiled) == len(set(compiled)) + len(PROMPTS) * len(PREFILL_TRIED) * 2  # a prompt has three launches
+    launches = {tried: meta_launches(*tried) for tried in TRIED}
     for geometry, kind, name, _, place in (run.values for run in bench_tiles.runs()):
-        tiles = title(tiles_of(retiled(meta_launches(geometry, kind)[name])[place]))
+        tiles = title(tiles_of(retiled(launches[geometry, kind][name])[place]))
         assert f"{GEOMETRIES[geometry].title}, {kind} {name}, {tiles}" in compiled
     for geometry in PROMPTS:
         for tiles in PREFILL_TRIED:
