@@ -1,9 +1,9 @@
 """Hugging Face checkpoints on disk: what the MoE layers are, and their experts one at a time, as pages."""
 
-import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +14,12 @@ import torch
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
-from cachemoe.moe.shards import Shards
+from cachemoe.moe.shards import Shards, file_stamp
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
 TINYMOE = Path(__file__).parent / "tinymoe"
+CONFIG = "config.json"
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 
 
@@ -60,7 +61,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path, self.opened_ns = Path(path), time.time_ns()
+        self._config_stamp = file_stamp(self.path, CONFIG)
         self.config = _config(self.path)
         self._experts = EXPERTS.get(self.config.get("model_type"), PLAIN)
         self._check_computable()
@@ -82,15 +84,20 @@ class Checkpoint:
         name = name.removesuffix("_bias").replace("_scales", "_blocks")
         return any(_pattern(part).search(name) for part in _parts(self._naming))
 
-    def fingerprint(self) -> str:
-        """Digest of the shape and of a row of each expert's matrices: it tells fine-tunes of one architecture apart."""
-        digest = hashlib.sha256(repr((self.shape, self._experts)).encode())
-        for layer in range(len(self.shape.layers)):
-            for e in range(self.shape.experts):
-                for part in _parts(self._naming):
-                    row = self.tensors.read(*self._place(layer, e, part), 0)
-                    digest.update(row.reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+    @property
+    def stamp(self) -> tuple[tuple, ...]:
+        """Of each file what ``file_stamp`` told before its header was read."""
+        return (self._config_stamp, *self.tensors.stamps)
+
+    def check_unchanged(self) -> None:
+        """Whether the files are as they were when they were opened.
+
+        Raises:
+            InputError: if not.
+        """
+        for before in self.stamp:
+            if file_stamp(self.path, before[0]) != before:
+                raise InputError(f"{self.path / before[0]} has changed while it was in use: load the checkpoint again")
 
     def page_format(self, kind: str | None = None, group: int | None = None) -> PageFormat:
         """Layout of one expert's page.
@@ -106,9 +113,10 @@ class Checkpoint:
         return format_of(kind, group, self.config, size, self.dtype, bias=self._bias is not None)
 
     def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
-        """Layout of this model's store with pages of one format; see ``page_format``."""
+        """Layout of this model's store with pages of one format, see ``page_format``; for which weights is left "
+        "open."""
         page_format = self.page_format(kind, group)
-        return StoreLayout(self.fingerprint(), len(self.shape.layers), self.shape.experts, page_format)
+        return StoreLayout(UNKNOWN_MODEL, len(self.shape.layers), self.shape.experts, page_format)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
         """Every expert's page, expert by expert, layer by layer; one expert in memory at a time."""

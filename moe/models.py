@@ -8,13 +8,11 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.integrations.moe import ExpertsInterface
 
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import is_experts
 from cachemoe.offload.errors import InputError
 
-SWAPPED_EXPERTS = "cachemoe"  # to transformers' experts interface: each module's own ``cachemoe_run``
 RESIDENT_EXPERTS = "grouped_mm"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -144,11 +142,3 @@ def _check_complete(path, loading: dict) -> None:
     """transformers fills what is missing with random numbers and goes on."""
     if absent := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
         raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first: get it again")
-
-
-def _experts_forward(experts, hidden_states, top_k_index, top_k_weights):
-    """transformers' experts interface."""
-    return experts.cachemoe_run(hidden_states, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(SWAPPED_EXPERTS, _experts_forward)

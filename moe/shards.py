@@ -1,6 +1,7 @@
 """A checkpoint's safetensors files: every tensor by name, and a tensor or a part of one at a time."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ class Shards:
 
     Attributes:
         entries: name -> ``TensorEntry``, in the order of files and headers.
+        stamps: ``file_stamp`` of each file, taken before its header was read.
 
     Raises:
         InputError: if a file is missing, cut short or damaged, or an index names a tensor that its file lacks.
@@ -29,7 +31,9 @@ class Shards:
         self._folder = folder
         where = _index(folder)
         self.entries: dict[str, TensorEntry] = {}
+        self.stamps: list[tuple] = []
         for file in sorted(set(where.values())) if where else [SINGLE]:
+            self.stamps.append(file_stamp(folder, file))
             self.entries.update(_header(folder / file))
         for name, file in (where or {}).items():
             if name not in self.entries or self.entries[name].file.name != file:
@@ -50,6 +54,18 @@ class Shards:
             return self.entries[name].read(*index)
         except EOFError as error:
             raise InputError(f"{error}: get the checkpoint again") from error
+
+
+def file_stamp(folder: Path, name: str) -> tuple[str, int, int, int, int]:
+    """What changes when a file does: its name, size, times of modification and change in ns, and inode; -1 without one.
+
+    The time of change cannot be set, unlike that of modification, so that an edit in place is seen whatever it hides.
+    """
+    try:
+        stat = os.stat(folder / name)
+    except OSError:
+        return name, -1, -1, -1, -1
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _index(folder: Path) -> dict[str, str] | None:
