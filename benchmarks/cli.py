@@ -1,6 +1,5 @@
 """The ``cachemoe`` command."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cachemoe.benchmarks import cli_models
-from cachemoe.benchmarks.terminal import check_destination, console, errors, one_sentence
+from cachemoe.benchmarks.terminal import check_destination, console, errors, one_sentence, save_report
 from cachemoe.moe.progress import show_progress
 from cachemoe.offload.files import whole_file
 
@@ -132,11 +131,10 @@ def latency(
             check_destination(path)
         report = run_latency(options, show_progress)
         _print_latency(report)
-        with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report, indent=1, allow_nan=False))
+        save_report(report, json_path)
         with whole_file(plot_path) as partial:
             plot_report(report, partial)
-        console.print(f"[dim]Every figure: {json_path}. Picture: {plot_path}.[/dim]")
+        console.print(f"[dim]Picture: {plot_path}.[/dim]")
 
 
 @app.command()
@@ -216,8 +214,7 @@ def compile_kernels(
         report = run_compile(capability or default_capabilities(), tiles, show_progress)
         console.print(compile_table(report))
         if json_path is not None:
-            with whole_file(json_path) as partial:
-                partial.write_text(json.dumps(report, indent=1))
+            save_report(report, json_path)
         rows = wrong(report)
         for row in rows:
             what = f"{row['kernel']} for {row['for']} on sm_{row['capability']}: {'; '.join(row['defects'])}"

@@ -17,7 +17,16 @@ Format = Annotated[
     str | None,
     typer.Option(help="Of the pages: bf16, fp16, fp32, int8 or int4.", show_default="the checkpoint's own precision"),
 ]
-Pool = Annotated[str, typer.Option(help="Experts in memory: a share, 50%; a size, 6GiB; or slots of each layer.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Of a hub id: branch, tag or commit.", show_default="its main branch")
+]
+Pool = Annotated[
+    str | None,
+    typer.Option(
+        help="Experts in memory: a share, 50%; a size, 6GiB; or slots of each layer.",
+        show_default="50%, or what a token uses where that is more",
+    ),
+]
 TopJ = Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")]
 Eviction = Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")]
 Text = Annotated[
@@ -31,15 +40,18 @@ def info(
     memory: Annotated[
         str | None, typer.Option(help="Memory to be had, such as 8GiB: what fits into it, and what a token fetches.")
     ] = None,
+    revision: Revision = None,
 ):
     """What a checkpoint needs, from its headers alone: experts, bytes an expert, what fits in a given memory."""
     with one_sentence():
         from cachemoe.moe.checkpoint import Checkpoint as Opened
+        from cachemoe.moe.hub import checkpoint_folder
         from cachemoe.moe.info import needs
-        from cachemoe.moe.load import checkpoint_folder
+        from cachemoe.moe.load import check_loadable
         from cachemoe.moe.sizes import size_of
 
-        opened = Opened(checkpoint_folder(checkpoint))
+        opened = Opened(checkpoint_folder(checkpoint, revision))
+        check_loadable(opened)
         shape, needed = opened.shape, needs(opened, None if memory is None else size_of(memory))
         console.print(
             f"{opened.path.resolve().name}, {opened.config.get('model_type')}: {len(shape.layers)} MoE layers of "
@@ -74,15 +86,18 @@ def pack(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="The store to make, .safetensors; another that is there is replaced.")],
     format: Format = None,
+    revision: Revision = None,
 ):
     """Make a store of a checkpoint's experts, one expert in memory at a time; whole or not at all."""
     with one_sentence():
         from cachemoe.moe.checkpoint import Checkpoint as Opened
-        from cachemoe.moe.load import checkpoint_folder
+        from cachemoe.moe.hub import checkpoint_folder
+        from cachemoe.moe.load import check_loadable
         from cachemoe.moe.pack import pack as pack_store
         from cachemoe.offload.store import ExpertStore
 
-        opened = Opened(checkpoint_folder(checkpoint))
+        opened = Opened(checkpoint_folder(checkpoint, revision))
+        check_loadable(opened, format)
         layout = opened.layout(format)
         check_destination(out)
         if out.exists():
@@ -104,7 +119,7 @@ def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
-    pool: Pool = "50%",
+    pool: Pool = None,
     routing: Annotated[
         str, typer.Option(help="original (exact), pruning:K', max-rank:M, cumsum:p or cache-prior:lambda.")
     ] = "original",
@@ -114,19 +129,23 @@ def generate(
         Path | None, typer.Option(help="Made by cachemoe pack.", show_default="one in the cache directory")
     ] = None,
     eviction: Eviction = "lru",
+    revision: Revision = None,
 ):
     """Generate text with a checkpoint whose experts do not all fit: greedily, printed as it comes."""
     with one_sentence():
+        from inspect import signature
+
         import torch
 
-        from cachemoe.benchmarks.run_models import check_tokenizer
+        from cachemoe.benchmarks.run_models import check_tokenizer, check_tokens
         from cachemoe.moe.checkpoint import Checkpoint as Opened
-        from cachemoe.moe.load import checkpoint_folder, load
-        from cachemoe.moe.models import text_streamer
+        from cachemoe.moe.hub import checkpoint_folder
+        from cachemoe.moe.load import load
+        from cachemoe.moe.models import outside, text_streamer
         from cachemoe.moe.strategies import Strategy
         from cachemoe.offload.errors import InputError
 
-        folder = checkpoint_folder(checkpoint)
+        folder = checkpoint_folder(checkpoint, revision)
         shape = Opened(folder).shape
         strategy = Strategy.parse(routing, shape.experts, shape.top_k, top_j)
         if not prompt:
@@ -134,9 +153,13 @@ def generate(
         check_tokenizer(folder)
         model, tokenizer = load(folder, pool, strategy, format, store, eviction)
         try:
-            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            with outside("the tokenizer fails on the prompt"):
+                inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            check_tokens(inputs["input_ids"], shape)
+            takes = signature(model.forward).parameters  # a tokenizer may give more, as token_type_ids
+            inputs = {name: value for name, value in inputs.items() if name in takes}
             model.generation_config.pad_token_id = model.generation_config.pad_token_id or 0
-            with torch.inference_mode():
+            with outside(f"{checkpoint} cannot go on from the prompt"), torch.inference_mode():
                 model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=text_streamer(tokenizer))
             Console(stderr=True).print(str(model.cachemoe), style="dim", highlight=False)
         finally:
@@ -160,8 +183,9 @@ def quality(
     eviction: Eviction = "lru",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
-    pool: Pool = "50%",
+    pool: Pool = None,
     format: Format = None,
+    revision: Revision = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/quality.json"),
 ):
     """What each routing costs a model: misses, perplexity, divergence and agreement, stepped token by token."""
@@ -172,7 +196,7 @@ def quality(
         check_destination(json_path)
         strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
         options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format)
-        report = run_quality(checkpoint, *options, show_progress)
+        report = run_quality(checkpoint, revision, *options, show_progress)
         for table in quality_table(report):
             console.print(table)
         save_report(report, json_path)
@@ -184,8 +208,9 @@ def trace(
     text: Text = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
-    pool: Pool = "50%",
+    pool: Pool = None,
     format: Format = None,
+    revision: Revision = None,
 ):
     """Record a model's router logits on a text: what policies need, without the model. The format: moe/trace.py."""
     with one_sentence():
@@ -195,7 +220,7 @@ def trace(
         check_destination(out)
         if out.exists():
             RoutingTrace.load(out)  # refuses anything but a trace: nothing else is replaced
-        recorded = run_trace(checkpoint, text, tokens, context, pool, format, show_progress)
+        recorded = run_trace(checkpoint, revision, text, tokens, context, pool, format, show_progress)
         recorded.save(out)
         layers, count, experts = recorded.logits.shape
         console.print(

@@ -1,5 +1,6 @@
 """The latency report as a picture: misses against quality above, milliseconds a token below, a column a capacity."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -66,7 +67,7 @@ def _colour(family: str) -> str:
 def _pareto(axis, capacity: dict, eviction: str) -> None:
     families: dict[str, list[dict]] = {}
     for row in capacity["rows"]:
-        if "miss_rate" in row:
+        if "miss_rate" in row and math.isfinite(row["perplexity_change"]):
             families.setdefault(_family(row), []).append(row)
     for family, members in families.items():
         members.sort(key=lambda row: row["miss_rate"])

@@ -50,12 +50,21 @@ class Quality:
     agreements: int = 0
 
     @property
+    def nats_per_token(self) -> float:
+        return sum(self.nats) / self.tokens
+
+    @property
     def bits_per_byte(self) -> float:
-        return sum(self.nats) / self.tokens / NATS_PER_BIT
+        return self.nats_per_token / NATS_PER_BIT
 
     @property
     def perplexity(self) -> float:
-        return float(torch.tensor(sum(self.nats) / self.tokens).exp())
+        return _exp(self.nats_per_token)
+
+    def perplexity_change(self, unmodified: "Quality") -> float:
+        """As a share of the unmodified model's perplexity; from the logarithms, which are finite where those are "
+        "not."""
+        return _exp(self.nats_per_token - unmodified.nats_per_token) - 1
 
     @property
     def miss_rate(self) -> float:
@@ -153,5 +162,14 @@ def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> No
     for quality, log_p in zip(rows, log_probabilities, strict=True):
         quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
         quality.tokens += len(targets)
-        quality.kl += float((reference.exp() * (reference - log_p)).double().sum())
+        p = reference.exp()
+        kl = torch.where(
+            p == 0, 0.0, p * (reference - log_p)
+        )  # a token that cannot be has no part in it, and inf - inf
+        quality.kl += float(kl.double().sum())
         quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
+
+
+def _exp(value: float) -> float:
+    """inf where a float does not hold it, and no exception."""
+    return float(torch.tensor(value, dtype=torch.float64).exp())

@@ -1,6 +1,7 @@
 """What every command does at the terminal: where it prints, and how it fails."""
 
 import json
+import math
 from contextlib import contextmanager
 from errno import EISDIR
 from pathlib import Path
@@ -12,6 +13,11 @@ from rich.console import Console
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
+NOT_FINITE = {
+    "inf": "inf: more than a float holds",
+    "-inf": "-inf: less than a float holds",
+    "nan": "nan: computed from figures that are not finite",
+}
 console = Console()
 errors = Console(stderr=True)
 
@@ -49,9 +55,29 @@ def check_destination(path: Path) -> None:
 def save_report(report: dict, path: Path) -> None:
     """Write every figure as JSON, whole or not at all, and say where.
 
+    JSON has no figures that are not finite: each is null, and ``not_finite`` beside it says what it was.
+
     Raises:
         OSError: if it cannot be written.
     """
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(report, indent=1, allow_nan=False))
+        partial.write_text(json.dumps(_finite(report), indent=1, allow_nan=False))
     console.print(f"[dim]Every figure: {path}.[/dim]")
+
+
+def _finite(value):
+    """The same with None for each float that is not finite; the innermost dictionary around it says why."""
+    if isinstance(value, dict):
+        lost = {}
+        for name, each in value.items():
+            figures = each if isinstance(each, (list, tuple)) else [each]
+            if reasons := dict.fromkeys(NOT_FINITE[str(figure)] for figure in figures if _is_lost(figure)):
+                lost[name] = "; ".join(reasons)
+        return {name: _finite(each) for name, each in value.items()} | ({"not_finite": lost} if lost else {})
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if _is_lost(value) else value
+
+
+def _is_lost(value) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -82,13 +82,13 @@ def _apply_to_none(experts, function, recurse=True):
 
 
 def _apply_in_place(model, function, recurse=True):
-    """What ``.to()``, ``.half()`` and others come down to, as long as it moves and converts nothing."""
+    """What ``.to()``, ``.float()`` and others come down to: they convert everything but the experts, and move "
+    "nothing."""
     before = torch.empty(0, dtype=model.dtype, device=model.device)
-    after = function(before)
-    if (after.dtype, after.device) != (before.dtype, before.device):
+    if (device := function(before).device) != before.device:
         raise InputError(
-            f"a model whose experts are in a pool stays on {before.device} and in {before.dtype}: load it with another "
-            "device, or another format of the experts"
+            f"a model whose experts are in a pool on {before.device} cannot move to {device}: load it there, with "
+            f"device={str(device)!r}"
         )
     return type(model)._apply(model, function, recurse)
 

@@ -1,27 +1,27 @@
 """Run a checkpoint whose experts do not fit: ``load`` it, or ``swap`` a model that is in memory already."""
 
 import os
-import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.moe.checkpoint import Checkpoint, MoeShape
+from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
+from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
-from cachemoe.moe.models import load_tokenizer, load_without_experts
+from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
 from cachemoe.moe.pack import holds, open_packed, pack
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import slots_of
-from cachemoe.moe.strategies import EXACT, Original, Strategy
+from cachemoe.moe.strategies import EXACT, Original, Strategy, checked
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
@@ -30,13 +30,12 @@ from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.store import ExpertStore
 
 VERIFY = ("read", "open", "off")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt"]
 
 
 @plain_torch()
 def load(
     path: str | os.PathLike,
-    pool: str | int = "50%",
+    pool: str | int | None = None,
     routing: Strategy | str | None = None,
     format: str | None = None,
     store: str | os.PathLike | None = None,
@@ -44,13 +43,14 @@ def load(
     device: str | None = None,
     verify: str = "read",
     progress: Progress = show_progress,
+    revision: str | None = None,
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
     Args:
         path: checkpoint folder of safetensors, or a Hugging Face hub id.
         pool: how many experts are in memory: a share (``"50%"``), a size of memory (``"6GiB"``), or a number of each
-            layer's.
+            layer's; None: half of them, or the K that a token uses where half are fewer.
         routing: which experts a token uses, as ``CachePrior(0.5)`` or ``"cache-prior:0.5"``; None: exactly those of
             the model's own routers.
         format: of the pages: bf16, fp16, fp32, int8 or int4; None: the checkpoint's own precision, exact.
@@ -60,16 +60,18 @@ def load(
         verify: when pages are held against their checksums: ``read``, each time that one comes off the disk; ``open``,
             all of them now, and never again; ``off``.
         progress: shows what takes long.
+        revision: of a hub id: branch, tag or commit; None: its main branch.
 
     Returns:
-        The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer, None if it has none.
+        The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer: None if it has none,
+        or, with a warning that says why, one that transformers cannot load.
 
     Raises:
         InputError: for a checkpoint, store, pool or routing that cannot be, in one sentence.
     """
-    checkpoint = Checkpoint(checkpoint_folder(path))
+    checkpoint = Checkpoint(checkpoint_folder(path, revision))
     shape = checkpoint.shape
-    routing = _strategy(routing, shape)
+    routing = checked(routing, shape.experts, shape.top_k)
     evict = eviction_policy(eviction)
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
@@ -89,7 +91,11 @@ def load(
                     "before: pack this one"
                 )
         capacity = slots_of(pool, shape, layout.page_format.page_bytes)
-        tokenizer = load_tokenizer(checkpoint.path)
+        try:
+            tokenizer = load_tokenizer(checkpoint.path)
+        except InputError as error:  # a model needs none
+            warnings.warn(f"{error}; the model is loaded without", stacklevel=2)
+            tokenizer = None
         model = load_without_experts(checkpoint, device)
         rules = check_model(model, layout.page_format, checkpoint.transposed, routing)
         if store is None:  # what takes long comes last
@@ -127,7 +133,7 @@ def swap(
         InputError: for a model, pool or routing that cannot be, in one sentence.
     """
     experts = ModelExperts(model)
-    routing = _strategy(routing, experts.shape)
+    routing = checked(routing, experts.shape.experts, experts.shape.top_k)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
     rules = check_model(model, layout.page_format, experts.transposed, routing)
@@ -152,6 +158,15 @@ def swap(
     return model.cachemoe
 
 
+def check_loadable(checkpoint: Checkpoint, format: str | None = None) -> None:
+    """Whether ``load`` would take the checkpoint, told from its headers and config: before work that is for nothing.
+
+    Raises:
+        InputError: as ``load`` does for a model that it cannot run.
+    """
+    check_model(outline(checkpoint), checkpoint.page_format(format), checkpoint.transposed, Original())
+
+
 def check_model(model, page_format: PageFormat, transposed: bool | None, routing: Strategy) -> list[RoutingRule] | None:
     """Whether the model's experts and routers are such as pages and routing suppose.
 
@@ -172,34 +187,6 @@ def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress
         with progress("reading every page into pinned memory", store.pages) as advance:
             store = stack.enter_context(PinnedStore(store, advance))
     return stack.enter_context(OffloadEngine(store, capacity, device, evict=evict))
-
-
-def _strategy(routing: Strategy | str | None, shape: MoeShape) -> Strategy:
-    if isinstance(routing, str):
-        return Strategy.parse(routing, shape.experts, shape.top_k)
-    routing = routing or Original()
-    routing.check(shape.experts, shape.top_k)
-    return routing
-
-
-def checkpoint_folder(path: str | os.PathLike) -> Path:
-    """The checkpoint's folder; of a hub id, what it has in the hub's cache, fetched if need be.
-
-    Raises:
-        InputError: if there is neither.
-    """
-    folder = Path(path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["*/*"]))
-    except Exception as error:  # of many kinds: no network, no such model, no right to it
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(
-            f"there is no folder {path}, and the Hugging Face hub does not give a model of that name: {reason}"
-        ) from error
 
 
 def counted(pages: Iterator[torch.Tensor], advance: Callable[[], None]) -> Iterator[torch.Tensor]:

@@ -1,95 +1,88 @@
 """transformers models: loaded whole or without their experts. The only file that imports transformers."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.layers import is_experts
+from cachemoe.moe.layers import moe_layers
 from cachemoe.offload.errors import InputError
 
 RESIDENT_EXPERTS = "grouped_mm"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")  # patterns: a tokenizer has one of these at least
+LONGEST_REASON = 300  # characters of what another library says
 
 
 def load_model(path: str | os.PathLike, dtype: torch.dtype = torch.float32):
-    """A causal language model from a local folder of safetensors, whole, for inference on the CPU.
+    """A language model from a local folder of safetensors, whole, for inference on the CPU.
 
     Raises:
         InputError: if transformers cannot load it, or a tensor is missing.
     """
-    with _readable_errors(path):
-        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    outlined = _on_meta(path, _config(path))
+    with outside(f"transformers cannot load {path}"):
+        model, loading = type(outlined).from_pretrained(
             path,
+            config=outlined.config,
             dtype=dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_complete names them
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=False,
             experts_implementation=RESIDENT_EXPERTS,
         )
-    _check_complete(path, loading)
+    _check_complete(path, model, loading)
     return model.eval().requires_grad_(False)
 
 
 def load_without_experts(checkpoint: Checkpoint, device: torch.device | str = "cpu"):
     """The model of a checkpoint, its experts' parameters on the ``meta`` device, all others read once.
 
-    Nothing of an expert is read or allocated: a ``Swap`` has to compute them.
+    Its class is the one that ``AutoModelForCausalLM`` takes, else ``AutoModelForImageTextToText``: of a model that sees
+    and has no class for text alone, the whole, with the experts of its text part on ``meta``. Nothing of an expert is
+    read or allocated: a ``Swap`` has to compute them.
 
     Raises:
         InputError: if transformers does not know the model or lets nothing else compute its experts, or if a tensor is
             missing.
     """
-    with _readable_errors(checkpoint.path):
-        config = transformers.AutoConfig.from_pretrained(
-            checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # of the experts alone, as Checkpoint has made sure
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        if model_class is None:
-            raise InputError(f"transformers has no causal language model for {type(config).__name__}")
-        tensors = checkpoint.tensors
-        dense = {name: tensors.read(name) for name in tensors.entries if not checkpoint.is_expert(name)}
-        model, loading = _hollow(model_class).from_pretrained(
-            None, config=config, state_dict=dense, dtype="auto", output_loading_info=True
-        )
-        model.__class__ = model_class
-        model.to(device)
-        if (checkpoint.path / "generation_config.json").exists():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(
-                checkpoint.path, local_files_only=True
-            )
-    _check_complete(checkpoint.path, loading)
-    for experts in _experts_of(model):
-        for name, shape in experts.__dict__.pop("_hollow").items():
-            parameter = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=model.dtype), requires_grad=False)
-            experts.register_parameter(name, parameter)
-    model.name_or_path = model.config.name_or_path = str(checkpoint.path)
-    return model.eval().requires_grad_(False)
+    return _without_experts(checkpoint, checkpoint.tensors.read, device)
 
 
-def has_tokenizer(path: Path) -> bool:
-    """Whether a checkpoint folder has the files of one."""
-    return any((path / name).exists() for name in TOKENIZER_FILES)
+def outline(checkpoint: Checkpoint):
+    """As ``load_without_experts``, from the headers alone: every parameter that is not an expert's is one zero, spread.
+
+    It takes next to no time and memory, and raises what ``load_without_experts`` would.
+    """
+    entries = checkpoint.tensors.entries
+
+    def zero(name: str) -> torch.Tensor:
+        return torch.zeros((), dtype=entries[name].dtype, device="cpu").expand(entries[name].shape)
+
+    return _without_experts(checkpoint, zero, "cpu")
 
 
 def load_tokenizer(path: Path):
     """The checkpoint's tokenizer; None where it has none.
 
     Raises:
-        InputError: if transformers cannot load it.
+        InputError: if it has one that transformers cannot load: for want of a library perhaps, or because it is code,
+            which cachemoe does not run.
     """
-    if not has_tokenizer(path):
+    if not any(found for pattern in TOKENIZER_FILES for found in path.glob(pattern)):
         return None
-    with _readable_errors(path):
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with outside(f"transformers cannot load the tokenizer of {path}"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        # transformers makes one of any model type, of special tokens alone where the files have no vocabulary.
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ValueError("its vocabulary is missing")
+        return tokenizer
 
 
 def static_cache(model, length: int):
@@ -102,8 +95,93 @@ def text_streamer(tokenizer):
     return transformers.TextStreamer(tokenizer, skip_prompt=True)
 
 
-def _experts_of(model) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if is_experts(module)]
+@contextmanager
+def outside(failed: str) -> Iterator[None]:
+    """Around a call of another library: whatever it raises is an ``InputError`` that says what failed, and why.
+
+    It shows no progress bars and no warnings meanwhile: what they would say of a checkpoint, cachemoe says.
+    """
+    logging = transformers.utils.logging
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of every kind: damaged files reach far into other libraries
+        reason = shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        if not reason or not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise InputError(f"{failed}: {reason}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _config(path):
+    with outside(f"transformers cannot load {path}"):
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
+def _on_meta(path, config) -> transformers.PreTrainedModel:
+    """The language model that transformers makes of a config, on the ``meta`` device.
+
+    Its own config is the text part's where its class is one for text alone.
+    """
+    causal, both = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    with outside(f"transformers cannot load {path}"), torch.device("meta"):
+        if causal.get(type(config), None) is not None:
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if both.get(type(config), None) is not None:
+            return transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        # Some are in neither list: the class that wrote the checkpoint, if it is one that generates.
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(named, type) and issubclass(named, transformers.GenerationMixin)):
+            raise InputError(f"{path} has a {type(config).__name__}, for which transformers has no language model")
+        return named(config)
+
+
+def _without_experts(checkpoint: Checkpoint, read: Callable[[str], torch.Tensor], device: torch.device | str):
+    """The model, its parameters read by name; its experts' on ``meta``."""
+    path, entries = checkpoint.path, checkpoint.tensors.entries
+    config = _config(path)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # of the experts alone, as Checkpoint has made sure
+    sizes = Counter()
+    for entry in entries.values():
+        sizes[entry.dtype] += entry.bytes if entry.dtype.is_floating_point else 0
+    dtype = config.dtype or max(sizes, key=sizes.get)
+    outlined = _on_meta(path, config)
+    layers, shape = moe_layers(outlined), checkpoint.shape
+    if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
+        raise InputError(
+            f"{type(outlined).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
+            f"{len(shape.layers)} of {shape.experts}"
+        )
+    dense = {name: read(name) for name in entries if not checkpoint.is_expert(name)}
+    with outside(f"transformers cannot load {path}"):
+        model, loading = _hollow(type(outlined)).from_pretrained(
+            None,
+            config=outlined.config,
+            state_dict=dense,
+            dtype=outlined.config.dtype or dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # _check_complete names them
+        )
+        model.__class__ = type(outlined)
+        model.to(device)
+        if (path / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path, local_files_only=True)
+    _check_complete(path, model, loading)
+    for layer in moe_layers(model):
+        for name, size in layer.experts.__dict__.pop("_hollow").items():
+            parameter = torch.nn.Parameter(torch.empty(size, device="meta", dtype=model.dtype), requires_grad=False)
+            layer.experts.register_parameter(name, parameter)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model.eval().requires_grad_(False)
 
 
 def _hollow(model_class: type) -> type:
@@ -111,34 +189,32 @@ def _hollow(model_class: type) -> type:
 
     def __init__(self, config, *arguments, **options):
         model_class.__init__(self, config, *arguments, **options)
-        for experts in _experts_of(self):
-            experts._hollow = {name: parameter.shape for name, parameter in experts.named_parameters()}
+        for layer in moe_layers(self):
+            experts = layer.experts
+            experts._hollow = {name: parameter.shape for name, parameter in experts.named_parameters(recurse=False)}
             for name in experts._hollow:
                 delattr(experts, name)
-            experts._is_hf_initialized = True  # or transformers would want to fill what is not there
+            experts._is_hf_initialized = layer.block._is_hf_initialized = True  # or transformers would fill them
 
     # transformers reads the source of a class's module to see what it supports.
     return type(model_class.__name__, (model_class,), {"__init__": __init__, "__module__": model_class.__module__})
 
 
-@contextmanager
-def _readable_errors(path) -> Iterator[None]:
-    """What transformers raises, in one sentence; and no progress bars meanwhile."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"transformers cannot load {path}: {reason}") from error
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
+def _check_complete(path, model, loading: dict) -> None:
+    """Whether every parameter came from the checkpoint: transformers fills the others with random numbers and goes on.
 
-
-def _check_complete(path, loading: dict) -> None:
-    """transformers fills what is missing with random numbers and goes on."""
-    if absent := sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"]):
-        raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first: get it again")
+    Raises:
+        InputError: if not; it tells a checkpoint of another class from one that lacks tensors.
+    """
+    name = type(model).__name__
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        raise InputError(f"{path} has {key} of {tuple(found)}, where a {name} of its config has {tuple(expected)}")
+    absent = sorted(loading["missing_keys"])
+    written_by = (model.config.architectures or [name])[0]
+    if absent and written_by != name and not any(key.startswith(f"{model.base_model_prefix}.") for key in absent):
+        raise InputError(
+            f"{path} has a {written_by}, which lacks a language model's head, {absent[0]}: cachemoe runs models that "
+            "predict the next token"
+        )
+    if absent:
+        raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first")

@@ -18,7 +18,7 @@ from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, cache_bias
+from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, cache_bias, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
@@ -107,13 +107,13 @@ class PooledExperts:
 
     @property
     def routing(self) -> Strategy:
-        """The routing strategy; set another between two tokens."""
+        """The routing strategy; set another between two tokens, as ``load`` takes it."""
         return self._routing
 
     @routing.setter
     @plain_torch()
-    def routing(self, routing: Strategy) -> None:
-        routing.check(self.shape.experts, self.shape.top_k)
+    def routing(self, routing: Strategy | str | None) -> None:
+        routing = checked(routing, self.shape.experts, self.shape.top_k)
         exact = routing.label == EXACT
         if not exact and self._rules is None:
             self._rules = routing_rules(self._model)

@@ -14,7 +14,7 @@ def size_of(text: str) -> float:
     Raises:
         InputError: if it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
     if match is None or match[2].upper() not in UNITS:
         raise InputError(f"{text!r} is no size such as 6GiB or 800MB")
     return float(match[1]) * UNITS[match[2].upper()]
@@ -29,20 +29,23 @@ def size_text(count: float) -> str:
     return f"{count:.3g} GB" if count < 999.5 else f"{count:.0f} GB"
 
 
-def slots_of(pool: str | int, shape: MoeShape, page_bytes: int) -> list[int]:
+def slots_of(pool: str | int | None, shape: MoeShape, page_bytes: int) -> list[int]:
     """Slots of each MoE layer.
 
     Args:
-        pool: as ``load`` takes it. Of a size in bytes as many pages as fit, spread evenly, the first layers one more.
+        pool: as ``load`` takes it; None: half of the experts, or K where half are fewer. Of a size in bytes as many
+            pages as fit, spread evenly, the first layers one more.
 
     Raises:
         InputError: if it is none of these, or less than the K experts of a token in a layer.
     """
     layers, experts, k = len(shape.layers), shape.experts, shape.top_k
+    if pool is None:
+        return [max(round(experts / 2), k)] * layers
     text = str(pool).strip()
-    if text.isdecimal():
+    if re.fullmatch(r"\d{1,18}", text):
         slots = [int(text)] * layers
-    elif share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text):
+    elif share := re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*%", text):
         slots = [round(float(share[1]) / 100 * experts)] * layers
     else:
         try:

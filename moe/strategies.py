@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -73,15 +74,22 @@ class Strategy:
         Raises:
             InputError: if not.
         """
+        if self.name not in RULES:
+            raise InputError(f"unknown strategy {self.name!r}: choose among {', '.join(RULES)}")
         if self.name == "pruning" and top_k == 1:
             raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
-        parameter, _, bounds, _ = RULES[self.name]
+        parameter, number, bounds, _ = RULES[self.name]
         if parameter is not None:
             low, high = bounds(experts, top_k)
+            if not isinstance(self.value, Real) or (number is int and self.value != self.value // 1):
+                what = "a whole number" if number is int else "a number"
+                raise InputError(f"{parameter} of {self.name} must be {what}, not {self.value!r}")
             if not low <= self.value <= high:
                 raise InputError(f"{parameter} of {self.name} must lie between {low} and {high}, not {self.value}")
-        if not 0 <= self.top_j:
-            raise InputError(f"J must be 0 or more, not {self.top_j}")
+        elif self.value is not None:
+            raise InputError(f"{self.name} takes no value, and {self.value!r} is one")
+        if not isinstance(self.top_j, Integral) or self.top_j < 0:
+            raise InputError(f"J must be a whole number, 0 or more, not {self.top_j!r}")
 
     def __str__(self) -> str:
         return self.name if self.value is None else f"{self.name}:{str(self.value).removesuffix('.0')}"
@@ -119,6 +127,24 @@ def CumSum(mass: float, top_j: int = TOP_J) -> Strategy:
 def CachePrior(lam: float, top_j: int = TOP_J) -> Strategy:
     """Rank by logit + lambda * (mean range of logits) for residents: what the paper proposes."""
     return Strategy("cache-prior", lam, top_j)
+
+
+def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strategy:
+    """The strategy that a user means, for a model of E experts, K of them used.
+
+    Args:
+        routing: a strategy, its text as ``Strategy.parse`` reads it, or None: ``Original()``.
+
+    Raises:
+        InputError: if it is none of these, or the model cannot be routed so.
+    """
+    if isinstance(routing, str):
+        return Strategy.parse(routing, experts, top_k)
+    routing = Original() if routing is None else routing
+    if not isinstance(routing, Strategy):
+        raise InputError(f"a routing is a strategy such as CachePrior(0.5), or its text, not {routing!r}")
+    routing.check(experts, top_k)
+    return routing
 
 
 def cache_bias(strategies: Sequence[Strategy]) -> CacheBias:
