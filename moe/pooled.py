@@ -117,12 +117,12 @@ class PooledExperts:
         exact = routing.label == EXACT
         if not exact and self._rules is None:
             self._rules = routing_rules(self._model)
-        swap = Swap(self._model, None if exact else self._route, self._run, self._place, self._lock)
         with self._lock:
             if self._swap is not None:
                 self._swap.__exit__()
             self._routing, self._bias = routing, cache_bias([routing])
-            self._swap = swap.__enter__()
+            self._swap = Swap(self._model, None if exact else self._route, self._run, self._place, self._lock)
+            self._swap.__enter__()
 
     @property
     def label(self) -> str:
