@@ -32,7 +32,7 @@ class PooledParameter(torch.nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        no_gradient = function is torch.Tensor.requires_grad_ and not {*args[1:], *(kwargs or {}).values()} - {False}
+        no_gradient = function is torch.Tensor.requires_grad_ and [*args[1:], *(kwargs or {}).values()] == [False]
         if function not in _OF_NO_VALUE and not no_gradient:
             raise InputError(
                 "the experts of this model are in cachemoe's pool, and their parameters can neither be read nor "
@@ -74,6 +74,7 @@ def close_doors(model, layers: list[MoeLayer]) -> None:
         free(layer.experts)
         layer.experts._apply = MethodType(_apply_to_none, layer.experts)
     model._apply = MethodType(_apply_in_place, model)
+    model.save_pretrained = MethodType(_refuse_to_save, model)
     model.register_load_state_dict_pre_hook(_refuse_experts)
 
 
@@ -91,6 +92,14 @@ def _apply_in_place(model, function, recurse=True):
             f"device={str(device)!r}"
         )
     return type(model)._apply(model, function, recurse)
+
+
+def _refuse_to_save(model, *_, **__):
+    """Before a folder is made: transformers would find the parameters empty when half of the files are written."""
+    raise InputError(
+        "a model whose experts are in a pool cannot be saved, since the pool is not a checkpoint: copy the folder "
+        "that it was loaded from, or load that with transformers and save it"
+    )
 
 
 def _refuse_experts(model, state_dict, prefix, *_):

@@ -5,12 +5,13 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 
 import torch
 
 from cachemoe.kernels import route_cpu
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.reference import CacheBias, Routing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.doors import NoBackward, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
@@ -86,7 +87,6 @@ class PooledExperts:
         self._lock = Lock()
         _POOLED.add(self)
         self._rounded = rounds(layout.page_format, source.dtype)
-        self._swap: Swap | None = None
         layers, shape = moe_layers(model), self.shape
         if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
             raise InputError(
@@ -96,6 +96,8 @@ class PooledExperts:
         self._states = _by_layer(engine.state)
         self._rules = rules
         self.reset_counters()
+        self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
+        self._is_closed = False
         self.routing = routing
         close_doors(model, layers)
         model.cachemoe = self
@@ -117,12 +119,8 @@ class PooledExperts:
         exact = routing.label == EXACT
         if not exact and self._rules is None:
             self._rules = routing_rules(self._model)
-        with self._lock:
-            if self._swap is not None:
-                self._swap.__exit__()
-            self._routing, self._bias = routing, cache_bias([routing])
-            self._swap = Swap(self._model, None if exact else self._route, self._run, self._place, self._lock)
-            self._swap.__enter__()
+        self._swap.reroute(None if exact else partial(self._route, routing, cache_bias([routing])))
+        self._routing = routing
 
     @property
     def label(self) -> str:
@@ -157,9 +155,9 @@ class PooledExperts:
     def close(self) -> None:
         """End the engine's threads and close the store. The experts are gone: the model raises where it needs them."""
         with self._lock:
-            if self._swap is not None:
+            if not self._is_closed:
+                self._is_closed = True
                 self._swap.__exit__()
-                self._swap = None
                 for layer in moe_layers(self._model):
                     layer.experts.forward = _closed
             self._owned.close()
@@ -185,9 +183,11 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
-    def _route(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
-        rule, k = self._rules[layer], self.routing.experts_used(self.shape.top_k)
-        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, self._bias)
+    def _route(
+        self, routing: Strategy, bias: CacheBias, layer: int, logits: torch.Tensor, hidden: torch.Tensor
+    ) -> Routing:
+        rule, k = self._rules[layer], routing.experts_used(self.shape.top_k)
+        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, bias)
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)
@@ -200,9 +200,7 @@ class PooledExperts:
         return NoBackward.apply(y, hidden) if torch.is_grad_enabled() and hidden.requires_grad else y
 
     def _renew_lock(self) -> None:
-        self._lock = Lock()
-        if self._swap is not None:
-            self._swap.lock = self._lock
+        self._lock = self._swap.lock = Lock()
 
 
 _POOLED: weakref.WeakSet[PooledExperts] = weakref.WeakSet()

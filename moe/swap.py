@@ -50,7 +50,7 @@ class Swap:
         self.layers = moe_layers(model)
         self._route, self._experts, self._place = route, experts, place
         self.lock = lock or Lock()
-        self._probes = [] if route is None else [probe(layer) for layer in self.layers]
+        self._probes = self._probed(route)
 
     @property
     def routers(self) -> list[torch.Tensor]:
@@ -61,48 +61,70 @@ class Swap:
         # Of each layer the last routing, while no other change of its residency has followed, and what the router
         # answered: ids and weights.
         self._routed: dict[int, tuple[Routing, torch.Tensor, torch.Tensor]] = {}
-        self._own: list[tuple[torch.nn.Module, Callable | None]] = []
-        for number, layer in enumerate(self.layers):
-            if self._route is not None:
-                self._replace(layer.router, partial(self._route_tokens, number, layer.router.forward))
-            if self._experts is not None:
-                self._replace(layer.experts, partial(self._run_experts, number))
+        self._own_experts = self._replace(self._run_experts, [layer.experts for layer in self.layers if self._experts])
+        self._own_routers = self._replace_routers()
         return self
 
     def __exit__(self, *_):
-        while self._own:
-            module, forward = self._own.pop()
-            del module.forward
-            if forward is not None:  # another swap's, around this one
-                module.forward = forward
+        for own in (self._own_routers, self._own_experts):
+            _restore(own)
+
+    def reroute(self, route: RouteLayer | None) -> None:
+        """Route otherwise from now on; the experts stay swapped throughout, whoever calls them meanwhile.
+
+        Raises:
+            InputError: if routers cannot be asked; the routing is then as it was.
+        """
+        with self.lock:
+            _restore(self._own_routers)
+            try:
+                self._probes, self._route = self._probed(route) or self._probes, route
+                self._routed.clear()
+            finally:
+                self._own_routers = self._replace_routers()
 
     def forget(self) -> None:
         """Slots have changed: what routers have answered is placed anew."""
         self._routed.clear()
 
-    def _replace(self, module: torch.nn.Module, forward: Callable) -> None:
-        """Put another forward into the instance, not its class: hooks that look for the module's type keep working.
+    def _probed(self, route: RouteLayer | None) -> list[Probe]:
+        return [] if route is None else [probe(layer) for layer in self.layers]
+
+    def _replace_routers(self) -> list[tuple[torch.nn.Module, Callable | None]]:
+        # The route goes with the forward: a thread that is within one keeps its own.
+        forward = partial(self._route_tokens, self._route)
+        return self._replace(forward, [layer.router for layer in self.layers if self._route])
+
+    def _replace(self, forward: Callable, modules: list) -> list[tuple[torch.nn.Module, Callable | None]]:
+        """Put another forward into instances, not their class: hooks that look for the modules' type keep working.
 
         It does not depend on the experts implementation that transformers is set to.
-        """
-        self._own.append((module, vars(module).get("forward")))
-        module.forward = MethodType(forward, module)
 
-    def _route_tokens(self, number: int, own: Callable, router, hidden_states, *arguments, **options):
+        Returns:
+            What ``_restore`` needs.
+        """
+        own = [(module, vars(module).get("forward")) for module in modules]
+        for number, module in enumerate(modules):
+            module.forward = MethodType(partial(forward, number, module.forward), module)
+        return own
+
+    def _route_tokens(
+        self, route: RouteLayer, number: int, own: Callable, router, hidden_states, *arguments, **options
+    ):
         """What the router's forward returns, with other experts."""
-        known: Probe = self._probes[number]
+        known = self._probes[number]
         seen = hidden_states.reshape(-1, hidden_states.shape[-1])
         if known.logits_of is not None:
             logits = known.logits_of(router, seen)
         else:
             logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
         with self.lock:
-            routing = self._route(number, logits, seen)
+            routing = route(number, logits, seen)
             answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
             self._routed[number] = routing, *(answer[known.output.order.index(name)] for name in ("ids", "weights"))
         return answer
 
-    def _run_experts(self, number: int, module, hidden_states, ids, weights) -> torch.Tensor:
+    def _run_experts(self, number: int, own: Callable, module, hidden_states, ids, weights) -> torch.Tensor:
         with self.lock:
             routing, *answered = self._routed.pop(number, (None, None, None))
             if ids is not answered[0] and (routing is None or not all(map(torch.equal, (ids, weights), answered))):
@@ -110,3 +132,10 @@ class Swap:
                     raise RuntimeError("the experts are called with other ids than the layer's router answered")
                 routing = self._place(number, ids, weights)
             return self._experts(number, hidden_states, routing)
+
+
+def _restore(own: list[tuple[torch.nn.Module, Callable | None]]) -> None:
+    for module, forward in own:
+        del module.forward
+        if forward is not None:  # another swap's, around this one
+            module.forward = forward
