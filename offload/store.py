@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from xxhash import xxh3_64_intdigest as checksum
 
-from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat
+from cachemoe.kernels.formats import LARGEST, PAGE_ALIGNMENT, PageFormat
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
-from cachemoe.offload.header import read_header
+from cachemoe.offload.header import parse_json, read_header
 
 VERSION = 4
 UNKNOWN_MODEL = "0" * 32  # in place of a fingerprint that is not made yet
@@ -55,7 +55,7 @@ class StoreLayout:
             InputError: if it is no store, or of another version.
         """
         try:
-            fields = json.loads((metadata or {})["cachemoe"])
+            fields = parse_json((metadata or {})["cachemoe"].encode())
             version = fields.pop("version")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a cachemoe store: give the path of one") from error
@@ -64,8 +64,10 @@ class StoreLayout:
         try:
             layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
             numbers = (layout.layers, layout.experts, layout.page_format.hidden, layout.page_format.intermediate)
-            if not all(type(number) is int and number > 0 for number in numbers):
-                raise ValueError(f"{numbers} are no dimensions")
+            if not all(type(number) is int and 0 < number < LARGEST for number in numbers):
+                raise ValueError("its dimensions cannot be")
+            if not isinstance(layout.model, str):
+                raise ValueError("its fingerprint is no text")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
         return layout

@@ -299,6 +299,15 @@ def test_metadata_of_something_else(stored, metadata):
         ("layers", "2"),
         ("experts", None),
         ("hidden", 32.0),
+        ("hidden", 10**400),
+        ("hidden", True),
+        ("experts", 10**300),
+        ("group", 0.0),
+        ("activation", ["silu"]),
+        ("activation", "tanh"),
+        ("gated", 1),
+        ("bias", "no"),
+        ("model", 5),
     ],
 )
 def test_a_broken_layout_in_the_header(stored, name, value):
