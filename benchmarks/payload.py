@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.kernels.compile_c import cache_directory
+from cachemoe.kernels.cache_folder import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.pack import check_space, open_packed
 from cachemoe.moe.progress import Progress

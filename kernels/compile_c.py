@@ -11,43 +11,60 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cachemoe.kernels.cache_folder import cache_directory, make_folder
+
 # Threads come from the OpenMP that torch has loaded: it is not linked, or there could be a second pool of them.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-strict-aliasing", "-fopenmp")
 COMPILERS = ("cc", "gcc", "clang")
-
-
-def cache_directory() -> Path:
-    """Of what can be made again: ``$CACHEMOE_CACHE``, else ``$XDG_CACHE_HOME/cachemoe``, else ``~/.cache/cachemoe``."""
-    if chosen := os.environ.get("CACHEMOE_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemoe"
+DIGEST_BYTES = 32  # at the end of a library, behind what the loader reads: of all before it
 
 
 @cache
 def compile_c(source: Path) -> ctypes.CDLL:
     """The source's functions, compiled by ``$CC`` or the first of ``COMPILERS``.
 
+    A library that is kept is looked at before it is loaded, and made again if it is damaged: the system would map it
+        and
+    fail later, or end the process.
+
     Raises:
-        OSError: if there is no compiler, it refuses the source, or the cache directory cannot be written.
+        OSError: if there is no compiler, it refuses the source, or the cache directory cannot be used.
     """
-    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    try:
+        compiler = shlex.split(os.environ.get("CC", "")) or list(filter(shutil.which, COMPILERS))[:1]
+    except ValueError as error:
+        raise OSError(f"CC is no command ({error})") from error
     if not compiler:
         raise OSError(f"there is no C compiler ({', '.join(COMPILERS)})")
     command = [*compiler, *FLAGS]
     key = hashlib.sha256(b"\0".join((source.read_bytes(), shlex.join(command).encode(), _processor().encode())))
     library = cache_directory() / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_whole(library):
+        make_folder(library.parent)
         with TemporaryDirectory(dir=library.parent) as folder:  # beside it, so that it can be moved whole
             compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
             _run([*command, "-c", str(source), "-o", str(compiled)])
             _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+            with open(linked, "r+b") as file:
+                digest = hashlib.sha256(file.read()).digest()
+                file.write(digest)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(linked, library)
     return ctypes.CDLL(str(library))
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether a library is there, as it was made."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+
+
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise OSError(f"{shlex.join(command)} failed: {(done.stderr or done.stdout).strip()}")
 

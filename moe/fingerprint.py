@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from xxhash import xxh3_128
 
-from cachemoe.kernels.compile_c import cache_directory
+from cachemoe.kernels.cache_folder import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
@@ -42,8 +42,8 @@ class Fingerprint:
         for weight in weights.values():
             self._hash.update(weight.contiguous().view(torch.uint8).numpy())
 
-    def text(self) -> str:
-        """32 hexadecimal digits."""
+    def __str__(self) -> str:
+        """32 hexadecimal digits: of the experts so far."""
         return self._hash.hexdigest()
 
 
@@ -65,8 +65,8 @@ def fingerprint(checkpoint: Checkpoint, progress: Progress) -> str:
             for e in range(experts):
                 made.add(checkpoint.expert(layer, e))
                 advance()
-    keep(checkpoint, made.text())
-    return made.text()
+    keep(checkpoint, str(made))
+    return str(made)
 
 
 def keep(checkpoint: Checkpoint, text: str) -> None:

@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from cachemoe.kernels.compile_c import cache_directory
+from cachemoe.kernels.cache_folder import cache_directory, make_folder
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
@@ -144,15 +146,14 @@ def swap(
                 made = Fingerprint(experts)
                 pages = counted(experts.pages(layout.page_format, made.add), advance)
                 engine = ResidentEngine.of_pages(layout, pages, model.device)
-            layout = replace(layout, model=made.text())
+            layout = replace(layout, model=str(made))
         else:
             capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
-            path = cache_directory() / f"swapped-{layout.model}-{os.getpid()}-{id(model)}.safetensors"
-            pack(experts, layout, path, progress)
-            try:
-                file = stack.enter_context(ExpertStore(path))
-            finally:
-                path.unlink()  # what is open stays readable, and nothing is left behind however this ends
+            make_folder(cache_directory())
+            with TemporaryDirectory(prefix="swapped-", dir=cache_directory()) as folder:
+                pack(experts, layout, Path(folder) / "experts.safetensors", progress)
+                file = stack.enter_context(ExpertStore(Path(folder) / "experts.safetensors"))
+            # What is open stays readable, and nothing is left behind however this ends.
             engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model.cachemoe

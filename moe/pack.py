@@ -2,13 +2,13 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.compile_c import cache_directory
+from cachemoe.kernels.cache_folder import cache_directory
 from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint, checkpoint_key, fingerprint, keep
@@ -17,13 +17,16 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
 
 
-def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> list[float] | None:
+def pack(
+    checkpoint, layout: StoreLayout, path: Path, progress: Progress, wanted: Callable[[], bool] = lambda: True
+) -> list[float] | None:
     """Write a checkpoint's store; it appears under its name only when complete.
 
     Args:
         checkpoint: a ``Checkpoint``, or ``ModelExperts``.
         layout: as its ``layout`` gives it.
         progress: shows the work.
+        wanted: asked when nobody else writes the file any more: if not, it stays as it is.
 
     Returns:
         Of each MoE layer the relative error that rounding brings, root mean square of the difference over that of the
@@ -34,10 +37,12 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
     """
     page_format, count = layout.page_format, layout.layers * layout.experts
     made = Fingerprint(checkpoint)
-    check_space(path.parent, count * page_format.page_bytes)
     squares = torch.zeros(layout.layers, 2, dtype=torch.float64)  # of the difference, and of the weights
 
     def pages() -> Iterator[torch.Tensor]:
+        if not wanted():
+            raise _NotWanted
+        check_space(path.parent, count * page_format.page_bytes)
         for layer in range(layout.layers):
             for e in range(layout.experts):
                 weights = checkpoint.expert(layer, e)
@@ -50,18 +55,22 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
                         rounded = page_format.dequantized(views, name)
                         squares[layer] += torch.stack(((weight - rounded).square().sum(), weight.square().sum()))
                 yield page
-
-    def finish() -> str:
         checkpoint.check_unchanged()
-        return made.text()
 
     with progress(f"packing {count} experts", count) as advance:
-        write_store(path, layout, pages(), advance, finish)
+        try:
+            write_store(path, replace(layout, model=made), pages(), advance)
+        except _NotWanted:
+            return None
     if isinstance(checkpoint, Checkpoint):
-        keep(checkpoint, made.text())
+        keep(checkpoint, str(made))
     if not rounds(page_format, checkpoint.dtype):
         return None
     return [math.sqrt(error / max(weights, 1e-300)) for error, weights in squares.tolist()]
+
+
+class _NotWanted(Exception):
+    """The store has come meanwhile."""
 
 
 def rounds(page_format: PageFormat, dtype: torch.dtype) -> bool:
@@ -85,13 +94,24 @@ def open_packed(
     kind = f"{page_format.kind}{page_format.group or ''}"
     folder = checkpoint.path.resolve().name
     path = cache_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
-    if path.exists():
+
+    def made() -> ExpertStore | None:
+        if path.exists():
+            store = ExpertStore(path, check_reads=check_reads)
+            if holds(store, checkpoint, layout, progress):
+                return store
+            store.close()
+        return None
+
+    def wanted() -> bool:  # asked when another thread or process, that packed meanwhile, has ended
+        if (store := made()) is not None:
+            store.close()
+        return store is None
+
+    if (store := made()) is None:
+        pack(checkpoint, layout, path, progress, wanted)
         store = ExpertStore(path, check_reads=check_reads)
-        if holds(store, checkpoint, layout, progress):
-            return store
-        store.close()
-    pack(checkpoint, layout, path, progress)
-    return ExpertStore(path, check_reads=check_reads)
+    return store
 
 
 def holds(store: ExpertStore, checkpoint: Checkpoint, layout: StoreLayout, progress: Progress) -> bool:

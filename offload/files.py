@@ -1,21 +1,79 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, whoever else writes them at the same time."""
 
+import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cachemoe.kernels.cache_folder import make_folder
+from cachemoe.offload.errors import InputError
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes ``path``'s place when the block ends well, and is removed otherwise.
 
-    The folder is made if it is not there.
+    Of threads and processes that write the same file one does at a time: the partial file is their lock. One that was
+    killed leaves a partial file that is not locked, which the next takes over. The folder is made if it is not there.
+
+    Raises:
+        OSError: if the system refuses to write, sync or rename.
+        InputError: if the partial file is somebody else's, or a link, or the file system has no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.partial")
+    lock = _locked(partial)
     try:
         yield partial
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # or the name may be lost with the power
+        finally:
+            os.close(folder)
     finally:
-        partial.unlink(missing_ok=True)
+        if _is_at(lock, partial):
+            partial.unlink()
+        os.close(lock)
+
+
+def _locked(partial: Path) -> int:
+    """A descriptor of the file, empty and locked: it is made, or taken over, and waited for where another has it."""
+    while True:
+        try:
+            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        except OSError as error:
+            if partial.is_symlink():
+                raise InputError(f"{partial} is a link, which is not followed: remove it") from error
+            raise
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+                raise InputError(f"{partial} is not a file of yours alone: remove it, or write elsewhere")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise InputError(
+                    f"the file system of {partial.parent} has no locks ({error.strerror}): write elsewhere, or set "
+                    "CACHEMOE_CACHE where it is the cache directory"
+                ) from error
+            if _is_at(file, partial):  # else it has been renamed or removed meanwhile
+                os.ftruncate(file, 0)
+                return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether the path still names the open file."""
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(file))

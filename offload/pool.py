@@ -1,6 +1,7 @@
 """ExpertPool: memory for pages, in frames of one page each."""
 
 import mmap
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -59,14 +60,21 @@ class ExpertPool:
             )
         if self._device.type == "cuda":
             self.pages = torch.empty(frames, self._format.page_bytes, dtype=torch.uint8, device=self._device)
-        else:
+            self.weights = self._format.views(self.pages)
+            return
+        try:
             self._map(size)
-            self.pages = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8)).view(frames, -1)
-            self._buffers = [memoryview(page.numpy()) for page in self.pages]
-        self.weights = self._format.views(self.pages)
+        except OSError as error:
+            raise InputError(
+                f"the system refuses {size / 1e9:.2f} GB of memory for a pool of {frames} pages ({error.strerror}): "
+                "choose a smaller one"
+            ) from error
+        finally:
+            if self._memory is not None:  # the new or, after a refusal, still the old
+                self._look()
 
     def _map(self, size: int) -> None:
-        """Memory of the system's own, since it alone can grow and shrink in place."""
+        """Memory of the system's own, since it alone can grow and shrink in place; the old stays if that is refused."""
         old, private = self._memory, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._buffers = self.weights = self.pages = None  # memory that is looked at cannot be moved
         try:
@@ -75,10 +83,18 @@ class ExpertPool:
             else:
                 self._memory = mmap.mmap(-1, size, private)
         except BufferError:  # somebody else looks at it, a traceback say
-            self._memory, kept = mmap.mmap(-1, size, private), min(size, len(old))
-            memoryview(self._memory)[:kept] = memoryview(old)[:kept]
+            new, kept = mmap.mmap(-1, size, private), min(size, len(old))
+            memoryview(new)[:kept] = memoryview(old)[:kept]
+            self._memory = new
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once
+            with suppress(OSError):  # where the system has none
+                self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once
+
+    def _look(self) -> None:
+        """See the memory as pages."""
+        self.pages = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8)).view(-1, self._format.page_bytes)
+        self._buffers = [memoryview(page.numpy()) for page in self.pages]
+        self.weights = self._format.views(self.pages)
 
 
 def _gpu_memory(device: torch.device) -> int:

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ class StoreLayout:
 
     def metadata(self) -> dict[str, str]:
         """The layout as safetensors metadata."""
-        fields = {"version": VERSION, "model": self.model, "layers": self.layers, "experts": self.experts}
+        fields = {"version": VERSION, "model": str(self.model), "layers": self.layers, "experts": self.experts}
         fields |= asdict(self.page_format)
         return {"cachemoe": json.dumps(fields)}
 
@@ -208,17 +208,16 @@ def write_store(
     layout: StoreLayout,
     pages: Iterable[torch.Tensor],
     advance: Callable[[], None] = lambda: None,
-    fingerprint: Callable[[], str] | None = None,
 ) -> None:
     """Write a store by streaming; it appears under its name only when complete.
 
     Args:
         path: the file to make; replaced if it exists.
-        layout: what it will hold.
-        pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer.
+        layout: what it will hold; ``str(layout.model)`` is asked once more when all pages have been taken, and has the
+            same length then.
+        pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer; taken while nobody else
+            writes the file.
         advance: called after each page.
-        fingerprint: gives ``layout.model`` when all pages have been taken, of as many characters; None: it stands
-            there.
 
     Raises:
         InputError: if the disk is full or the directory cannot be written; no partial file is left.
@@ -240,11 +239,8 @@ def write_store(
             if len(checksums) != count:
                 raise ValueError(f"{len(checksums)} pages given, and the layout says {count}")
             file.write(np.array(checksums, dtype="<u8").tobytes())
-            if fingerprint is not None:
-                file.seek(0)
-                file.write(_header(replace(layout, model=fingerprint()), count, size))
-            file.flush()
-            os.fsync(file.fileno())
+            file.seek(0)
+            file.write(_header(layout, count, size))
     except OSError as error:
         gigabytes = count * size / 1e9
         raise InputError(f"cannot write the store {path} of {gigabytes:.2f} GB: {error.strerror or error}") from error
