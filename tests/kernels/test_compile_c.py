@@ -54,3 +54,47 @@ def test_a_compiler_that_is_not_there(folder, monkeypatch):
     monkeypatch.setenv("CC", "/nowhere/cc")
     with pytest.raises(OSError, match="/nowhere/cc"):
         compile_c(source(folder, "int answer(void) { return 45; }"))
+
+
+@pytest.mark.parametrize("left", [0, 10, 4096, -1, -40])
+def test_a_damaged_library_is_made_again_before_it_is_loaded(folder, left):
+    """A library that is cut short would end the process when it is loaded."""
+    path = source(folder, "int answer(void) { return 46; }")
+    assert compile_c(path).answer() == 46
+    (library,) = (folder / "cache").iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # what is loaded stays mapped
+    library.write_bytes(whole[:left])
+    compile_c.cache_clear()
+    assert compile_c(path).answer() == 46
+    assert library.read_bytes() == whole
+
+
+def test_another_library_in_its_place_is_not_loaded(folder, monkeypatch):
+    path = source(folder, "int answer(void) { return 47; }")
+    compile_c(path)
+    (mine,) = (folder / "cache").iterdir()
+    source(folder, "int something_else;")
+    compile_c.cache_clear()
+    compile_c(path)
+    (other,) = set((folder / "cache").iterdir()) - {mine}
+    mine.unlink()
+    mine.write_bytes(other.read_bytes()[: -module.DIGEST_BYTES])  # as any linker writes one
+    source(folder, "int answer(void) { return 47; }")
+    compile_c.cache_clear()
+    assert compile_c(path).answer() == 47
+
+
+def test_a_command_that_is_none(folder, monkeypatch):
+    monkeypatch.setenv("CC", 'cc "unclosed')
+    with pytest.raises(OSError, match="CC is no command"):
+        compile_c(source(folder, "int answer(void) { return 48; }"))
+
+
+def test_a_compiler_whose_words_are_not_utf_8(folder, monkeypatch):
+    compiler = folder / "cc"
+    compiler.write_bytes(b"#!/bin/sh\nprintf '\\377 no such thing' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(OSError, match="no such thing"):
+        compile_c(source(folder, "int answer(void) { return 49; }"))

@@ -1,5 +1,7 @@
 """The pool's memory."""
 
+import mmap
+
 import pytest
 
 from cachemoe.kernels.formats import PageFormat
@@ -60,3 +62,29 @@ def test_a_pool_that_memory_cannot_hold_is_refused(monkeypatch):
 def test_an_absurd_pool_is_refused():
     with pytest.raises(InputError, match="choose a smaller capacity"):
         pool.ExpertPool(10**12, FORMAT)
+
+
+@pytest.mark.parametrize("somebody_looks", [False, True])
+def test_a_resize_that_the_system_refuses_leaves_the_pool_as_it_was(monkeypatch, somebody_looks):
+    class Refusing(mmap.mmap):
+        def resize(self, size):
+            if somebody_looks:
+                return super().resize(size)
+            raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pool.mmap, "mmap", Refusing)
+    frames = pool.ExpertPool(3, FORMAT)
+    frames.pages[2] = 5
+    held = frames.pages if somebody_looks else None
+
+    def refuses(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pool.mmap, "mmap", refuses)
+    with pytest.raises(InputError, match=r"the system refuses .* for a pool of 40 pages"):
+        frames.resize(40)
+    assert frames.pages.shape == (3, FORMAT.page_bytes)
+    assert (frames.pages[2] == 5).all()
+    frames.buffer(2)[0] = 7
+    assert frames.weights["gate_up"].shape[0] == 3
+    assert held is None or held[2, 0] == 7
