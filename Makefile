@@ -3,7 +3,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help latency test lint bench gpu clean
+.PHONY: help latency test fuzz lint bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -13,6 +13,9 @@ latency: $(STAMP) ## print the latency table (ARGS='...' goes to `cachemoe laten
 
 test: $(STAMP) ## run the test suite
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP) ## damaged and hostile files, for many minutes (FUZZ=20000 examples of each kind)
+	CACHEMOE_FUZZ=$(or $(FUZZ),20000) $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ def _index(folder: Path) -> dict[str, str] | None:
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
         raise InputError(f"{path} does not say which file has which tensor")
     for file in set(where.values()):
-        if not file or os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
+        if not file or os.path.isabs(file) or ".." in Path(file).parts or not file.isprintable():
             raise InputError(f"{path} names {file!r}, which is not in its folder")
     return where
 

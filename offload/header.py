@@ -129,9 +129,12 @@ def parse_json(text: bytes):
         return found
 
     try:
-        return json.loads(text.decode(), object_pairs_hook=once)
+        value = json.loads(text.decode(), object_pairs_hook=once)
+        if b"\\ud" in text.lower():  # half of a character, which no file's name can hold and no terminal show
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def _entry(file: Path, data: int, name: str, fields) -> TensorEntry:

@@ -150,6 +150,17 @@ class ExpertStore:
                 )
             done += count
 
+    def page(self, layer: int, expert: int) -> torch.Tensor:
+        """A page, ``[page_bytes]`` uint8, in memory of its own.
+
+        Raises:
+            InputError: as ``read_into`` and ``check``.
+        """
+        page = aligned_buffer(self.page_bytes)
+        self.read_into(memoryview(page), self.offset(layer, expert))
+        self.check(layer, expert, memoryview(page))
+        return torch.from_numpy(page)
+
     def check(self, layer: int, expert: int, page: memoryview) -> None:
         """Compare a page that was read with its checksum, unless the store was opened not to.
 
