@@ -39,6 +39,7 @@ setup(
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
         "safetensors>=0.4",
+        "xxhash>=3.4",
         "numpy>=1.26",
         "typer>=0.12",
         "rich>=13",

@@ -124,7 +124,7 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
     """Decode every segment with every row, rows interleaved in a new order each segment; fills in ``rows``.
 
     Raises:
-        OSError: if a page cannot be read.
+        InputError: if a page cannot be read, or is damaged.
     """
     order = list(rows)
     shuffle = random.Random(0).shuffle

@@ -17,6 +17,7 @@ from cachemoe.benchmarks.report import capacity_report
 from cachemoe.benchmarks.text import HELD_OUT, load_tokens
 from cachemoe.benchmarks.timeline_plot import plot_timeline
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.strategies import Strategy
@@ -61,8 +62,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     """Measure, and report every figure.
 
     Raises:
-        InputError: for options that cannot be, before anything slow begins.
-        OSError: if a page cannot be read.
+        InputError: for options that cannot be, before anything slow begins; or if a page cannot be read, or is damaged.
     """
     checkpoint = Checkpoint(options.model or TINYMOE)
     shape = checkpoint.shape
@@ -133,7 +133,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         "machine": machine.describe() | speeds,
         "model": {
             "name": checkpoint.path.name,
-            "fingerprint": checkpoint.fingerprint(),
+            "fingerprint": fingerprint(checkpoint, progress),
             "experts": shape.experts,
             "layers": len(shape.layers),
             "k": shape.top_k,

@@ -86,7 +86,7 @@ def experts(
     if len(x) == 1:
         _one_token(x, slots[0], gates, weights, page_format, out, pending, partial, finish)
         return
-    pairs = torch.empty(*slots.shape, x.shape[1]) if partial is None else partial
+    pairs = torch.empty(*slots.shape, x.shape[1], dtype=torch.float32, device=x.device) if partial is None else partial
     wanted = slots if pending is None else slots.masked_fill(~pending, -1)
     for slot in wanted.unique():
         if slot >= 0:

@@ -9,8 +9,10 @@ starts at a multiple of 16 bytes, for wide loads, and the page ends at a multipl
   them.
 """
 
+from __future__ import annotations
+
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 
 import torch
@@ -29,6 +31,7 @@ PART_ALIGNMENT = 16
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 KINDS = (*FLOATS, "int8", "int4")
 INT4_GROUPS = (32, 64, 128)
+LARGEST = 1 << 24  # a dimension: the bytes of a page stay far below 2^63
 ACTIVATIONS = ("silu", "gelu", "relu", "clamped-swiglu")
 
 
@@ -60,10 +63,13 @@ class PageFormat:
     interleaved: bool = False
 
     def __post_init__(self):
+        for field in fields(self):
+            if type(value := getattr(self, field.name)).__name__ != field.type:
+                raise ValueError(f"{field.name} of a page must be {field.type}, not {value!r}")
         if self.kind not in KINDS:
             raise ValueError(f"unknown page format {self.kind!r}: use {', '.join(KINDS)}")
-        if self.hidden < 1 or self.intermediate < 1:
-            raise ValueError(f"a page needs positive dimensions, not H={self.hidden} and I={self.intermediate}")
+        if not (1 <= self.hidden < LARGEST and 1 <= self.intermediate < LARGEST):
+            raise ValueError(f"a page needs positive dimensions below {LARGEST}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}: use {', '.join(ACTIVATIONS)}")
         if not self.gated and (self.activation == "clamped-swiglu" or self.interleaved):
@@ -87,7 +93,7 @@ class PageFormat:
 
     @staticmethod
     @cache
-    def decode(text: str) -> "PageFormat":
+    def decode(text: str) -> PageFormat:
         """The format of ``encoded``."""
         return PageFormat(**json.loads(text))
 

@@ -33,8 +33,8 @@ def linear(
     """
     (jobs,), (shared, tokens, columns), rows = slots.shape, x.shape, weight.shape[1]
     bits = _bits(page_format)
-    y = torch.empty(jobs, tokens, rows)
-    scratch = torch.empty(_c().scratch_bytes(bits, columns) * shared * tokens, dtype=torch.uint8)
+    y = torch.empty(jobs, tokens, rows, dtype=torch.float32, device="cpu")
+    scratch = torch.empty(_c().scratch_bytes(bits, columns) * shared * tokens, dtype=torch.uint8, device="cpu")
     _c().linear(
         *(bits, page_format.group, x.dtype == torch.bfloat16, x.data_ptr(), shared == 1),
         *(weight.data_ptr(), weight.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size()),
@@ -55,7 +55,7 @@ def unpack(weight: torch.Tensor, scales: torch.Tensor, page_format: PageFormat, 
         ``[rows, columns]`` in that dtype, exactly ``PageFormat.dequantized`` rounded.
     """
     bits, (rows, row_bytes) = _bits(page_format), weight.shape
-    out = torch.empty(rows, row_bytes * 8 // bits, dtype=dtype)
+    out = torch.empty(rows, row_bytes * 8 // bits, dtype=dtype, device="cpu")
     settings = bits, page_format.group, dtype == torch.bfloat16
     _c().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
     return out

@@ -1,24 +1,31 @@
 """Hugging Face checkpoints on disk: what the MoE layers are, and their experts one at a time, as pages."""
 
-import hashlib
-import json
 import os
-import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
-from cachemoe.moe.shards import Shards
+from cachemoe.moe.shards import Shards, file_stamp
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.header import TensorEntry, parse_json
+from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
+# Of ``config.json``'s fields those used here; the numbers of experts a token are ``top_k_of``'s to check.
+FIELDS = {
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), str),
+    **dict.fromkeys(("num_hidden_layers", "vocab_size", "max_position_embeddings"), int),
+    "quantization_config": dict,
+}
+MOST_DIGITS = 6  # of a layer's or an expert's number
 TINYMOE = Path(__file__).parent / "tinymoe"
+CONFIG = "config.json"
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 
 
@@ -60,7 +67,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path, self.opened_ns = Path(path), time.time_ns()
+        self._config_stamp = file_stamp(self.path, CONFIG)
         self.config = _config(self.path)
         self._experts = EXPERTS.get(self.config.get("model_type"), PLAIN)
         self._check_computable()
@@ -69,7 +77,8 @@ class Checkpoint:
         try:
             self.shape = self._shape()
         except KeyError as error:
-            raise InputError(f"{self.path / 'config.json'} lacks {error}: get the checkpoint again") from error
+            raise InputError(f"{self.path / CONFIG} lacks {error}") from error
+        self._check_shapes()
         if not 1 <= self.shape.top_k <= self.shape.experts:
             raise InputError(f"{self.path} uses {self.shape.top_k} of {self.shape.experts} experts, which cannot be")
 
@@ -80,17 +89,22 @@ class Checkpoint:
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""
         name = name.removesuffix("_bias").replace("_scales", "_blocks")
-        return any(_pattern(part).search(name) for part in _parts(self._naming))
+        return any(_find(name, part) for part in _parts(self._naming))
 
-    def fingerprint(self) -> str:
-        """Digest of the shape and of a row of each expert's matrices: it tells fine-tunes of one architecture apart."""
-        digest = hashlib.sha256(repr((self.shape, self._experts)).encode())
-        for layer in range(len(self.shape.layers)):
-            for e in range(self.shape.experts):
-                for part in _parts(self._naming):
-                    row = self.tensors.read(*self._place(layer, e, part), 0)
-                    digest.update(row.reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+    @property
+    def stamp(self) -> tuple[tuple, ...]:
+        """Of each file what ``file_stamp`` told before its header was read."""
+        return (self._config_stamp, *self.tensors.stamps)
+
+    def check_unchanged(self) -> None:
+        """Whether the files are as they were when they were opened.
+
+        Raises:
+            InputError: if not.
+        """
+        for before in self.stamp:
+            if file_stamp(self.path, before[0]) != before:
+                raise InputError(f"{self.path / before[0]} has changed while it was in use: load the checkpoint again")
 
     def page_format(self, kind: str | None = None, group: int | None = None) -> PageFormat:
         """Layout of one expert's page.
@@ -106,9 +120,10 @@ class Checkpoint:
         return format_of(kind, group, self.config, size, self.dtype, bias=self._bias is not None)
 
     def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
-        """Layout of this model's store with pages of one format; see ``page_format``."""
+        """Layout of this model's store with pages of one format, see ``page_format``; for which weights is left "
+        "open."""
         page_format = self.page_format(kind, group)
-        return StoreLayout(self.fingerprint(), len(self.shape.layers), self.shape.experts, page_format)
+        return StoreLayout(UNKNOWN_MODEL, len(self.shape.layers), self.shape.experts, page_format)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
         """Every expert's page, expert by expert, layer by layer; one expert in memory at a time."""
@@ -120,7 +135,7 @@ class Checkpoint:
         """One expert's ``gate_up`` ``[2I, H]`` and ``down`` ``[H, I]``, and their ``_bias`` where there are any.
 
         Raises:
-            InputError: if one is missing or has another shape.
+            InputError: if the file ends early.
         """
         naming = self._naming
         if naming.gate_up:
@@ -128,14 +143,6 @@ class Checkpoint:
         else:
             gate, up, down = (self._matrix(layer, e, part) for part in (naming.gate, naming.up, naming.down))
             weights = {"gate_up": torch.cat((gate, up)), "down": down}
-        hidden, intermediate = self.shape.hidden, self.shape.intermediate
-        shapes = {"gate_up": (2 * intermediate, hidden), "down": (hidden, intermediate)}
-        for name, weight in weights.items():
-            if tuple(weight.shape) != shapes[name]:
-                raise InputError(
-                    f"{self.path} has {name} of {tuple(weight.shape)} in layer {self.shape.layers[layer]}, expert {e}, "
-                    f"where the others have {shapes[name]}: get the checkpoint again"
-                )
         if self._bias is not None:
             for name, part in (("gate_up_bias", naming.gate_up), ("down_bias", naming.down)):
                 weights[name] = self.tensors.read(*self._place(layer, e, part + self._bias))
@@ -162,12 +169,12 @@ class Checkpoint:
             first = _parts(naming)[0]
             stems: dict[str, dict[int, str]] = {}
             for name in self.tensors.entries:
-                if (match := _pattern(first).search(name)) and int(match["layer"]) < layers:
-                    stems.setdefault(match["stem"], {})[int(match["layer"])] = match["prefix"]
+                if (found := _find(name, first)) and found.layer < layers:
+                    stems.setdefault(found.stem, {})[found.layer] = found.prefix
             if stems:  # layers that predict further tokens have a stem of their own: the model's has the most
-                found = max(stems.values(), key=len)
-                self._layers = tuple(sorted(found))
-                return naming, [found[layer] for layer in self._layers]
+                model = max(stems.values(), key=len)
+                self._layers = tuple(sorted(model))
+                return naming, [model[layer] for layer in self._layers]
         raise InputError(
             f"{self.path} is no MoE model, or names its experts in a way that cachemoe does not know "
             f"(a {self.config.get('model_type')!r} model): see moe/architectures.py"
@@ -175,12 +182,14 @@ class Checkpoint:
 
     def _shape(self) -> MoeShape:
         config, naming = self.config, self._naming
-        down = self.tensors.entries[self._place(0, 0, naming.down + ("_scales" if naming.blocks else ""))[0]]
+        down = self._entry(self._place(0, 0, naming.down + ("_scales" if naming.blocks else ""))[0])
         shape = down.shape
         if "{}" in naming.down:
             experts = self._count(naming.down)
         else:
-            experts, *shape = shape
+            experts, *shape = shape or (0,)
+        if len(shape) != 2 or not all((experts, *shape)):
+            raise InputError(f"{self.path} has experts whose matrices are of {tuple(down.shape)}, which cannot be")
         hidden, intermediate = reversed(shape) if self._experts.transposed and not naming.blocks else shape
         if naming.blocks:
             intermediate *= 32
@@ -199,10 +208,10 @@ class Checkpoint:
 
     def _count(self, part: str) -> int:
         """Experts of every layer, where each has a tensor of its own."""
-        counts = dict.fromkeys(self._layers, 0)
+        counts, prefixes = dict.fromkeys(self._layers, 0), set(self._prefixes)
         for name in self.tensors.entries:
-            if (match := _pattern(part).search(name)) and match["prefix"] in self._prefixes:
-                counts[int(match["layer"])] += 1
+            if (found := _find(name, part)) and found.prefix in prefixes:
+                counts[found.layer] += 1
         if len(set(counts.values())) > 1:
             layer, count = min(counts.items(), key=lambda item: item[1])
             raise InputError(
@@ -210,6 +219,45 @@ class Checkpoint:
                 "tensors, or is a model whose layers differ, which cachemoe does not run"
             )
         return max(counts.values())
+
+    def _check_shapes(self) -> None:
+        """Whether every tensor of every expert has the dtype and the shape that it must have: nothing is broadcast.
+
+        Raises:
+            InputError: naming the first that has not.
+        """
+        hidden, intermediate, naming = self.shape.hidden, self.shape.intermediate, self._naming
+        sizes = {naming.gate: (intermediate, hidden), naming.up: (intermediate, hidden)}
+        sizes |= {naming.gate_up: (2 * intermediate, hidden), naming.down: (hidden, intermediate)}
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for part, (rows, columns) in sizes.items():
+            if part and naming.blocks:
+                expected[f"{part}_blocks"] = (rows, columns // 32, 16), torch.uint8
+                expected[f"{part}_scales"] = (rows, columns // 32), torch.uint8
+            elif part:
+                expected[part] = (columns, rows) if self._experts.transposed else (rows, columns), self.dtype
+            if part and self._bias is not None:
+                name = self._place(0, 0, part + self._bias)[0]
+                expected[part + self._bias] = (rows,), self._entry(name).dtype
+        for number, layer in enumerate(self.shape.layers):
+            if self._bias is None and self._place(number, 0, f"{naming.down}_bias")[0] in self.tensors:
+                raise InputError(f"{self.path} has experts with biases in layer {layer}, and without in others")
+            for part, (shape, dtype) in expected.items():
+                fused = "{}" not in part
+                whole = (self.shape.experts, *shape) if fused else shape
+                for e in range(1 if fused else self.shape.experts):
+                    name = self._place(number, e, part)[0]
+                    entry = self._entry(name)
+                    if (entry.shape, entry.dtype) != (whole, dtype):
+                        raise InputError(
+                            f"{self.path} has {name} of {entry.shape} in {entry.dtype}, where the model's experts need "
+                            f"{whole} in {dtype}"
+                        )
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.tensors:
+            self.tensors.read(name)  # which says why there is none
+        return self.tensors.entries[name]
 
     def _check_computable(self) -> None:
         """Whether the config asks for nothing that pages and experts do not have."""
@@ -229,8 +277,8 @@ def top_k_of(config: dict) -> int:
         InputError: if it says none, or another one for each layer.
     """
     value = next((config[key] for key in TOP_K if config.get(key) is not None), None)
-    values = set(value) if isinstance(value, list) else {value}
-    if len(values) != 1 or type(value := values.pop()) is not int:
+    values = value if isinstance(value, list) else [value]
+    if not values or type(value := values[0]) is not int or any(each != value for each in values):
         raise InputError(f"the model's config does not say how many experts every token uses, as {TOP_K[0]}")
     return value
 
@@ -296,15 +344,25 @@ def format_of(
 
 
 def _config(path: Path) -> dict:
+    """The fields of ``config.json``, those of its text part among them; what is used here has the type that it must."""
+    file = path / CONFIG
     try:
-        config = json.loads((path / "config.json").read_text())
+        if not file.is_file():
+            raise FileNotFoundError("there is no such file")
+        config = parse_json(file.read_bytes())
     except OSError as error:
-        raise InputError(f"{path} is no checkpoint folder: its config.json cannot be read") from error
+        raise InputError(f"{path} is no checkpoint folder: its {CONFIG} cannot be read ({error})") from error
     except ValueError as error:
-        raise InputError(f"{path / 'config.json'} is not valid JSON: get the checkpoint again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path / 'config.json'} is not a configuration: get the checkpoint again")
-    return config | (config.get("text_config") or {})  # of a model that sees, too, the part that has the experts
+        raise InputError(f"{file} is not valid JSON ({error})") from error
+    text = config.get("text_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(text, dict | None):
+        raise InputError(f"{file} is not a configuration: it, and its text_config, must be objects")
+    config |= text or {}  # of a model that sees, too, the part that has the experts
+    for name, kinds in FIELDS.items():
+        value = config.get(name)
+        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InputError(f"{file} has {name} = {shorten(repr(value), 80)}, which is no {kinds.__name__}")
+    return config
 
 
 def _parts(naming: Naming) -> list[str]:
@@ -313,8 +371,37 @@ def _parts(naming: Naming) -> list[str]:
     return [f"{part}_blocks" for part in parts] if naming.blocks else parts
 
 
-@cache
-def _pattern(part: str) -> re.Pattern:
-    """Matches the whole name of a part's tensor, in any layer."""
-    name = re.escape(part).replace(re.escape("{}"), r"(?P<expert>\d+)")
-    return re.compile(rf"^(?P<prefix>(?P<stem>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?:.*\.)?){name}$")
+@dataclass(frozen=True)
+class _Found:
+    """A tensor's name taken apart: ``prefix`` up to the naming's part, ``stem`` up to ``layers.N.``."""
+
+    prefix: str
+    stem: str
+    layer: int
+
+
+def _find(name: str, part: str) -> _Found | None:
+    """Take apart the name of a part's tensor, in any layer, of any expert; None for other names.
+
+    In plain text operations, each of which reads the name once: names in a file may be of any length.
+    """
+    before, braces, after = part.partition("{}")
+    if braces:
+        if not name.endswith(after):
+            return None
+        name = name.removesuffix(after)
+        bare = name.rstrip("0123456789")
+        if not 0 < len(name) - len(bare) <= MOST_DIGITS:
+            return None
+        name = bare
+    if not name.endswith(before):
+        return None
+    prefix, end = name.removesuffix(before), len(name)
+    if not prefix.endswith("."):
+        return None
+    while (start := prefix.rfind("layers.", 0, end)) >= 0:
+        number = prefix[start + 7 : start + 8 + MOST_DIGITS].partition(".")
+        if number[1] and number[0].isascii() and number[0].isdecimal() and (start == 0 or prefix[start - 1] == "."):
+            return _Found(prefix, prefix[:start], int(number[0]))
+        end = start
+    return None

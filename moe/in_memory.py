@@ -1,15 +1,16 @@
 """The experts of a model that is in memory already: the same as a checkpoint's, from its parameters."""
 
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import MoeShape, format_of, top_k_of
+from cachemoe.moe.doors import free
 from cachemoe.moe.layers import moe_layers
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
 
 class ModelExperts:
@@ -30,13 +31,28 @@ class ModelExperts:
     transposed = None
 
     def __init__(self, model):
-        self._layers = [layer.experts for layer in moe_layers(model)]
+        layers = moe_layers(model)
+        self._layers = [layer.experts for layer in layers]
         self.config = model.config.get_text_config().to_dict()
         first = self._layers[0]
-        if not first.has_gate or not hasattr(first, "gate_up_proj"):
-            raise InputError(f"{type(first).__name__} has experts without a gate, which cachemoe's pages have")
-        if first.down_proj.is_meta:
-            raise InputError("the model's experts have no weights in memory: it is swapped already, or never loaded")
+        for number, (layer, experts) in enumerate(zip(layers, self._layers, strict=True)):
+            if not experts.has_gate or not hasattr(experts, "gate_up_proj"):
+                raise InputError(f"{type(experts).__name__} has experts without a gate, which cachemoe's pages have")
+            if getattr(layer.block, "base_layer", None) is experts or is_parametrized(experts):
+                raise InputError(
+                    f"{type(layer.block).__name__} adapts the experts' weights while it computes, which pages cannot: "
+                    "merge the adapter first (merge_and_unload)"
+                )
+            if any(parameter.is_meta for parameter in experts.parameters()):
+                raise InputError(
+                    f"the experts of MoE layer {number} have no weights in memory: the model is swapped already, "
+                    "partly offloaded, or never loaded"
+                )
+            if any(
+                parameter.shape != other.shape or parameter.dtype != other.dtype
+                for parameter, other in zip(experts.parameters(), first.parameters(), strict=True)
+            ):
+                raise InputError(f"the experts of MoE layer {number} differ in shape or dtype from those of layer 0")
         self.dtype = first.down_proj.dtype
         hidden, intermediate = first.down_proj.shape[1:][:: -1 if first.is_transposed else 1]
         self.shape = MoeShape(
@@ -54,10 +70,10 @@ class ModelExperts:
         shape = self.shape
         size = shape.hidden, shape.intermediate
         page_format = format_of(kind, None, self.config, size, self.dtype, bias=self._layers[0].has_bias)
-        digest = hashlib.sha256(repr(shape).encode())
-        for layer in self._layers:
-            digest.update(layer.down_proj[:, 0].detach().float().cpu().contiguous().numpy())
-        return StoreLayout(digest.hexdigest()[:16], len(shape.layers), shape.experts, page_format)
+        return StoreLayout(UNKNOWN_MODEL, len(shape.layers), shape.experts, page_format)
+
+    def check_unchanged(self) -> None:
+        """As ``Checkpoint.check_unchanged``: nothing, since nobody else has the model."""
 
     def expert(self, layer: int, e: int) -> dict[str, torch.Tensor]:
         """As ``Checkpoint.expert``."""
@@ -71,15 +87,15 @@ class ModelExperts:
             }
         return weights
 
-    def free(self, layer: int) -> None:
-        """Let go of a layer's weights: its parameters go to the ``meta`` device."""
-        experts = self._layers[layer]
-        for name, parameter in list(experts.named_parameters()):
-            setattr(experts, name, torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    def pages(self, page_format: PageFormat, seen: Callable[[dict], None]) -> Iterator[torch.Tensor]:
+        """Every expert's page, expert by expert, layer by layer; a layer is freed when its pages are made.
 
-    def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
-        """Every expert's page, expert by expert, layer by layer; a layer is freed when its pages are made."""
+        Args:
+            seen: called with each expert's weights.
+        """
         for layer in range(len(self._layers)):
             for e in range(self.shape.experts):
-                yield page_format.pack(**self.expert(layer, e))
-            self.free(layer)
+                weights = self.expert(layer, e)
+                seen(weights)
+                yield page_format.pack(**weights)
+            free(self._layers[layer])

@@ -1,5 +1,6 @@
 """The MoE layers of a model: found, checked against page formats, and their routers asked."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from cachemoe.moe.routers import RouterOutput, RoutingRule, find_rule
 from cachemoe.offload.errors import InputError
 
 ROUTERS = ("gate", "router")  # what MoE blocks call theirs
+DEVIATIONS = -3, 3.6  # of logits in the probes, powers of two: beyond, float32 loses the scores of some in a softmax
 PROBES = 64  # random hidden states that tell a router's rule, and rows that tell an activation
 
 
@@ -131,13 +133,18 @@ def routing_rules(model) -> list[RoutingRule]:
     rules: list[RoutingRule] = []
     for layer in moe_layers(model):
         likely = rules[-1].scores if rules else None  # a model's layers follow one rule
-        rules.append(find_rule(layer.router, layer.block, probe(layer).output, likely))
+        # As it is, and in float32, where rounding hides nothing.
+        outputs = [probe(layer).output, probe(layer, precisely=True).output]
+        rules.append(find_rule(layer.router, layer.block, outputs, likely))
     return rules
 
 
 @torch.inference_mode()
-def probe(layer: MoeLayer) -> Probe:
-    """Ask a layer's router.
+def probe(layer: MoeLayer, precisely: bool = False) -> Probe:
+    """Ask a layer's router, with small and with large hidden states: what is cut off shows in large logits alone.
+
+    Args:
+        precisely: ask a float32 copy of the router.
 
     Raises:
         InputError: if there is none, or it answers otherwise than with logits, weights and ids.
@@ -145,12 +152,29 @@ def probe(layer: MoeLayer) -> Probe:
     router = layer.router
     if router is None:
         raise InputError(f"{type(layer.block).__name__} has no router of its own to put another in: use exact routing")
+    if precisely:
+        router = copy.deepcopy(router).float()
     weight = max(router.parameters(), key=torch.Tensor.numel)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(PROBES, weight.shape[-1], generator=generator).to(weight)
     # What the block passes besides is its own, under the same name.
-    more = [name for name, p in signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    output = RouterOutput.of(router(hidden, *(getattr(layer.block, name, None) for name in more)), layer.count)
+    names = [name for name, p in signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    more = [getattr(layer.block, name, None) for name in names]
+    if precisely:
+        more = [each.float() if torch.is_tensor(each) and each.is_floating_point() else each for each in more]
+    try:
+        ordinary = RouterOutput.of(router(hidden, *more), layer.count).logits.float().std(dim=1).mean()
+        deviations = torch.logspace(*DEVIATIONS, PROBES, base=2, device=hidden.device)
+        hidden = (hidden.float() * (deviations / ordinary.clamp(min=1e-3))[:, None]).to(hidden.dtype)
+        answer = router(hidden, *more)
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise InputError(
+            f"{type(router).__name__} is called in a way of its own, so that cachemoe cannot ask it for its rule: use "
+            "exact routing"
+        ) from error
+    output = RouterOutput.of(answer, layer.count)
     for logits_of in (_product, _float_product):
         if isinstance(getattr(router, "weight", None), torch.Tensor):
             logits = logits_of(router, hidden)

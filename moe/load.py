@@ -4,17 +4,19 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.fingerprint import Fingerprint
 from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
-from cachemoe.moe.pack import open_packed, pack
+from cachemoe.moe.pack import holds, open_packed, pack
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
@@ -23,10 +25,14 @@ from cachemoe.moe.strategies import EXACT, Original, Strategy, checked
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
+from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.store import ExpertStore
 
+VERIFY = ("read", "open", "off")
 
+
+@plain_torch()
 def load(
     path: str | os.PathLike,
     pool: str | int | None = None,
@@ -35,6 +41,7 @@ def load(
     store: str | os.PathLike | None = None,
     eviction: str = "lru",
     device: str | None = None,
+    verify: str = "read",
     progress: Progress = show_progress,
     revision: str | None = None,
 ):
@@ -50,6 +57,8 @@ def load(
         store: made by ``cachemoe pack`` from this checkpoint; None: one in the cache directory, made if it is missing.
         eviction: which resident expert leaves: ``lru`` or ``lfu``.
         device: where the model runs; None: ``cuda`` where there is a GPU.
+        verify: when pages are held against their checksums: ``read``, each time that one comes off the disk; ``open``,
+            all of them now, and never again; ``off``.
         progress: shows what takes long.
         revision: of a hub id: branch, tag or commit; None: its main branch.
 
@@ -64,18 +73,23 @@ def load(
     shape = checkpoint.shape
     routing = checked(routing, shape.experts, shape.top_k)
     evict = eviction_policy(eviction)
+    if verify not in VERIFY:
+        raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with ExitStack() as stack:
         if store is None:
             layout = checkpoint.layout(format)
         else:
-            opened = stack.enter_context(ExpertStore(store))
+            opened = stack.enter_context(ExpertStore(store, check_reads=verify == "read"))
             kind = opened.layout.page_format
             if format not in (None, kind.kind):
                 raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
             layout = checkpoint.layout(kind.kind, kind.group)
-            if opened.layout != layout:
-                raise InputError(f"{store} holds pages of another checkpoint than {checkpoint.path}: pack this one")
+            if not holds(opened, checkpoint, layout, progress):
+                raise InputError(
+                    f"{store} holds pages of another checkpoint than {checkpoint.path}, or of weights that it had "
+                    "before: pack this one"
+                )
         capacity = slots_of(pool, shape, layout.page_format.page_bytes)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
@@ -85,12 +99,16 @@ def load(
         model = load_without_experts(checkpoint, device)
         rules = check_model(model, layout.page_format, checkpoint.transposed, routing)
         if store is None:  # what takes long comes last
-            opened = stack.enter_context(open_packed(checkpoint, layout, progress))
+            opened = stack.enter_context(open_packed(checkpoint, layout, progress, check_reads=verify == "read"))
+        if verify == "open":
+            with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
+                opened.verify(advance)
         engine = _engine(stack, opened, capacity, device, evict, progress)
-        PooledExperts(model, checkpoint, layout, engine, routing, evict, rules).keep(stack.pop_all())
+        PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model, tokenizer
 
 
+@plain_torch()
 def swap(
     model,
     pool: str | int | None = None,
@@ -123,8 +141,10 @@ def swap(
         if pool is None:
             count = layout.layers * layout.experts
             with progress(f"packing {count} experts", count) as advance:
-                pages = counted(experts.pages(layout.page_format), advance)
+                made = Fingerprint(experts)
+                pages = counted(experts.pages(layout.page_format, made.add), advance)
                 engine = ResidentEngine.of_pages(layout, pages, model.device)
+            layout = replace(layout, model=made.text())
         else:
             capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
             path = cache_directory() / f"swapped-{layout.model}-{os.getpid()}-{id(model)}.safetensors"
@@ -133,10 +153,8 @@ def swap(
                 file = stack.enter_context(ExpertStore(path))
             finally:
                 path.unlink()  # what is open stays readable, and nothing is left behind however this ends
-            engine = _engine(stack, file, capacity, model.device, evict, progress)
+            engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
-        for layer in range(layout.layers):
-            experts.free(layer)
     return model.cachemoe
 
 

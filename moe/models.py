@@ -9,13 +9,11 @@ from textwrap import shorten
 
 import torch
 import transformers
-from transformers.integrations.moe import ExpertsInterface
 
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import moe_layers
 from cachemoe.offload.errors import InputError
 
-SWAPPED_EXPERTS = "cachemoe"  # to transformers' experts interface: each module's own ``cachemoe_run``
 RESIDENT_EXPERTS = "grouped_mm"
 TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "tekken.json")  # patterns: a tokenizer has one of these at least
 LONGEST_REASON = 300  # characters of what another library says
@@ -220,11 +218,3 @@ def _check_complete(path, model, loading: dict) -> None:
         )
     if absent:
         raise InputError(f"{path} lacks {len(absent)} of the model's tensors, {absent[0]} first")
-
-
-def _experts_forward(experts, hidden_states, top_k_index, top_k_weights):
-    """transformers' experts interface."""
-    return experts.cachemoe_run(hidden_states, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(SWAPPED_EXPERTS, _experts_forward)

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from cachemoe.kernels.compile_c import cache_directory
 from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.fingerprint import Fingerprint, checkpoint_key, fingerprint, keep
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
@@ -31,6 +33,7 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
         InputError: if the checkpoint lacks a tensor, or the disk has no room; nothing is left behind.
     """
     page_format, count = layout.page_format, layout.layers * layout.experts
+    made = Fingerprint(checkpoint)
     check_space(path.parent, count * page_format.page_bytes)
     squares = torch.zeros(layout.layers, 2, dtype=torch.float64)  # of the difference, and of the weights
 
@@ -38,6 +41,7 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
         for layer in range(layout.layers):
             for e in range(layout.experts):
                 weights = checkpoint.expert(layer, e)
+                made.add(weights)
                 page = page_format.pack(**weights)
                 if rounds(page_format, checkpoint.dtype):
                     views = page_format.views(page)
@@ -47,8 +51,14 @@ def pack(checkpoint, layout: StoreLayout, path: Path, progress: Progress) -> lis
                         squares[layer] += torch.stack(((weight - rounded).square().sum(), weight.square().sum()))
                 yield page
 
+    def finish() -> str:
+        checkpoint.check_unchanged()
+        return made.text()
+
     with progress(f"packing {count} experts", count) as advance:
-        write_store(path, layout, pages(), advance)
+        write_store(path, layout, pages(), advance, finish)
+    if isinstance(checkpoint, Checkpoint):
+        keep(checkpoint, made.text())
     if not rounds(page_format, checkpoint.dtype):
         return None
     return [math.sqrt(error / max(weights, 1e-300)) for error, weights in squares.tolist()]
@@ -59,19 +69,39 @@ def rounds(page_format: PageFormat, dtype: torch.dtype) -> bool:
     return FLOATS.get(page_format.kind) not in (dtype, torch.float32)
 
 
-def open_packed(checkpoint: Checkpoint, layout: StoreLayout, progress: Progress) -> ExpertStore:
-    """The checkpoint's store in the cache directory, made if it is not there.
+def open_packed(
+    checkpoint: Checkpoint, layout: StoreLayout, progress: Progress, check_reads: bool = True
+) -> ExpertStore:
+    """The checkpoint's store in the cache directory, made if it is not there or the checkpoint has changed since.
+
+    Args:
+        layout: as its ``layout`` gives it.
+        check_reads: see ``ExpertStore``.
 
     Raises:
-        InputError: as ``pack``, or if the file there is not the checkpoint's store.
+        InputError: as ``pack``, or if the file there is damaged.
     """
     page_format = layout.page_format
-    group = page_format.group or ""
-    name = f"{checkpoint.path.resolve().name}-{layout.model}-{page_format.kind}{group}-v{VERSION}.safetensors"
-    path = cache_directory() / name
-    if not path.exists():
-        pack(checkpoint, layout, path, progress)
-    return ExpertStore(path, expected=layout)
+    kind = f"{page_format.kind}{page_format.group or ''}"
+    folder = checkpoint.path.resolve().name
+    path = cache_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
+    if path.exists():
+        store = ExpertStore(path, check_reads=check_reads)
+        if holds(store, checkpoint, layout, progress):
+            return store
+        store.close()
+    pack(checkpoint, layout, path, progress)
+    return ExpertStore(path, check_reads=check_reads)
+
+
+def holds(store: ExpertStore, checkpoint: Checkpoint, layout: StoreLayout, progress: Progress) -> bool:
+    """Whether a store holds a checkpoint's experts in this layout, with every byte of their weights.
+
+    Raises:
+        InputError: as ``fingerprint``.
+    """
+    alike = replace(store.layout, model=layout.model) == layout
+    return alike and store.layout.model == fingerprint(checkpoint, progress)
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -1,26 +1,30 @@
 """A model's experts, served from a pool of pages: what ``model.cachemoe`` is."""
 
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
 
 import torch
 
 from cachemoe.kernels import route_cpu
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.reference import CacheBias, Routing
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.doors import NoBackward, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import moe_layers, routing_rules
-from cachemoe.moe.models import SWAPPED_EXPERTS
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, cache_bias
+from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, cache_bias, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.store import StoreLayout
 
 
@@ -44,6 +48,9 @@ class LayerCount:
 
 class PooledExperts:
     """A model's experts, served from a pool of pages: what ``model.cachemoe`` is. Print it for its counters.
+
+    Threads may call the model at the same time: they take turns at a layer's residency and experts. So do ``resize``,
+    ``close`` and setting ``routing``.
 
     Args:
         model: of transformers; its experts' parameters are not used any more.
@@ -77,8 +84,9 @@ class PooledExperts:
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
         self._model, self._evict = model, evict
+        self._lock = Lock()
+        _POOLED.add(self)
         self._rounded = rounds(layout.page_format, source.dtype)
-        self._swap: Swap | None = None
         layers, shape = moe_layers(model), self.shape
         if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
             raise InputError(
@@ -88,7 +96,10 @@ class PooledExperts:
         self._states = _by_layer(engine.state)
         self._rules = rules
         self.reset_counters()
+        self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
+        self._is_closed = False
         self.routing = routing
+        close_doors(model, layers)
         model.cachemoe = self
 
     def keep(self, owned: ExitStack) -> None:
@@ -98,23 +109,18 @@ class PooledExperts:
 
     @property
     def routing(self) -> Strategy:
-        """The routing strategy; set another between two tokens."""
+        """The routing strategy; set another between two tokens, as ``load`` takes it."""
         return self._routing
 
     @routing.setter
-    def routing(self, routing: Strategy) -> None:
-        routing.check(self.shape.experts, self.shape.top_k)
+    @plain_torch()
+    def routing(self, routing: Strategy | str | None) -> None:
+        routing = checked(routing, self.shape.experts, self.shape.top_k)
         exact = routing.label == EXACT
         if not exact and self._rules is None:
             self._rules = routing_rules(self._model)
-        if self._swap is not None:
-            self._swap.__exit__()
-        self._routing, self._bias = routing, cache_bias([routing])
-        if exact:
-            self._swap = Swap(self._model, None, self._run, place=self._place)
-        else:
-            self._swap = Swap(self._model, self._route, self._run)
-        self._swap.__enter__()
+        self._swap.reroute(None if exact else partial(self._route, routing, cache_bias([routing])))
+        self._routing = routing
 
     @property
     def label(self) -> str:
@@ -131,12 +137,14 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
-        try:
-            self.engine.resize(slots)
-        finally:  # an engine that could not may have the old capacities or the new
-            for count, capacity in zip(self.layers, self.engine.state.capacity.tolist(), strict=True):
-                count.slots = capacity
-            self._states = _by_layer(self.engine.state)
+        with self._lock:
+            try:
+                self.engine.resize(slots)
+            finally:  # an engine that could not may have the old capacities or the new
+                for count, capacity in zip(self.layers, self.engine.state.capacity.tolist(), strict=True):
+                    count.slots = capacity
+                self._states = _by_layer(self.engine.state)
+                self._swap.forget()
 
     def reset_counters(self) -> None:
         """Count anew; what is resident stays."""
@@ -146,13 +154,16 @@ class PooledExperts:
 
     def close(self) -> None:
         """End the engine's threads and close the store. The experts are gone: the model raises where it needs them."""
-        if self._swap is not None:
-            self._swap.__exit__()
-            self._swap = None
-            for layer in moe_layers(self._model):
-                layer.experts.cachemoe_run = _closed
-            self._model.set_experts_implementation(SWAPPED_EXPERTS)
-        self._owned.close()
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._swap.__exit__()
+                for layer in moe_layers(self._model):
+                    layer.experts.forward = _closed
+            self._owned.close()
+
+    def __reduce_ex__(self, protocol):
+        raise uncopiable()
 
     def __str__(self) -> str:
         c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format
@@ -172,9 +183,11 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
-    def _route(self, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
-        rule, k = self._rules[layer], self.routing.experts_used(self.shape.top_k)
-        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, self._bias)
+    def _route(
+        self, routing: Strategy, bias: CacheBias, layer: int, logits: torch.Tensor, hidden: torch.Tensor
+    ) -> Routing:
+        rule, k = self._rules[layer], routing.experts_used(self.shape.top_k)
+        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, bias)
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)
@@ -184,7 +197,15 @@ class PooledExperts:
         y = self.engine.forward(layer, hidden.contiguous(), routing)
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
-        return y
+        return NoBackward.apply(y, hidden) if torch.is_grad_enabled() and hidden.requires_grad else y
+
+    def _renew_lock(self) -> None:
+        self._lock = self._swap.lock = Lock()
+
+
+_POOLED: weakref.WeakSet[PooledExperts] = weakref.WeakSet()
+# A thread that is not in the forked process may have held the lock.
+os.register_at_fork(after_in_child=lambda: [pooled._renew_lock() for pooled in _POOLED])
 
 
 def _closed(*_):

@@ -1,18 +1,19 @@
 """A model's own routing rule, found by asking its router: which of the known rules gives what it gives."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing, gate_scores
 from cachemoe.kernels.route import route
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used
 
-TOLERANCE = 2e-2  # of a token's largest weight: routers that round to bfloat16 keep eight bits
-AGREEING = 0.95  # of the tokens at least: among ties, which bfloat16 makes, a router takes any
+ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5}  # relative, of what a router computes; in 16 bits ``COARSE``
+COARSE = 2e-2
+PERTURBATIONS = 8  # draws of logits as far off as rounding may take them
 EPSILON = 1e-20  # DeepSeek-V3's, to the sum of weights
 
 
@@ -63,6 +64,9 @@ class RouterOutput:
             raise InputError("the model's routers do not answer with logits, weights and ids: use exact routing")
         return cls(**dict(zip(names, answer, strict=True)), order=tuple(names))
 
+    def to(self, device: torch.device | str) -> "RouterOutput":
+        return RouterOutput(*(each.to(device) for each in (self.logits, self.weights, self.ids)), order=self.order)
+
     def like(self, logits: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Another answer, in this one's order and dtypes, on the device of ``logits``."""
         new = {
@@ -74,29 +78,23 @@ class RouterOutput:
 
 
 def find_rule(
-    router: torch.nn.Module, block: torch.nn.Module, output: RouterOutput, likely: GateScores | None = None
+    router: torch.nn.Module, block: torch.nn.Module, outputs: Sequence[RouterOutput], likely: GateScores | None = None
 ) -> RoutingRule:
-    """The rule that gives what the router gave.
+    """The rule that gives what the router gave, for every token.
 
     Args:
         router: the module; its attributes say how many groups there are, what factor the weights have, and so on.
         block: the MoE block around it, which in some models has the correction.
-        output: of the router on random hidden states.
+        outputs: of the router on random hidden states.
         likely: scores of the rule to try first.
 
     Raises:
         InputError: if no known rule does.
     """
-    logits = output.logits.float()
-    best, found = 0.0, None
-    for rule in sorted(_candidates(router, block, logits.shape[1]), key=lambda rule: rule.scores != likely):
-        agreement = _agreement(rule, logits, output)
-        if agreement > best:
-            best, found = agreement, rule
-        if best == 1:
-            break
-    if best >= AGREEING:
-        return found
+    experts = outputs[0].logits.shape[1]
+    for rule in sorted(_candidates(router, block, experts), key=lambda rule: rule.scores != likely):
+        if all(_explains(rule, output) for output in outputs):
+            return rule
     raise InputError(
         f"{type(router).__name__} follows a routing rule that cachemoe does not know, so that no other routing can "
         "stay true to its weights: use exact routing, or add the rule to moe/routers.py"
@@ -125,21 +123,48 @@ def choose(
     return routing
 
 
-def _agreement(rule: RoutingRule, logits: torch.Tensor, output: RouterOutput) -> float:
-    """Share of the tokens for which the rule chooses and weighs as the router did."""
-    top_k = output.ids.shape[1]
-    state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
+def _explains(rule: RoutingRule, output: RouterOutput) -> bool:
+    """Whether the rule chooses and weighs as the router did, but for rounding and ties.
+
+    A router computes in its own precision, and among equals takes any. So its choice is explained by experts of the
+    same scores; or, since a group of experts can win by as little, by what the rule would choose if rounding had gone
+    otherwise. Of a token that is not explained so no more than that is known: the rule is another.
+    """
+    output = output.to("cpu")
+    logits, top_k = output.logits.float(), output.ids.shape[1]
+    precision = max(ROUNDING.get(tensor.dtype, COARSE) for tensor in (output.logits, output.weights))
     try:
-        routing = choose(rule, logits[None], state, least_recently_used, top_k)
+        rule.scores.check(logits.shape[1], top_k)
     except ValueError:  # groups that E and K do not fit
-        return 0.0
-    chosen = logits.gather(1, routing.ids[0]), logits.gather(1, output.ids)
-    pairs = (chosen, (routing.weights[0], output.weights.float()))
-    close = torch.ones(len(logits), dtype=torch.bool)
-    for ours, theirs in pairs:
-        ours, theirs = ours.sort(1).values, theirs.sort(1).values
-        close &= ((ours - theirs).abs() <= TOLERANCE * theirs.abs().amax(1, keepdim=True).clamp(min=1e-6)).all(1)
-    return float(close.float().mean())
+        return False
+    scores = gate_scores(logits, rule.scores)
+    values = scores if rule.correction is None else scores + rule.correction
+    least = 0.0 if rule.correction is None else values.abs().amax(1, keepdim=True)
+
+    def alike(ids: torch.Tensor) -> torch.Tensor:
+        """``[T]`` whether experts of the same scores as the router's are chosen."""
+        ours, theirs = (values.gather(1, each).sort(1).values for each in (ids, output.ids))
+        return ((ours - theirs).abs() <= precision * torch.maximum(ours.abs(), theirs.abs()).clamp(min=least)).all(1)
+
+    routing = _all_resident(rule, logits, top_k)
+    explained = alike(routing.ids[0])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(PERTURBATIONS):
+        if explained.all():
+            break
+        noise = torch.empty_like(logits).uniform_(-precision, precision, generator=generator)
+        explained |= alike(_all_resident(rule, logits * (1 + noise), top_k).ids[0])
+    ours, theirs = routing.ids[0].sort(1), output.ids.sort(1)
+    same = (ours.values == theirs.values).all(1)
+    weights, expected = routing.weights[0].gather(1, ours.indices), output.weights.float().gather(1, theirs.indices)
+    close = ((weights - expected).abs() <= precision * expected.abs().amax(1, keepdim=True)).all(1)
+    # Where ties are as frequent as half of the tokens, there is too little to go by.
+    return bool(explained.all() and close[same].all() and 2 * same.sum() >= len(same))
+
+
+def _all_resident(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> Routing:
+    state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
+    return choose(rule, logits[None], state, least_recently_used, top_k)
 
 
 def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -> Iterator[RoutingRule]:

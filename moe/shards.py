@@ -1,12 +1,12 @@
 """A checkpoint's safetensors files: every tensor by name, and a tensor or a part of one at a time."""
 
-import json
+import os
 from pathlib import Path
 
 import torch
 
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.header import TensorEntry, read_header
+from cachemoe.offload.header import TensorEntry, parse_json, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,21 +19,24 @@ class Shards:
         folder: with ``model.safetensors``, or an index and the files that it names.
 
     Attributes:
-        entries: name -> ``TensorEntry``, in the order of files and headers.
+        entries: name -> ``TensorEntry``, in the order of files and headers. Where there is an index, it decides: which
+            file has a tensor, and that what it does not name is none of the model's.
+        stamps: ``file_stamp`` of each file, taken before its header was read.
 
     Raises:
-        InputError: if a file is missing, cut short or damaged, or an index names a tensor that its file lacks.
+        InputError: if a file is missing, cut short or damaged.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        where = _index(folder)
+        self._where = _index(folder)
         self.entries: dict[str, TensorEntry] = {}
-        for file in sorted(set(where.values())) if where else [SINGLE]:
-            self.entries.update(_header(folder / file))
-        for name, file in (where or {}).items():
-            if name not in self.entries or self.entries[name].file.name != file:
-                raise InputError(f"{folder / INDEX} names {name}, which {file} lacks: get the checkpoint again")
+        self.stamps: list[tuple] = [file_stamp(folder, INDEX)]
+        for file in [SINGLE] if self._where is None else sorted(set(self._where.values())):
+            self.stamps.append(file_stamp(folder, file))
+            for name, entry in _header(folder / file).items():
+                if self._where is None or self._where.get(name) == file:
+                    self.entries[name] = entry
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -42,18 +45,36 @@ class Shards:
         """A tensor, or what stands at an index into its first dimensions, in memory of its own.
 
         Raises:
-            InputError: if there is no such tensor, or its file ends early.
+            InputError: if there is no such tensor, nothing at the index, or its file ends early.
         """
         if name not in self.entries:
-            raise InputError(f"{self._folder} has no tensor {name}: get the checkpoint again")
+            if self._where is not None and name in self._where:
+                raise InputError(f"{self._folder / INDEX} says that {name} is in {self._where[name]}, which lacks it")
+            raise InputError(f"{self._folder} has no tensor {name}")
         try:
             return self.entries[name].read(*index)
+        except IndexError as error:
+            raise InputError(f"{self._folder} has too small a {name}: {error}") from error
         except EOFError as error:
             raise InputError(f"{error}: get the checkpoint again") from error
+        except OSError as error:
+            raise InputError(f"{self.entries[name].file} cannot be read: {error.strerror or error}") from error
+
+
+def file_stamp(folder: Path, name: str) -> tuple[str, int, int, int, int]:
+    """What changes when a file does: its name, size, times of modification and change in ns, and inode; -1 without one.
+
+    The time of change cannot be set, unlike that of modification, so that an edit in place is seen whatever it hides.
+    """
+    try:
+        stat = os.stat(folder / name)
+    except OSError:
+        return name, -1, -1, -1, -1
+    return name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name of a checkpoint in several files; None of one in a single file."""
+    """Tensor name -> file, relative to the folder, of a checkpoint in several files; None of one in a single file."""
     path = folder / INDEX
     if not path.exists():
         if not (folder / SINGLE).exists() and (others := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
@@ -63,11 +84,18 @@ def _index(folder: Path) -> dict[str, str] | None:
             )
         return None
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        # Only the last part of a name: an index cannot point outside its folder.
-        return {name: Path(file).name for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: get the checkpoint again") from error
+        if not path.is_file():
+            raise ValueError("it is no file")
+        index = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{path} does not say which file has which tensor")
+    for file in set(where.values()):
+        if not file or os.path.isabs(file) or ".." in Path(file).parts or "\0" in file:
+            raise InputError(f"{path} names {file!r}, which is not in its folder")
+    return where
 
 
 def _header(file: Path) -> dict[str, TensorEntry]:

@@ -1,14 +1,15 @@
 """Swap routing and experts into a transformers model, for as long as it is wanted."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
+from threading import Lock
 from types import MethodType
 
 import torch
 
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.layers import Probe, moe_layers, probe
-from cachemoe.moe.models import SWAPPED_EXPERTS
 from cachemoe.moe.routers import RouterOutput
 
 RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
@@ -21,13 +22,18 @@ class Swap:
 
     A context manager; leaving it gives the model its own routers and experts back.
 
+    Several threads may call the model: what ``route``, ``place`` and ``experts`` do with a layer's residency is done by
+    one thread at a time. Where another thread has routed the layer since this one's router answered, what the router
+    chose is placed anew.
+
     Args:
         model: as ``load_model`` or ``load_without_experts`` gives it.
         route: (MoE layer, ``[S, E]`` router logits of S = B * T tokens, ``[S, H]`` what the router saw) -> ``Routing``.
             None: the model's own routers choose, bit for bit.
         experts: (MoE layer, ``[S, H]`` hidden states, the layer's ``Routing``) -> ``[S, H]``; None: the model's own.
-        place: (MoE layer, ``[S, K]`` ids, ``[S, K]`` weights) -> ``Routing``, of what the model's own routers chose;
-            needed by ``experts`` where there is no ``route``.
+        place: (MoE layer, ``[S, K]`` ids, ``[S, K]`` weights) -> ``Routing``, of what has been chosen already; needed
+            by ``experts`` where there is no ``route``, and by threads.
+        lock: held around all three, which may not call the model.
 
     Raises:
         InputError: if the model has no MoE layer that this can be done to.
@@ -39,11 +45,12 @@ class Swap:
         route: RouteLayer | None,
         experts: RunExperts | None = None,
         place: PlaceLayer | None = None,
+        lock: AbstractContextManager | None = None,
     ):
-        self._model = model
         self.layers = moe_layers(model)
         self._route, self._experts, self._place = route, experts, place
-        self._probes = [] if route is None else [probe(layer) for layer in self.layers]
+        self.lock = lock or Lock()
+        self._probes = self._probed(route)
 
     @property
     def routers(self) -> list[torch.Tensor]:
@@ -51,47 +58,84 @@ class Swap:
         return [layer.router.weight for layer in self.layers]
 
     def __enter__(self):
-        self._routing: dict[int, tuple[Routing, torch.Tensor]] = {}  # and the ids that the router answered
-        self._own_forward = [vars(layer.router).get("forward") for layer in self.layers if self._route is not None]
-        for number, layer in enumerate(self.layers):
-            if self._route is not None:
-                # The instance's forward, not its class: hooks that look for the router's type keep working.
-                forward = partial(self._route_tokens, number, self._probes[number], layer.router.forward)
-                layer.router.forward = MethodType(forward, layer.router)
-            if self._experts is not None:
-                layer.experts.cachemoe_run = partial(self._run_experts, number)
-        if self._experts is not None:
-            self._own_experts = self._model.get_experts_implementation()
-            self._model.set_experts_implementation(SWAPPED_EXPERTS)
+        # Of each layer the last routing, while no other change of its residency has followed, and what the router
+        # answered: ids and weights.
+        self._routed: dict[int, tuple[Routing, torch.Tensor, torch.Tensor]] = {}
+        self._own_experts = self._replace(self._run_experts, [layer.experts for layer in self.layers if self._experts])
+        self._own_routers = self._replace_routers()
         return self
 
     def __exit__(self, *_):
-        if self._experts is not None:
-            self._model.set_experts_implementation(self._own_experts)
-        for layer in self.layers:
-            if self._route is not None:
-                del layer.router.forward
-                if (forward := self._own_forward.pop(0)) is not None:  # another swap's, around this one
-                    layer.router.forward = forward
-            if self._experts is not None:
-                del layer.experts.cachemoe_run
+        for own in (self._own_routers, self._own_experts):
+            _restore(own)
 
-    def _route_tokens(self, number: int, known: Probe, own, router, hidden_states, *arguments, **options):
+    def reroute(self, route: RouteLayer | None) -> None:
+        """Route otherwise from now on; the experts stay swapped throughout, whoever calls them meanwhile.
+
+        Raises:
+            InputError: if routers cannot be asked; the routing is then as it was.
+        """
+        with self.lock:
+            _restore(self._own_routers)
+            try:
+                self._probes, self._route = self._probed(route) or self._probes, route
+                self._routed.clear()
+            finally:
+                self._own_routers = self._replace_routers()
+
+    def forget(self) -> None:
+        """Slots have changed: what routers have answered is placed anew."""
+        self._routed.clear()
+
+    def _probed(self, route: RouteLayer | None) -> list[Probe]:
+        return [] if route is None else [probe(layer) for layer in self.layers]
+
+    def _replace_routers(self) -> list[tuple[torch.nn.Module, Callable | None]]:
+        # The route goes with the forward: a thread that is within one keeps its own.
+        forward = partial(self._route_tokens, self._route)
+        return self._replace(forward, [layer.router for layer in self.layers if self._route])
+
+    def _replace(self, forward: Callable, modules: list) -> list[tuple[torch.nn.Module, Callable | None]]:
+        """Put another forward into instances, not their class: hooks that look for the modules' type keep working.
+
+        It does not depend on the experts implementation that transformers is set to.
+
+        Returns:
+            What ``_restore`` needs.
+        """
+        own = [(module, vars(module).get("forward")) for module in modules]
+        for number, module in enumerate(modules):
+            module.forward = MethodType(partial(forward, number, module.forward), module)
+        return own
+
+    def _route_tokens(
+        self, route: RouteLayer, number: int, own: Callable, router, hidden_states, *arguments, **options
+    ):
         """What the router's forward returns, with other experts."""
+        known = self._probes[number]
         seen = hidden_states.reshape(-1, hidden_states.shape[-1])
         if known.logits_of is not None:
             logits = known.logits_of(router, seen)
         else:
             logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
-        routing = self._route(number, logits, seen)
-        answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
-        self._routing[number] = routing, answer[known.output.order.index("ids")]
+        with self.lock:
+            routing = route(number, logits, seen)
+            answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
+            self._routed[number] = routing, *(answer[known.output.order.index(name)] for name in ("ids", "weights"))
         return answer
 
-    def _run_experts(self, number: int, hidden_states, ids, weights) -> torch.Tensor:
-        if self._route is None:
-            return self._experts(number, hidden_states, self._place(number, ids, weights))
-        routing, answered = self._routing[number]
-        if ids is not answered and not torch.equal(ids, answered):
-            raise RuntimeError("the experts are called with other ids than the layer's router answered")
-        return self._experts(number, hidden_states, routing)
+    def _run_experts(self, number: int, own: Callable, module, hidden_states, ids, weights) -> torch.Tensor:
+        with self.lock:
+            routing, *answered = self._routed.pop(number, (None, None, None))
+            if ids is not answered[0] and (routing is None or not all(map(torch.equal, (ids, weights), answered))):
+                if self._place is None:
+                    raise RuntimeError("the experts are called with other ids than the layer's router answered")
+                routing = self._place(number, ids, weights)
+            return self._experts(number, hidden_states, routing)
+
+
+def _restore(own: list[tuple[torch.nn.Module, Callable | None]]) -> None:
+    for module, forward in own:
+        del module.forward
+        if forward is not None:  # another swap's, around this one
+            module.forward = forward

@@ -30,6 +30,9 @@ class Carrier(Protocol):
     def carry(self, transfer, start: int, stop: int) -> None:
         """Move bytes ``start`` to ``stop``, in one of the link's threads; what it raises reaches the engine."""
 
+    def check(self, transfer) -> None:
+        """See that a page is whole, in the link's thread that carried the last of it; what it raises ends the page."""
+
     def drain(self) -> None:
         """Wait until all that has been carried has arrived."""
 
@@ -47,7 +50,8 @@ class ReadCarrier:
     """Reads of a store's file, or of its memory, into a pool in DRAM.
 
     Args:
-        store: anything with ``offset(layer, expert)`` and ``read_into(buffer, offset)``.
+        store: anything with ``offset(layer, expert)``, ``read_into(buffer, offset)`` and ``check(layer, expert,
+            page)``.
         pool: whose frames are filled.
     """
 
@@ -64,6 +68,9 @@ class ReadCarrier:
     def carry(self, transfer, start: int, stop: int) -> None:
         buffer = self._pool.buffer(transfer.frame)[start:stop]
         self._store.read_into(buffer, self._store.offset(transfer.layer, transfer.expert) + start)
+
+    def check(self, transfer) -> None:
+        self._store.check(transfer.layer, transfer.expert, self._pool.buffer(transfer.frame))
 
     def drain(self) -> None:
         """Nothing: a read has arrived when it returns."""
@@ -119,6 +126,9 @@ class CopyCarrier:
             wait_for = queued if transfer.demand and self._store.permanent else transfer.copied
             if wait_for is not None:
                 wait_for.synchronize()
+
+    def check(self, transfer) -> None:
+        """Nothing: pages are checked on their way into pinned memory."""
 
     def drain(self) -> None:
         self._stream.synchronize()

@@ -17,6 +17,7 @@ from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
 from cachemoe.offload.clock import HostClock, StreamClock
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link, Pacing, Transfer
+from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
 from cachemoe.offload.residency import Residency, admit, least_recently_used, resized
@@ -75,6 +76,7 @@ class ResidentEngine:
         engine.state.expert_of.copy_(everyone)
         return engine
 
+    @plain_torch()
     def _make(self, layout: StoreLayout, capacity: Sequence[int], device: torch.device | str) -> None:
         self.state = Residency.empty(torch.tensor(capacity), layout.experts)
         self.counters = Counters()
@@ -117,6 +119,7 @@ class OffloadEngine:
         counters: see ``Counters``; on a GPU, of its times what ``synchronize`` has brought up to date.
     """
 
+    @plain_torch()
     def __init__(
         self,
         store,
@@ -234,6 +237,7 @@ class OffloadEngine:
             raise
         self._busy_s = self._link.busy_s
 
+    @plain_torch()
     def resize(self, capacity: Sequence[int]) -> None:
         """Change the slots of each layer between two tokens; experts leave by the eviction policy, pages stay.
 
@@ -310,12 +314,12 @@ class OffloadEngine:
             self._staging.chosen(layer, ids, self.counters)
             self._staging.look_ahead(layer, gate_input, ids, len(self._held), self.counters)
         y, gates = torch.empty_like(x), routing.weights[0]
-        where = torch.tensor([[frames[slot] for slot in slots]])
+        where = torch.tensor([[frames[slot] for slot in slots]], device="cpu")
         if not loads:
             self._timed(layer, x, where, gates, y)
             return y, 0
-        partial = torch.empty(1, len(ids), x.shape[1], device=x.device)
-        pending = torch.ones(1, len(ids), dtype=torch.bool)
+        partial = torch.empty(1, len(ids), x.shape[1], dtype=torch.float32, device=x.device)
+        pending = torch.ones(1, len(ids), dtype=torch.bool, device="cpu")
         pending[0, missing] = False
         if len(missing) < len(ids):
             self._timed(layer, x, where, gates, y, pending, partial, False)
@@ -337,14 +341,14 @@ class OffloadEngine:
         here = {e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0}
         final = here.intersection((*held, *needed))
         y, gates = torch.empty_like(x), routing.weights[0]
-        partial = torch.empty(*ids.shape, x.shape[1], device=x.device)
-        frame_of = torch.zeros(self.state.slot_of.shape[1], dtype=torch.int64)
+        partial = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
+        frame_of = torch.zeros(self.state.slot_of.shape[1], dtype=torch.int64, device="cpu")
 
         def compute(placed: list[tuple[int, int]]) -> None:
             if placed:
                 experts, slots = map(list, zip(*placed, strict=True))
-                frame_of[experts] = torch.tensor([frames[slot] for slot in slots])
-                here = torch.isin(ids, torch.tensor(experts))
+                frame_of[experts] = torch.tensor([frames[slot] for slot in slots], device="cpu")
+                here = torch.isin(ids, torch.tensor(experts, device="cpu"))
                 self._timed(layer, x, frame_of[ids], gates, y, here, partial, False)
 
         waiting = set(needed)
@@ -431,7 +435,7 @@ class OffloadEngine:
 
     def _settle(self, layer: int) -> None:
         """Make the page table say what the slots hold."""
-        held = torch.tensor(self._held[layer])
+        held = torch.tensor(self._held[layer], device="cpu")
         self.state.slot_of[layer] = -1
         self.state.slot_of[layer, held[held >= 0]] = torch.nonzero(held >= 0).flatten()
         self.state.expert_of[layer] = -1

@@ -5,6 +5,8 @@
 
 import json
 import math
+import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,18 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
     "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
+MOST_DIMENSIONS = 64  # torch's
+LONGEST_NAME = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,16 @@ class TensorEntry:
         """The tensor, or what stands at an index into its first dimensions, in memory of its own.
 
         Raises:
+            IndexError: if there is nothing at the index.
             EOFError: if the file ends early.
         """
         shape, start, size = self.shape, self.start, self.bytes
         for i in index:
+            if not shape or not 0 <= i < shape[0]:
+                raise IndexError(f"a tensor of {self.shape} has nothing at {index}")
             size //= shape[0]
             shape, start = shape[1:], start + i * size
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         buffer = memoryview(data.numpy())
         with open(self.file, "rb", buffering=0) as file:
             file.seek(start)
@@ -69,31 +80,72 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is no safetensors file, or cut short.
+        ValueError: if it is no safetensors file, or cut short; as safetensors itself demands, its tensors fill it one
+            after the other, without overlap or hole.
     """
-    size = file.stat().st_size
+    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
+        raise ValueError("it is no regular file")
     with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
         start = opened.read(8)
         if len(start) < 8:
             raise ValueError("it has no header")
         (length,) = struct.unpack("<Q", start)
         if length > min(LONGEST_HEADER, size - 8):
             raise ValueError("its header is longer than the file")
-        header = json.loads(opened.read(length))
+        header = parse_json(opened.read(length))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
-    entries = {}
-    metadata = header.pop("__metadata__", None) or {}
-    for name, fields in header.items():
-        try:
-            (first, end), shape = fields["data_offsets"], tuple(fields["shape"])
-            if not all(type(number) is int and number >= 0 for number in (first, end, *shape)):
-                raise ValueError(f"{name} has a place that cannot be")
-            entries[name] = entry = TensorEntry(file, 8 + length + first, DTYPES[fields["dtype"]], shape)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{name} has a dtype that cachemoe does not know, or no place: {error}") from error
-        if end - first != entry.bytes or 8 + length + end > size:
-            raise ValueError(f"{name} does not fit into it")
-    if 8 + length + sum(entry.bytes for entry in entries.values()) != size:
-        raise ValueError("it is longer than its tensors")
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no object of texts")
+    if (longest := max(map(len, header), default=0)) > LONGEST_NAME:
+        raise ValueError(f"it has a name of {longest} characters, and no tensor's has more than {LONGEST_NAME}")
+    data = 8 + length
+    entries = {name: _entry(file, data, name, fields) for name, fields in header.items()}
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
+        if entry.start != end:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        end += entry.bytes
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end}, and it at {size}")
     return metadata, entries
+
+
+def parse_json(text: bytes):
+    """JSON that came from outside.
+
+    Raises:
+        ValueError: if it is none, nested too deeply, or has a name twice: which of the two is meant nobody can know.
+    """
+
+    def once(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name stands twice in it")
+        return found
+
+    try:
+        return json.loads(text.decode(), object_pairs_hook=once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _entry(file: Path, data: int, name: str, fields) -> TensorEntry:
+    """One tensor's entry in a header; ``data`` is the first byte after it."""
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} has not dtype, shape and place")
+    dtype, shape, place = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name} has a dtype that cachemoe does not know, {str(dtype)[:20]}")
+    if not all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in (shape, place)):
+        raise ValueError(f"{name} has a shape or place that cannot be")
+    if len(place) != 2 or place[1] >= 1 << 63 or len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"{name} has a shape or place that cannot be")
+    entry = TensorEntry(file, data + place[0], DTYPES[dtype], tuple(shape))
+    if place[1] - place[0] != entry.bytes:
+        raise ValueError(f"{name} does not fit into its place")
+    return entry

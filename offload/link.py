@@ -1,5 +1,6 @@
 """Link: pages on their way from the store into frames of the pool, demand before prefetch, paced if asked."""
 
+import os
 import threading
 import time
 import traceback
@@ -7,9 +8,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.carriers import Carrier
+from cachemoe.offload.errors import InputError
 from cachemoe.offload.timeline import Timeline
 
 CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
@@ -65,12 +68,18 @@ class Transfer:
         self.frame_free = self.copying = self.copied = None
         self.next_byte = 0  # the first that no thread has taken
         self.moving = 0  # chunks under way
+        self.carried = 0  # bytes that are there
+        self.waiter: SimpleQueue[Transfer] | None = None  # told when the transfer lands
 
 
 class Link:
     """Threads that move pages; a page whose move has begun is moved whole. Close it, or use it as a context manager.
 
     A demand finds a thread that no prefetch holds, or waits for one chunk of a prefetch at most.
+
+    Ctrl-C comes to the caller's thread alone, at any of Python's instructions. There the lock is taken as it is, in C,
+    and never by a condition's ``__enter__``, within which an interrupt would leave it locked; and what lands is waited
+    for in a ``SimpleQueue``.
 
     Args:
         carrier: moves chunks.
@@ -80,6 +89,9 @@ class Link:
 
     Attributes:
         broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests.
+
+    Raises:
+        InputError: if the system refuses a thread.
     """
 
     def __init__(
@@ -98,17 +110,23 @@ class Link:
         self._closed = False
         self._free_at = 0.0
         self._moved_bytes, self._busy_s, self._busy_since = 0, 0.0, 0.0
-        lock = threading.Lock()
-        self._work, self._landing = threading.Condition(lock), threading.Condition(lock)
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)  # on which the link's own threads wait
         self._closing = threading.Event()
+        self._process = os.getpid()
         count = min(carrier.threads, PACED_THREADS) if pacing else carrier.threads
         self._most_prefetches = max(1, count - 1)
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{carrier.track} {i}", daemon=True)
-            for i in range(count)  # daemons: Ctrl-C between start and close must not hang the interpreter's exit
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = []
+        try:
+            for i in range(count):  # daemons: Ctrl-C between start and close must not hang the interpreter's exit
+                thread = threading.Thread(target=self._run, name=f"{carrier.track} {i}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise InputError(
+                f"the system refuses a thread that reads pages ({error}): end other programs, or raise `ulimit -u`"
+            ) from error
 
     def request(self, layer: int, expert: int, frame: int, demand: bool = True, paced: bool = True) -> Transfer:
         """Ask for a page; returns at once.
@@ -121,7 +139,9 @@ class Link:
 
         Raises:
             RuntimeError: if an interrupt broke the link, or it is closed.
+            InputError: in a process that was forked off, where the link's threads are not.
         """
+        self._check_process()
         if self.broken or self._closed:
             raise RuntimeError(
                 f"the link is {'broken by an interrupt' if self.broken else 'closed'}: make a new engine"
@@ -129,14 +149,14 @@ class Link:
         transfer = Transfer(layer, expert, frame, demand, paced)
         with self._breaking:
             self._carrier.prepare(transfer)
-            with self._work:
+            with self._lock:
                 self._queues[demand].append(transfer)
                 self._work.notify_all()
         return transfer
 
     def promote(self, transfer: Transfer) -> None:
         """Make a prefetch a demand."""
-        with self._breaking, self._work:
+        with self._breaking, self._lock:
             if transfer in self._queues[False]:
                 self._queues[True].append(transfer)
                 self._queues[False].remove(transfer)
@@ -145,7 +165,7 @@ class Link:
 
     def cancel(self, transfer: Transfer) -> bool:
         """Take a transfer back if no byte of it has moved; whether that was so."""
-        with self._breaking, self._work:
+        with self._breaking, self._lock:
             queue = self._queues[transfer.demand]
             if transfer.next_byte or transfer not in queue:
                 return False
@@ -159,29 +179,44 @@ class Link:
         Raises:
             Exception: what ended one that failed.
         """
-        waiting = list(transfers)
-        while waiting:
-            with self._landing:
-                while not (ready := [transfer for transfer in waiting if transfer.landed]):
-                    self._landing.wait()
-            for transfer in ready:
-                waiting.remove(transfer)
-                if transfer.error is not None:
-                    raise transfer.error
-                self._carrier.use(transfer)
-                yield transfer
+        for transfer in self._ended(transfers):
+            if transfer.error is not None:
+                raise transfer.error
+            self._carrier.use(transfer)
+            yield transfer
 
     def abandon(self) -> None:
         """See that no frame is written any more: cancel what has not begun to move, wait for the rest."""
         with self._breaking:
-            with self._landing:
+            with self._lock:
                 for queue in self._queues.values():
                     for transfer in [transfer for transfer in queue if not transfer.next_byte]:
                         queue.remove(transfer)
                         transfer.landed = True
-                while any(self._queues.values()) or self._moving:
-                    self._landing.wait()
+                moving = self._moving.union(*self._queues.values())
+            for _ in self._ended(moving):
+                pass
             self._carrier.drain()
+
+    def _ended(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
+        """The transfers in the order in which they end, well or not."""
+        self._check_process()
+        transfers, ended = list(transfers), SimpleQueue()
+        with self._lock:
+            for transfer in transfers:
+                if transfer.landed:
+                    ended.put(transfer)
+                else:
+                    transfer.waiter = ended
+        for _ in transfers:
+            yield ended.get()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise InputError(
+                "this process was forked off after its model or engine was made, and the threads that read pages "
+                "stayed behind: load the model in this process, or start the process by spawn"
+            )
 
     @property
     @contextmanager
@@ -196,14 +231,14 @@ class Link:
     @property
     def queued_bytes(self) -> int:
         """Of all pages asked for, what no thread has taken."""
-        with self._work:
+        with self._lock:
             waiting = (transfer for queue in self._queues.values() for transfer in queue)
             return sum(self._carrier.page_bytes - transfer.next_byte for transfer in waiting)
 
     @property
     def busy_s(self) -> float:
         """Seconds with a chunk under way, so far."""
-        with self._work:
+        with self._lock:
             if (measured := self._carrier.busy_s()) is not None:
                 return measured
             now = time.perf_counter() if self._moving else self._busy_since
@@ -219,16 +254,18 @@ class Link:
 
     def close(self) -> None:
         """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
-        with self._work:
+        if os.getpid() != self._process:
+            return  # no thread to end, and one that is not here may have held the lock
+        with self._lock:
             self._closed = True
             self._closing.set()
             for queue in self._queues.values():
                 while queue:
                     transfer = queue.popleft()
                     transfer.error = RuntimeError("the link was closed before the page had landed")
-                    transfer.landed = transfer.moving == 0
+                    if not transfer.moving:
+                        self._land(transfer)
             self._work.notify_all()
-            self._landing.notify_all()
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join()
@@ -275,6 +312,11 @@ class Link:
             began, error = time.perf_counter(), None
             try:
                 self._carrier.carry(transfer, start, stop)
+                with self._lock:
+                    transfer.carried += stop - start
+                    whole = transfer.carried == self._carrier.page_bytes
+                if whole:
+                    self._carrier.check(transfer)
                 if (left := end - time.perf_counter()) > 0:
                     self._carrier.drain()
                     self._closing.wait(left)
@@ -283,10 +325,10 @@ class Link:
             except BaseException as failure:  # handed to the caller, who raises it
                 traceback.clear_frames(failure.__traceback__)  # which would hold the frame's memory
                 error = failure
-            with self._work:
-                self._ended(transfer, stop - start, error)
+            with self._lock:
+                self._count(transfer, stop - start, error)
 
-    def _ended(self, transfer: Transfer, size: int, error: BaseException | None) -> None:
+    def _count(self, transfer: Transfer, size: int, error: BaseException | None) -> None:
         """A chunk's end; that of the last, or of the last under way after a failure, is the page's."""
         now = time.perf_counter()
         transfer.moving -= 1
@@ -304,10 +346,15 @@ class Link:
                     queue.remove(transfer)
         done = transfer.error is not None or transfer.next_byte == self._carrier.page_bytes
         if done and not transfer.moving:
-            transfer.landed = True
-            self._landing.notify_all()
+            self._land(transfer)
         if not transfer.demand:
             self._work.notify_all()  # another thread may take a prefetch
+
+    def _land(self, transfer: Transfer) -> None:
+        """The transfer has ended: tell whoever waits for it."""
+        transfer.landed = True
+        if transfer.waiter is not None:
+            transfer.waiter.put(transfer)
 
     def _record(self, transfer: Transfer, size: int, began: float) -> None:
         """Show a chunk in the timeline."""

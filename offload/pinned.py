@@ -41,7 +41,7 @@ class PinnedStore:
 
     Raises:
         InputError: if the machine has less memory available, or refuses to lock it.
-        OSError: if a page cannot be read; nothing stays locked.
+        Exception: what the store raised, if a page cannot be read; nothing stays locked.
     """
 
     permanent = True
@@ -83,6 +83,9 @@ class PinnedStore:
         if not 0 <= offset <= memory.size - len(buffer):
             raise OSError(f"{len(buffer)} bytes at {offset} are not in the {memory.size} bytes of the pinned store")
         _copy(memory[offset : offset + len(buffer)], buffer)
+
+    def check(self, layer: int, expert: int, page: memoryview) -> None:
+        """Nothing: a page is checked when it is read from the file."""
 
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing."""
@@ -155,8 +158,8 @@ class PinnedLevel:
 
         Raises:
             IndexError: if the store has no such page.
-            OSError: if the page cannot be read, in this thread or the one waited for, or the level is closed. The next
-                lease tries again.
+            Exception: what the store raised, if the page cannot be read in this thread. The next lease tries again.
+            OSError: if it could not be read in the thread waited for, or the level is closed.
         """
         if not (0 <= layer < self.layout.layers and 0 <= expert < self.layout.experts):
             raise IndexError(f"the store has no page of layer {layer}, expert {expert}")
@@ -184,13 +187,16 @@ class PinnedLevel:
 
         Raises:
             ValueError: if they reach beyond the page.
-            IndexError, OSError: as ``lease``.
+            Exception: as ``lease``.
         """
         index, start = divmod(offset - self._store.offset(0, 0), self.page_bytes)
         if start + len(buffer) > self.page_bytes:
             raise ValueError(f"{len(buffer)} bytes from byte {start} of a page reach beyond its {self.page_bytes}")
         with self.lease(*divmod(index, self.layout.experts)) as page:
             _copy(page.numpy()[start : start + len(buffer)], buffer)
+
+    def check(self, layer: int, expert: int, page: memoryview) -> None:
+        """Nothing: a page is checked when it is read from the store."""
 
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing.
@@ -235,7 +241,9 @@ class PinnedLevel:
 
     def _read(self, key: tuple[int, int], held: _Held) -> None:
         try:
-            self._store.read_into(memoryview(held.page.numpy()), self._store.offset(*key))
+            buffer = memoryview(held.page.numpy())
+            self._store.read_into(buffer, self._store.offset(*key))
+            self._store.check(*key, buffer)
             with self._changed:
                 held.arrived = True
                 self._changed.notify_all()

@@ -1,26 +1,28 @@
 """ExpertStore: every expert's page in one file on disk, read past the page cache.
 
 The file is plain safetensors: ``pages`` (``[L * E, page_bytes]`` uint8, starting at a multiple of 4 KiB so that
-O_DIRECT can read it), then ``crc32`` (``[L * E]`` uint32), and the layout in its metadata. No path is stored in it.
+O_DIRECT can read it), then ``xxh3`` (``[L * E]`` uint64, the XXH3 checksum of each page), and the layout in its
+metadata. No path is stored in it.
 """
 
 import json
 import os
 import struct
-import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from xxhash import xxh3_64_intdigest as checksum
 
-from cachemoe.kernels.formats import PAGE_ALIGNMENT, PageFormat
+from cachemoe.kernels.formats import LARGEST, PAGE_ALIGNMENT, PageFormat
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
-from cachemoe.offload.header import read_header
+from cachemoe.offload.header import parse_json, read_header
 
-VERSION = 3
+VERSION = 4
+UNKNOWN_MODEL = "0" * 32  # in place of a fingerprint that is not made yet
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class StoreLayout:
             InputError: if it is no store, or of another version.
         """
         try:
-            fields = json.loads((metadata or {})["cachemoe"])
+            fields = parse_json((metadata or {})["cachemoe"].encode())
             version = fields.pop("version")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a cachemoe store: give the path of one") from error
@@ -62,8 +64,10 @@ class StoreLayout:
         try:
             layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
             numbers = (layout.layers, layout.experts, layout.page_format.hidden, layout.page_format.intermediate)
-            if not all(type(number) is int and number > 0 for number in numbers):
-                raise ValueError(f"{numbers} are no dimensions")
+            if not all(type(number) is int and 0 < number < LARGEST for number in numbers):
+                raise ValueError("its dimensions cannot be")
+            if not isinstance(layout.model, str):
+                raise ValueError("its fingerprint is no text")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
         return layout
@@ -75,6 +79,7 @@ class ExpertStore:
     Args:
         path: the file.
         expected: the layout it must have, if known.
+        check_reads: whether ``check`` looks at what was read.
 
     Attributes:
         layout: what it holds.
@@ -86,7 +91,7 @@ class ExpertStore:
         InputError: if the file is missing, cut short, or holds something else than ``expected``.
     """
 
-    def __init__(self, path: str | os.PathLike, expected: StoreLayout | None = None):
+    def __init__(self, path: str | os.PathLike, expected: StoreLayout | None = None, check_reads: bool = True):
         self.path = Path(path)
         try:
             metadata, entries = read_header(self.path)
@@ -102,16 +107,16 @@ class ExpertStore:
             raise InputError(f"{self.path} holds pages of another model or format: remove it or choose another path")
         self.pages = self.layout.layers * self.layout.experts
         self.page_bytes = self.layout.page_format.page_bytes
-        pages, crc32 = (entries.get(name) for name in ("pages", "crc32"))
+        pages, checksums = (entries.get(name) for name in ("pages", "xxh3"))
         if (
             pages is None
-            or crc32 is None
-            or pages.shape != (self.pages, self.page_bytes)
+            or checksums is None
+            or (pages.dtype, pages.shape) != (torch.uint8, (self.pages, self.page_bytes))
             or pages.start % PAGE_ALIGNMENT
-            or crc32.shape != (self.pages,)
+            or (checksums.dtype, checksums.shape) != (torch.uint64, (self.pages,))
         ):
             raise InputError(f"{self.path} does not hold what its layout says: remove it and make it again")
-        self._data_start, self._crc32 = pages.start, crc32.read().tolist()
+        self._data_start, self._checksums, self._check_reads = pages.start, checksums.read().tolist(), check_reads
         self._fd, self.direct = _open_for_reading(self.path, self._data_start)
 
     def offset(self, layer: int, expert: int) -> int:
@@ -122,15 +127,42 @@ class ExpertStore:
         """Read ``len(buffer)`` bytes at ``offset``; both, and the buffer's address, are multiples of 4 KiB.
 
         Raises:
-            OSError: if the read fails or ends early.
+            InputError: if the read fails or ends early.
+            RuntimeError: if the store is closed.
         """
+        if self._fd < 0:
+            raise RuntimeError(f"{self.path} is closed")
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            # A count that breaks the alignment is the end of the file: the next read could not be aligned.
-            if count == 0 or (count % PAGE_ALIGNMENT and done + count < len(buffer)):
-                raise OSError(f"{self.path} ended early: {done + count} of {len(buffer)} bytes read at {offset}")
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} cannot be read at byte {offset + done} ({error.strerror}): see to its disk, or "
+                    "remove the file and make it again"
+                ) from error
+            if done + count < len(buffer):
+                count -= count % PAGE_ALIGNMENT  # the next read has to be aligned as well
+            if count == 0:
+                raise InputError(
+                    f"{self.path} ended early, {done} of {len(buffer)} bytes after byte {offset}: it was cut short "
+                    "after it was opened; remove it and make it again"
+                )
             done += count
+
+    def check(self, layer: int, expert: int, page: memoryview) -> None:
+        """Compare a page that was read with its checksum, unless the store was opened not to.
+
+        A page that differs is read once more, since memory and buses fail too.
+
+        Args:
+            page: its ``page_bytes``, as ``read_into`` needs a buffer.
+
+        Raises:
+            InputError: if the page on the disk is damaged, or cannot be read again.
+        """
+        if self._check_reads:
+            self._check(layer, expert, page)
 
     def verify(self, advance: Callable[[], None] = lambda: None) -> None:
         """Check every page against its checksum.
@@ -141,15 +173,11 @@ class ExpertStore:
         Raises:
             InputError: naming the first page that differs.
         """
-        page = aligned_buffer(self.page_bytes)
-        for index, expected in enumerate(self._crc32):
+        page = memoryview(aligned_buffer(self.page_bytes))
+        for index in range(self.pages):
             layer, expert = divmod(index, self.layout.experts)
-            self.read_into(memoryview(page), self.offset(layer, expert))
-            if zlib.crc32(page) != expected:
-                raise InputError(
-                    f"{self.path}: the page of layer {layer}, expert {expert} is damaged (its checksum differs): "
-                    "remove the file and make it again"
-                )
+            self.read_into(page, self.offset(layer, expert))
+            self._check(layer, expert, page)
             advance()
 
     def close(self) -> None:
@@ -163,12 +191,24 @@ class ExpertStore:
     def __exit__(self, *_):
         self.close()
 
+    def _check(self, layer: int, expert: int, page: memoryview) -> None:
+        expected = self._checksums[layer * self.layout.experts + expert]
+        if checksum(page) == expected:
+            return
+        self.read_into(page, self.offset(layer, expert))
+        if checksum(page) != expected:
+            raise InputError(
+                f"{self.path}: the page of layer {layer}, expert {expert} is damaged (its checksum differs): remove "
+                "the file and make it again"
+            )
+
 
 def write_store(
     path: str | os.PathLike,
     layout: StoreLayout,
     pages: Iterable[torch.Tensor],
     advance: Callable[[], None] = lambda: None,
+    fingerprint: Callable[[], str] | None = None,
 ) -> None:
     """Write a store by streaming; it appears under its name only when complete.
 
@@ -177,6 +217,8 @@ def write_store(
         layout: what it will hold.
         pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer.
         advance: called after each page.
+        fingerprint: gives ``layout.model`` when all pages have been taken, of as many characters; None: it stands
+            there.
 
     Raises:
         InputError: if the disk is full or the directory cannot be written; no partial file is left.
@@ -193,11 +235,14 @@ def write_store(
                 if page.numel() != size:
                     raise ValueError(f"a page has {page.numel()} bytes, and the layout says {size}")
                 file.write(page.numpy())
-                checksums.append(zlib.crc32(page.numpy()))
+                checksums.append(checksum(page.numpy()))
                 advance()
             if len(checksums) != count:
                 raise ValueError(f"{len(checksums)} pages given, and the layout says {count}")
-            file.write(np.array(checksums, dtype="<u4").tobytes())
+            file.write(np.array(checksums, dtype="<u8").tobytes())
+            if fingerprint is not None:
+                file.seek(0)
+                file.write(_header(replace(layout, model=fingerprint()), count, size))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -217,7 +262,7 @@ def _header(layout: StoreLayout, count: int, size: int) -> bytes:
     header = {
         "__metadata__": layout.metadata(),
         "pages": {"dtype": "U8", "shape": [count, size], "data_offsets": [0, pages_end]},
-        "crc32": {"dtype": "U32", "shape": [count], "data_offsets": [pages_end, pages_end + 4 * count]},
+        "xxh3": {"dtype": "U64", "shape": [count], "data_offsets": [pages_end, pages_end + 8 * count]},
     }
     text = json.dumps(header).encode()
     # safetensors allows trailing spaces in the header: they put the first page at a multiple of 4 KiB.

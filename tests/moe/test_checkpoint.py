@@ -1,16 +1,25 @@
 """Reading checkpoint folders: shapes, experts as pages, and what is refused."""
 
 import json
+import os
 import shutil
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_mxfp4, save_random
 
-from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.checkpoint import Checkpoint, _find
+from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.models import load_model
 from cachemoe.offload.errors import InputError
+
+
+@contextmanager
+def quiet(description, total):
+    yield lambda: None
 
 
 @pytest.fixture
@@ -38,8 +47,7 @@ def shard(folder):
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, members in shards.items():
         save_file({name: tensors[name] for name in members}, folder / file)
-    # Folders in an index are not followed: only the file's name counts.
-    return {name: f"../../elsewhere/{file}" for file, members in shards.items() for name in members}
+    return {name: file for file, members in shards.items() for name in members}
 
 
 def write_index(folder, weight_map):
@@ -72,7 +80,7 @@ def test_experts_that_predict_further_tokens_are_not_the_models(tiny_checkpoint,
     edit_tensors(folder, add)
     ours, whole = Checkpoint(folder), Checkpoint(tiny_checkpoint)
     assert ours.shape == whole.shape
-    assert ours.fingerprint() == whole.fingerprint()
+    assert fingerprint(ours, quiet) == fingerprint(whole, quiet)
     assert ours.is_expert(f"{stem}layers.0.mlp.experts.3.up_proj.weight")
 
 
@@ -108,12 +116,12 @@ def test_a_sharded_checkpoint_gives_the_same_pages(tiny_checkpoint, folder):
     page_format = whole.layout().page_format
     for a, b in zip(whole.pages(page_format), sharded.pages(page_format), strict=True):
         assert torch.equal(a, b)
-    assert whole.fingerprint() == sharded.fingerprint()
+    assert fingerprint(whole, quiet) == fingerprint(sharded, quiet)
 
 
 def test_other_experts_are_another_model(tiny_checkpoint, folder):
     edit_tensors(folder, lambda tensors: tensors["model.layers.1.mlp.experts.5.up_proj.weight"].mul_(2))
-    assert Checkpoint(tiny_checkpoint).fingerprint() != Checkpoint(folder).fingerprint()
+    assert fingerprint(Checkpoint(tiny_checkpoint), quiet) != fingerprint(Checkpoint(folder), quiet)
 
 
 def test_a_model_without_experts_is_refused(folder):
@@ -172,10 +180,48 @@ def test_a_missing_shard_is_refused(folder):
         Checkpoint(folder)
 
 
-def test_an_index_that_names_an_absent_tensor_is_refused(folder):
-    write_index(folder, shard(folder) | {"model.layers.7.absent.weight": "a.safetensors"})
-    with pytest.raises(InputError, match=r"names model\.layers\.7\.absent\.weight, which a\.safetensors lacks"):
+def test_an_index_decides_which_file_has_a_tensor(folder, tiny_checkpoint):
+    """What it names beside the model's is no error; a copy in another file, or what it does not name, is none."""
+    where = shard(folder)
+    name = next(name for name, file in where.items() if file == "a.safetensors")
+    second = load_file(folder / "b.safetensors")
+    second |= {name: torch.zeros(7), "not.in.the.index": torch.zeros(7)}
+    save_file(second, folder / "b.safetensors")
+    write_index(folder, where | {"model.layers.7.absent.weight": "a.safetensors"})
+    checkpoint = Checkpoint(folder)
+    assert torch.equal(checkpoint.tensors.read(name), Checkpoint(tiny_checkpoint).tensors.read(name))
+    assert "not.in.the.index" not in checkpoint.tensors
+    with pytest.raises(InputError, match=r"says that .*absent\.weight is in a\.safetensors, which lacks it"):
+        checkpoint.tensors.read("model.layers.7.absent.weight")
+
+
+def test_files_in_folders_below_are_read_and_none_elsewhere(folder, tiny_checkpoint):
+    where = shard(folder)
+    (folder / "below").mkdir()
+    (folder / "b.safetensors").rename(folder / "below" / "b.safetensors")
+    write_index(folder, {name: file if file[0] == "a" else f"below/{file}" for name, file in where.items()})
+    assert fingerprint(Checkpoint(folder), quiet) == fingerprint(Checkpoint(tiny_checkpoint), quiet)
+    for file in ("../copy/a.safetensors", str(folder / "a.safetensors"), "below/../a.safetensors", "", "a\0b"):
+        write_index(folder, dict.fromkeys(where, file))
+        with pytest.raises(InputError, match="which is not in its folder"):
+            Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"[" * 100_000]
+)
+def test_a_damaged_index_is_refused(folder, index):
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(InputError, match=r"index\.json"):
         Checkpoint(folder)
+
+
+def test_a_fifo_is_not_waited_for(folder):
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(InputError, match=name):
+            Checkpoint(folder)
 
 
 def test_pickle_is_refused(folder):
@@ -187,23 +233,126 @@ def test_pickle_is_refused(folder):
 
 def test_a_missing_expert_is_refused(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.7.up_proj.weight"))
-    checkpoint = Checkpoint(folder)
     with pytest.raises(InputError, match=r"no tensor model\.layers\.1\.mlp\.experts\.7\.up_proj\.weight"):
-        list(checkpoint.pages(checkpoint.page_format()))
+        Checkpoint(folder)
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.experts.7.down_proj.weight"))
     with pytest.raises(InputError, match="8 experts in some layers and 7 in layer 1"):
         Checkpoint(folder)
 
 
-def test_an_expert_of_another_shape_is_refused(folder):
-    def cut(tensors):
-        name = "model.layers.1.mlp.experts.3.down_proj.weight"
-        tensors[name] = tensors[name][:, :16].contiguous()
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:, :16], lambda w: w[:16], lambda w: w[None], lambda w: w[:0], torch.Tensor.half]
+)
+def test_an_expert_of_another_shape_or_dtype_is_refused(folder, part, change):
+    name = f"model.layers.1.mlp.experts.3.{part}_proj.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: change(tensors[name]).contiguous()}))
+    with pytest.raises(InputError, match=rf"{name} of \(.*\) in torch\..*, where the model's experts need \(32, 32\)"):
+        Checkpoint(folder)
 
-    edit_tensors(folder, cut)
-    checkpoint = Checkpoint(folder)
-    with pytest.raises(InputError, match=r"down of \(32, 16\) in layer 1, expert 3"):
-        list(checkpoint.pages(checkpoint.page_format()))
+
+@pytest.mark.parametrize(
+    ("model", "name", "change"),
+    [
+        ("granitemoe", "model.layers.1.block_sparse_moe.input_linear.weight", lambda w: w[:4]),
+        ("granitemoe", "model.layers.1.block_sparse_moe.output_linear.weight", lambda w: w.flatten()),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj", lambda w: w.mT),
+        ("gpt_oss", "model.layers.1.mlp.experts.gate_up_proj_bias", lambda w: w[:, :1]),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj_bias", lambda w: w[:1]),
+        ("gpt_oss", "model.layers.1.mlp.experts.down_proj_bias", None),
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj_bias", None),
+        ("mxfp4", "model.layers.1.mlp.experts.down_proj_scales", lambda w: w[..., :1]),
+        ("mxfp4", "model.layers.1.mlp.experts.gate_up_proj_blocks", lambda w: w.view(torch.int8)),
+        ("mxfp4", "model.layers.1.mlp.experts.gate_up_proj_scales", None),
+    ],
+)
+def test_all_experts_in_one_tensor_have_its_shape_in_every_layer(tmp_path, model, name, change):
+    save_random("gpt_oss" if model == "mxfp4" else model, tmp_path / "model")
+    folder = tmp_path / "model"
+    if model == "mxfp4":
+        folder = tmp_path / "mxfp4"
+        save_mxfp4(tmp_path / "model", folder)
+
+    def edit(tensors):
+        weight = tensors.pop(name)
+        if change is not None:
+            tensors[name] = change(weight).contiguous()
+
+    edit_tensors(folder, edit)
+    with pytest.raises(InputError, match=r"where the model's experts need|no tensor|without in others"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("text_config", 5),
+        ("quantization_config", "x"),
+        ("model_type", []),
+        ("hidden_act", {"a": 1}),
+        ("num_hidden_layers", "8"),
+        ("num_hidden_layers", True),
+        ("vocab_size", 2.5),
+        ("max_position_embeddings", "128"),
+        ("num_experts_per_tok", {"a": 1}),
+        ("num_experts_per_tok", [[2], [2]]),
+        ("num_experts_per_tok", []),
+    ],
+)
+def test_a_config_of_wrong_types_is_refused(folder, field, value):
+    edit_config(folder, **{field: value})
+    with pytest.raises(InputError, match="config"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b"[]", b"\xff", b'{"vocab_size": ' + b"9" * 5000 + b"}", b'{"a": 1, "a": 2}']
+)
+def test_a_config_that_is_none_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"config\.json"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["layers.1." * 50_000, "model.layers." + "9" * 5000 + ".mlp.experts.0.up_proj.weight"])
+def test_a_name_beyond_all_names_is_refused(folder, name):
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.zeros(0)}))
+    with pytest.raises(InputError, match="has a name of") as caught:
+        Checkpoint(folder)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("part", ["experts.{}.down_proj.weight", "experts.down_proj"])
+@pytest.mark.parametrize("repeated", ["layers.1.", "layers.", "9", "."])
+def test_taking_a_name_apart_reads_it_once(part, repeated):
+    began = time.perf_counter()
+    for end in ("", ".experts.down_proj", ".experts.0.down_proj.weight"):
+        _find(repeated * (3_000_000 // len(repeated)) + end, part)
+    assert time.perf_counter() - began < 10  # what is quadratic takes hours
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "found"),
+    [
+        (
+            "model.layers.3.mlp.experts.7.up_proj.weight",
+            "experts.{}.up_proj.weight",
+            ("model.layers.3.mlp.", "model.", 3),
+        ),
+        ("layers.3.experts.down_proj", "experts.down_proj", ("layers.3.", "", 3)),
+        ("layers.1.x.layers.2.experts.down_proj", "experts.down_proj", ("layers.1.x.layers.2.", "layers.1.x.", 2)),
+        ("players.3.experts.down_proj", "experts.down_proj", None),
+        ("model.layers.3.shared_experts.down_proj", "experts.down_proj", None),
+        ("model.layers.x.experts.down_proj", "experts.down_proj", None),
+        ("model.layers.3.experts.down_proj.more", "experts.down_proj", None),
+        ("model.layers.3.experts.seven.up_proj.weight", "experts.{}.up_proj.weight", None),
+        ("model.layers.9999999999.experts.7.up_proj.weight", "experts.{}.up_proj.weight", None),
+        ("model.layers.3.experts.9999999999.up_proj.weight", "experts.{}.up_proj.weight", None),
+    ],
+)
+def test_names_are_taken_apart(name, part, found):
+    taken = _find(name, part)
+    assert found == (taken and (taken.prefix, taken.stem, taken.layer))
 
 
 def test_a_model_that_lacks_a_tensor_is_not_filled_with_random_numbers(folder):

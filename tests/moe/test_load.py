@@ -227,10 +227,10 @@ def test_after_close_nothing_of_cachemoe_is_left(checkpoints):
     model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
     model.cachemoe.close()
     model.cachemoe.close()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(layer.router) for layer in moe_layers(model))
     with pytest.raises(RuntimeError, match="experts are closed: load it again"):
         model(prompt(1))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
 
 
 def test_a_model_that_is_gone_leaves_no_thread(checkpoints):
@@ -238,17 +238,19 @@ def test_a_model_that_is_gone_leaves_no_thread(checkpoints):
     generate(model, 1)
     del model
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
 
 
-def test_experts_called_with_other_ids_are_refused(checkpoints):
-    """As where something else routes: no output may come of a routing that is not the layer's."""
-    model = opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
-    first = moe_layers(model)[0]
+def test_experts_called_with_other_ids_compute_those(checkpoints):
+    """As where something else routes, or another thread has routed meanwhile."""
+    own, model = load_model(checkpoints("mixtral")), opened(checkpoints("mixtral"), pool=4, routing=CachePrior(0.5))
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(20)])
+    x, weights = torch.randn(20, 32, generator=generator), torch.rand(20, 2, generator=generator)
     with torch.inference_mode():
         model(prompt(1))
-        with pytest.raises(RuntimeError, match="other ids than the layer's router answered"):
-            first.experts(torch.zeros(20, 32), torch.zeros(20, 2, dtype=torch.int64), torch.ones(20, 2))
+        for ours, theirs in zip(moe_layers(model), moe_layers(own), strict=True):
+            torch.testing.assert_close(ours.experts(x, ids, weights), theirs.experts(x, ids, weights))
     model.cachemoe.close()
 
 
@@ -361,7 +363,7 @@ def test_any_other_pool_is_refused(pool):
 def refused(words, path, **options):
     with pytest.raises(InputError, match=words):
         load(path, **options)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ")]
 
 
 def test_bad_input_is_refused_in_a_sentence(checkpoints, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Finding a router's rule: Phi's against transformers' own, ties, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import MODELS, save_random
 
 from cachemoe.kernels.reference import GateScores
-from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.layers import MoeLayer, moe_layers, probe, recorded_routers, routing_rules
 from cachemoe.moe.models import load_model
 from cachemoe.moe.routers import RouterOutput, RoutingRule, choose, find_rule, sparsemixer_weights
 from cachemoe.offload.errors import InputError
@@ -51,14 +53,71 @@ def softmax_top_k(logits, renormalise=False, scale=1.0):
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_softmax_rules_are_told_apart(renormalise, scale):
     module, output = router(lambda z: softmax_top_k(z, renormalise, scale), routed_scaling_factor=2.5)
-    scores = find_rule(module, torch.nn.Module(), output).scores
+    scores = find_rule(module, torch.nn.Module(), [output]).scores
     assert (scores.function, scores.renormalise, scores.scale) == ("softmax", renormalise, scale)
 
 
 def test_an_unknown_rule_is_refused():
     module, output = router(lambda z: (z.softmax(-1) ** 2).topk(K))
     with pytest.raises(InputError, match="Linear follows a routing rule that cachemoe does not know"):
-        find_rule(module, torch.nn.Module(), output)
+        find_rule(module, torch.nn.Module(), [output])
+
+
+@pytest.mark.parametrize(
+    "almost",
+    [
+        lambda z: softmax_top_k(z.clamp(max=2)),  # cut off where it is large
+        lambda z: softmax_top_k(torch.where(torch.arange(len(z))[:, None] == 7, -z, z)),  # one token of 40
+        lambda z: softmax_top_k(z, renormalise=True, scale=1.003),
+        lambda z: softmax_top_k(z + torch.linspace(0, 0.05, EXPERTS)),  # a correction of no known name
+        lambda z: (softmax_top_k(z)[0].flip(-1), softmax_top_k(z)[1]),  # each other's weights
+        lambda z: (softmax_top_k(z)[0] + 1e-3, softmax_top_k(z)[1]),
+    ],
+)
+def test_a_rule_that_almost_fits_is_refused(almost):
+    module, output = router(almost)
+    with pytest.raises(InputError, match="does not know"):
+        find_rule(module, torch.nn.Module(), [output])
+
+
+def test_logits_that_say_nothing_are_no_evidence():
+    """All equal: whatever a router takes is a tie."""
+    module, _ = router(softmax_top_k)
+    logits = torch.zeros(TOKENS, EXPERTS)
+    output = RouterOutput(logits, torch.full((TOKENS, K), 1 / EXPERTS), torch.tensor([[6, 7]] * TOKENS), ("logits",))
+    with pytest.raises(InputError, match="does not know"):
+        find_rule(module, torch.nn.Module(), [output])
+
+
+class CappedRouter(torch.nn.Module):
+    """Softmax but for logits beyond 15, where ordinary ones are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(EXPERTS, 32, generator=torch.Generator().manual_seed(0)))
+        self.limit = 15.0
+
+    def forward(self, hidden):
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        return logits, *softmax_top_k(logits.clamp(-self.limit, self.limit))
+
+
+def test_a_router_is_asked_with_large_logits_too():
+    block = torch.nn.Module()
+    block.gate, block.experts = CappedRouter(), SimpleNamespace(num_experts=EXPERTS)
+    layer = MoeLayer(block, block.experts, block.gate)
+    outputs = [probe(layer).output, probe(layer, precisely=True).output]
+    with pytest.raises(InputError, match="CappedRouter follows a routing rule"):
+        find_rule(block.gate, block, outputs)
+    block.gate.limit = float("inf")
+    assert find_rule(block.gate, block, [probe(layer).output]).scores == GateScores()
+
+
+def test_a_router_that_cannot_be_asked_is_refused_in_a_sentence():
+    block = torch.nn.Module()
+    block.gate, block.experts = torch.nn.Bilinear(4, 4, EXPERTS), SimpleNamespace(num_experts=EXPERTS)
+    with pytest.raises(InputError, match="Bilinear is called in a way of its own"):
+        probe(MoeLayer(block, block.experts, block.gate))
 
 
 def test_ties_of_bfloat16_do_not_hide_a_rule():
@@ -66,7 +125,7 @@ def test_ties_of_bfloat16_do_not_hide_a_rule():
     logits = random_logits(dtype=torch.bfloat16)
     weights, ids = logits.float().flip(-1).softmax(-1).topk(K)  # takes the last of equals
     output = RouterOutput(logits, weights.bfloat16(), EXPERTS - 1 - ids, output.order)
-    assert find_rule(module, torch.nn.Module(), output).scores == GateScores()
+    assert find_rule(module, torch.nn.Module(), [output]).scores == GateScores()
 
 
 @pytest.mark.parametrize("name", MODELS)

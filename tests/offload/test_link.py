@@ -40,6 +40,9 @@ class Memory:
             raise OSError(f"page {page}")
         self.frames[transfer.frame, start:stop] = page
 
+    def check(self, transfer):
+        pass
+
     def drain(self):
         pass
 
