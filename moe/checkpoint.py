@@ -248,6 +248,13 @@ class Checkpoint:
                 for e in range(1 if fused else self.shape.experts):
                     name = self._place(number, e, part)[0]
                     entry = self._entry(name)
+                    # What was read as [H, I] is [I, H].
+                    if part == naming.gate_up and entry.shape == (self.shape.experts, intermediate, 2 * hidden):
+                        raise InputError(
+                            f"{self.path} stores its experts' matrices as [in, out], as models do whose experts are "
+                            "outside transformers' experts interface, and others that cachemoe does not know: see "
+                            "moe/architectures.py"
+                        )
                     if (entry.shape, entry.dtype) != (whole, dtype):
                         raise InputError(
                             f"{self.path} has {name} of {entry.shape} in {entry.dtype}, where the model's experts need "
