@@ -93,6 +93,18 @@ def test_a_model_that_sees_is_the_class_that_transformers_takes(name, own, tmp_p
             torch.testing.assert_close(model(input_ids=PROMPT).logits, expected(input_ids=PROMPT).logits)
 
 
+def test_matrices_stored_as_the_hub_has_them_are_read_as_transformers_reads_them(tmp_path):
+    """Qwen3-VL-MoE is published with ``[in, out]`` and saved by transformers with ``[out, in]``."""
+    folder = saved(tmp_path / "model", transformers.AutoModelForImageTextToText, seeing("qwen3_vl_moe"))
+    expected = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    file = folder / "model.safetensors"
+    turned = {name: t.mT.contiguous() if ".experts." in name else t for name, t in load_file(file).items()}
+    save_file(turned, file, metadata={"format": "pt"})
+    with torch.inference_mode():
+        logits = load(folder, device="cpu")[0](input_ids=PROMPT).logits
+        torch.testing.assert_close(logits, expected(input_ids=PROMPT).logits)
+
+
 def test_an_outline_is_the_model_without_its_weights(qwen3):
     model, own = outline(Checkpoint(qwen3)), load_without_experts(Checkpoint(qwen3))
     for (name, parameter), (_, expected) in zip(model.named_parameters(), own.named_parameters(), strict=True):
@@ -131,7 +143,7 @@ def refused(words, folder):
 def test_experts_outside_the_interface_are_named_as_the_cause(tmp_path, cache):
     llama = transformers.AutoConfig.for_model("llama4_text", **TEXT)
     folder = saved(tmp_path / "llama", transformers.AutoModelForCausalLM, llama)
-    refused(r"matrices as \[in, out\], as models do whose experts are outside transformers' experts interface", folder)
+    refused("Llama4ForCausalLM has no experts that go through transformers' experts interface", folder)
     fields = dict(TEXT, num_layers=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, n_routed_experts=8, moe_topk=3)
     latent = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
     longcat = transformers.LongcatFlashConfig(**fields | latent | {"num_key_value_heads": 4})
