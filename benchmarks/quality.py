@@ -62,8 +62,7 @@ class Quality:
         return _exp(self.nats_per_token)
 
     def perplexity_change(self, unmodified: "Quality") -> float:
-        """As a share of the unmodified model's perplexity; from the logarithms, which are finite where those are "
-        "not."""
+        """As a share of the unmodified model's; from the logarithms, which are finite where perplexities are not."""
         return _exp(self.nats_per_token - unmodified.nats_per_token) - 1
 
     @property
@@ -163,9 +162,8 @@ def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> No
         quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
         quality.tokens += len(targets)
         p = reference.exp()
-        kl = torch.where(
-            p == 0, 0.0, p * (reference - log_p)
-        )  # a token that cannot be has no part in it, and inf - inf
+        # A token that cannot be has no part in it, though its logarithms are infinite.
+        kl = torch.where(p == 0, 0.0, p * (reference - log_p))
         quality.kl += float(kl.double().sum())
         quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
 

@@ -48,13 +48,11 @@ class Experts:
     """How a model's experts differ from SwiGLU by ``hidden_act``, without biases, gate before up.
 
     Args:
-        transposed: stored as ``[in, out]``.
         interleaved: gate and up rows in turns.
         activation: a name of the page format's; empty: the config's.
         constants: values that the config must have, since the activation has them built in.
     """
 
-    transposed: bool = False
     interleaved: bool = False
     activation: str = ""
     constants: tuple[tuple[str, float], ...] = ()
@@ -62,7 +60,6 @@ class Experts:
 
 EXPERTS = {
     "gpt_oss": Experts(
-        transposed=True,
         interleaved=True,
         activation="clamped-swiglu",
         constants=(("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)),

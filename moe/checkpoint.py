@@ -59,8 +59,6 @@ class Checkpoint:
         shape: see ``MoeShape``.
         dtype: of the experts' weights, bfloat16 where they are mxfp4.
         tensors: the ``Shards``.
-        transposed: whether a layer's matrices, all in one tensor, are ``[in, out]``; None where each expert has its
-            own.
 
     Raises:
         InputError: if it is missing, damaged, has no experts, or has experts that cachemoe cannot compute.
@@ -81,10 +79,6 @@ class Checkpoint:
         self._check_shapes()
         if not 1 <= self.shape.top_k <= self.shape.experts:
             raise InputError(f"{self.path} uses {self.shape.top_k} of {self.shape.experts} experts, which cannot be")
-
-    @property
-    def transposed(self) -> bool | None:
-        return None if "{}" in self._naming.down or self._naming.blocks else self._experts.transposed
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""
@@ -154,7 +148,7 @@ class Checkpoint:
             blocks, scales = (self.tensors.read(*self._place(layer, e, part + end)) for end in ("_blocks", "_scales"))
             return dequantize_mxfp4(blocks, scales)
         weight = self.tensors.read(*self._place(layer, e, part))
-        return weight.T if self._experts.transposed else weight
+        return weight.T if self._transposed else weight
 
     def _place(self, layer: int, e: int, part: str) -> tuple:
         """What ``Shards.read`` wants for one expert's share of a part: its name, and its row where all are in one."""
@@ -190,7 +184,11 @@ class Checkpoint:
             experts, *shape = shape or (0,)
         if len(shape) != 2 or not all((experts, *shape)):
             raise InputError(f"{self.path} has experts whose matrices are of {tuple(down.shape)}, which cannot be")
-        hidden, intermediate = reversed(shape) if self._experts.transposed and not naming.blocks else shape
+        self._transposed = False
+        if "{}" not in naming.down and not naming.blocks:  # of each ``[in, out]``: the shapes fit that, or the other
+            gate_up = self._entry(self._place(0, 0, naming.gate_up)[0]).shape
+            self._transposed = gate_up == (experts, shape[1], 2 * shape[0])
+        hidden, intermediate = reversed(shape) if self._transposed else shape
         if naming.blocks:
             intermediate *= 32
         self.dtype = torch.bfloat16 if naming.blocks else down.dtype
@@ -235,7 +233,7 @@ class Checkpoint:
                 expected[f"{part}_blocks"] = (rows, columns // 32, 16), torch.uint8
                 expected[f"{part}_scales"] = (rows, columns // 32), torch.uint8
             elif part:
-                expected[part] = (columns, rows) if self._experts.transposed else (rows, columns), self.dtype
+                expected[part] = (columns, rows) if self._transposed else (rows, columns), self.dtype
             if part and self._bias is not None:
                 name = self._place(0, 0, part + self._bias)[0]
                 expected[part + self._bias] = (rows,), self._entry(name).dtype

@@ -22,13 +22,10 @@ class ModelExperts:
     Attributes:
         shape: see ``MoeShape``; its ``layers`` count MoE layers alone.
         dtype: of the weights.
-        transposed: None: the parameters' form is the model's.
 
     Raises:
         InputError: if it has no experts, or experts that cachemoe cannot compute.
     """
-
-    transposed = None
 
     def __init__(self, model):
         layers = moe_layers(model)

@@ -87,12 +87,8 @@ def is_experts(module: torch.nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def check_experts(layer: MoeLayer, page_format: PageFormat, transposed: bool | None) -> None:
+def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
     """Whether the model computes its experts as the page format says: the activation is asked, on random rows.
-
-    Args:
-        transposed: whether the matrices were stored, and read, as ``[in, out]``; None where the model's own form says
-            nothing about that.
 
     Raises:
         InputError: if not.
@@ -102,7 +98,7 @@ def check_experts(layer: MoeLayer, page_format: PageFormat, transposed: bool | N
     if own != (page_format.gated, page_format.bias, False):
         raise InputError(f"{name} has experts with (gate, bias, norm) = {own}, which its pages here have not")
     sizes = tuple(experts.down_proj.shape[1:][:: -1 if experts.is_transposed else 1])
-    if sizes != (page_format.hidden, page_format.intermediate) or transposed not in (None, experts.is_transposed):
+    if sizes != (page_format.hidden, page_format.intermediate):
         raise InputError(f"{name} has matrices of another shape than its checkpoint: see moe/architectures.py")
     rows = torch.randn(PROBES, 2 * page_format.intermediate, generator=torch.Generator().manual_seed(0))
     rows *= torch.logspace(-1, 2, PROBES)[:, None]  # small values show the curve, large ones where it is cut off

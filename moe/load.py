@@ -99,7 +99,7 @@ def load(
             warnings.warn(f"{error}; the model is loaded without", stacklevel=2)
             tokenizer = None
         model = load_without_experts(checkpoint, device)
-        rules = check_model(model, layout.page_format, checkpoint.transposed, routing)
+        rules = check_model(model, layout.page_format, routing)
         if store is None:  # what takes long comes last
             opened = stack.enter_context(open_packed(checkpoint, layout, progress, check_reads=verify == "read"))
         if verify == "open":
@@ -138,7 +138,7 @@ def swap(
     routing = checked(routing, experts.shape.experts, experts.shape.top_k)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
-    rules = check_model(model, layout.page_format, experts.transposed, routing)
+    rules = check_model(model, layout.page_format, routing)
     with ExitStack() as stack:
         if pool is None:
             count = layout.layers * layout.experts
@@ -165,10 +165,10 @@ def check_loadable(checkpoint: Checkpoint, format: str | None = None) -> None:
     Raises:
         InputError: as ``load`` does for a model that it cannot run.
     """
-    check_model(outline(checkpoint), checkpoint.page_format(format), checkpoint.transposed, Original())
+    check_model(outline(checkpoint), checkpoint.page_format(format), Original())
 
 
-def check_model(model, page_format: PageFormat, transposed: bool | None, routing: Strategy) -> list[RoutingRule] | None:
+def check_model(model, page_format: PageFormat, routing: Strategy) -> list[RoutingRule] | None:
     """Whether the model's experts and routers are such as pages and routing suppose.
 
     Returns:
@@ -178,7 +178,7 @@ def check_model(model, page_format: PageFormat, transposed: bool | None, routing
         InputError: if not.
     """
     for layer in moe_layers(model):
-        check_experts(layer, page_format, transposed)
+        check_experts(layer, page_format)
     return None if routing.label == EXACT else routing_rules(model)
 
 

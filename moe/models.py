@@ -130,12 +130,10 @@ def _on_meta(path, config) -> transformers.PreTrainedModel:
 
     Its own config is the text part's where its class is one for text alone.
     """
-    causal, both = transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     with outside(f"transformers cannot load {path}"), torch.device("meta"):
-        if causal.get(type(config), None) is not None:
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if both.get(type(config), None) is not None:
-            return transformers.AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+            if type(config) in auto._model_mapping:
+                return auto.from_config(config, trust_remote_code=False)
         # Some are in neither list: the class that wrote the checkpoint, if it is one that generates.
         named = getattr(transformers, (config.architectures or [""])[0], None)
         if not (isinstance(named, type) and issubclass(named, transformers.GenerationMixin)):

@@ -17,6 +17,8 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
 TRACE_VERSION = 1
+DTYPES = {"logits": torch.float16, "ids": torch.int16, "tokens": torch.int32}
+KINDS = {"model": str, "name": str, "context": int}  # of what the metadata says beside the version
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class RoutingTrace:
             OSError: if it cannot be written.
         """
         about = {"version": TRACE_VERSION, "model": self.model, "name": self.name, "context": self.context}
-        tensors = {name: getattr(self, name).contiguous() for name in ("logits", "ids", "tokens")}
+        tensors = {name: getattr(self, name).contiguous() for name in DTYPES}
         with whole_file(path) as partial:
             try:
                 save_file(tensors, partial, metadata={"cachemoe-trace": json.dumps(about)})
@@ -60,18 +62,22 @@ class RoutingTrace:
         Raises:
             InputError: if it is none, or damaged.
         """
+        if not path.is_file():
+            raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one")
         try:
             with safe_open(path, framework="pt") as file:
                 fields = json.loads((file.metadata() or {})["cachemoe-trace"])
-                tensors = {name: file.get_tensor(name) for name in ("logits", "ids", "tokens")}
-            version, about = fields["version"], {name: fields[name] for name in ("model", "name", "context")}
-        except FileNotFoundError as error:
-            raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one") from error
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+                tensors = {name: file.get_tensor(name) for name in DTYPES}
+            version, about = fields["version"], {name: fields[name] for name in KINDS}
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again") from error
         if version != TRACE_VERSION:
             raise InputError(f"{path} is a trace of another version: make it again")
-        logits, ids, tokens = (tuple(tensors[name].shape) for name in ("logits", "ids", "tokens"))
+        if any(type(about[name]) is not kind for name, kind in KINDS.items()):
+            raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again")
+        if any(tensors[name].dtype != dtype for name, dtype in DTYPES.items()):
+            raise InputError(f"{path} has parts of another dtype than a trace has: make it again")
+        logits, ids, tokens = (tuple(tensors[name].shape) for name in DTYPES)
         if not logits[:2] == ids[:2] == (*logits[:1], *tokens) or len(logits) != 3 or len(ids) != 3:
             raise InputError(f"{path} has parts that do not fit each other: make it again")
         return cls(**tensors, **about)

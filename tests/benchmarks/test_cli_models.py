@@ -1,8 +1,11 @@
 """The commands on a user's own checkpoint, as a user types them."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cachemoe.benchmarks.cli import app
@@ -77,9 +80,73 @@ def test_a_trace_has_the_routers_of_the_text(run, tmp_path):
     assert (chosen >= trace.logits.float().topk(4).values[..., -1]).all()
 
 
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(TINYMOE, tmp_path / "model")
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_what_a_tokenizer_gives_and_no_model_takes_is_left_out(run, copy):
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    edit_json(copy / "tokenizer_config.json", model_input_names=names)
+    expected = run("generate", TINYMOE, "--prompt", "The ", "--tokens", "5")
+    assert run("generate", copy, "--prompt", "The ", "--tokens", "5") == expected
+
+
+def test_a_tokenizer_that_cannot_be_had_ends_in_a_sentence(run, copy):
+    (copy / "tokenizer.json").write_text("{}")
+    for command in (("generate", copy, "--prompt", "x"), ("quality", copy), ("trace", copy, "--out", "x")):
+        assert "transformers cannot load the tokenizer of" in run(*command, fails=True)
+    for file in copy.glob("*token*"):
+        file.unlink()
+    assert "has no tokenizer: copy the model's" in run("generate", copy, "--prompt", "x", fails=True)
+
+
+def test_another_models_tokenizer_is_refused(run, copy, monkeypatch):
+    monkeypatch.setattr("cachemoe.benchmarks.run_models.int", lambda _: 256, raising=False)
+    for command in (("generate", copy, "--prompt", "x"), ("quality", copy, "--tokens", "64", "--context", "32")):
+        assert "gives token 256, and the model has 256" in run(*command, fails=True)
+
+
+def test_what_transformers_raises_while_generating_ends_in_a_sentence(run, copy):
+    edit_json(copy / "generation_config.json", cache_implementation="some")
+    said = run("generate", copy, "--prompt", "x", fails=True)
+    assert "cannot go on from the prompt: " in said or "transformers cannot load" in said
+
+
+def test_figures_that_are_not_finite_are_null_and_say_why(run, copy):
+    """A model gone astray: its perplexity is more than a float holds."""
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"] *= 3000
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    options = ("--tokens", "64", "--context", "32", "--capacity", "50%", "--strategy", "cache-prior:0.5")
+    said = run("quality", copy, *options, "--json", "quality.json")
+    report = json.loads(Path("quality.json").read_text(), parse_constant=pytest.fail)
+    assert report["unmodified"]["perplexity"] is None and "inf" in said
+    assert report["unmodified"]["not_finite"] == {"perplexity": "inf: more than a float holds"}
+    assert report["unmodified"]["nats_per_token"] > 709
+    for row in report["rows"]:
+        assert row["perplexity"] is None and 0 <= row["miss_rate"] <= 1 and 0 <= row["top1_agreement"] <= 1
+
+
+def test_info_and_pack_refuse_what_load_refuses(run, copy):
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("o_proj.weight"))
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    for command in (("info", copy), ("pack", copy, "--out", "x"), ("generate", copy, "--prompt", "x")):
+        assert f"lacks 1 of the model's tensors, {name} first" in run(*command, fails=True)
+    assert not Path("x").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("info", "absent", "--revision", "main"), "no checkpoint folder"),
+        (("info", TINYMOE, "--revision", "main"), "is a folder, which has no revision main"),
         (("info", "absent"), "no checkpoint folder"),
         (("info", "nobody/absent"), "no folder nobody/absent, and the Hugging Face hub"),
         (("info", TINYMOE, "--memory", "plenty"), "no size such as 6GiB"),

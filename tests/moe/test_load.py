@@ -1,5 +1,6 @@
 """load and what it gives: any architecture, the model's own output from a pool, and what is refused."""
 
+import dataclasses
 import gc
 import shutil
 import threading
@@ -354,7 +355,16 @@ def test_a_pool_is_a_share_or_a_size_or_slots(pool, slots):
         assert slots_of(pool, SHAPE, 1000) == slots
 
 
-@pytest.mark.parametrize("pool", ["half", "6 Gi", "-1", "1.5", ""])
+@pytest.mark.parametrize(("top_k", "slots"), [(2, 4), (4, 4), (6, 6), (8, 8)])
+def test_a_pool_that_nobody_chose_is_half_or_what_a_token_uses(top_k, slots):
+    shape = dataclasses.replace(SHAPE, top_k=top_k)
+    assert slots_of(None, shape, 1000) == [slots] * 3
+    if top_k > 4:
+        with pytest.raises(InputError, match=f"must lie between the {top_k}"):
+            slots_of("50%", shape, 1000)
+
+
+@pytest.mark.parametrize("pool", ["half", "6 Gi", "-1", "1.5", "", "9" * 5000, "9" * 400 + "%", "9" * 400 + "GB"])
 def test_any_other_pool_is_refused(pool):
     with pytest.raises(InputError, match="is no size such as 6GiB"):
         slots_of(pool, SHAPE, 1000)

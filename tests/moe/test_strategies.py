@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import CachePrior, MaxRank, Pruning, Strategy, cache_bias, checked
 from cachemoe.offload.errors import InputError
 
 EXPERTS, TOP_K = 60, 4
@@ -73,6 +73,34 @@ def test_a_bad_form_is_answered_with_a_sentence(text, message):
         parse(text)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value).split()) > 4
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        (CachePrior(float("nan")), "lambda of cache-prior must lie between 0.0 and 1.0, not nan"),
+        (CachePrior("0.5"), "lambda of cache-prior must be a number, not '0.5'"),
+        (CachePrior(None), "lambda of cache-prior must be a number, not None"),
+        (CachePrior(0.5, top_j=1.5), "J must be a whole number, 0 or more, not 1.5"),
+        (CachePrior(0.5, top_j=None), "J must be a whole number, 0 or more, not None"),
+        (MaxRank(2.5), "M of max-rank must be a whole number, not 2.5"),
+        (MaxRank(float("nan")), "M of max-rank must be a whole number, not nan"),
+        (Pruning(float("inf")), "K' of pruning must be a whole number, not inf"),
+        (Strategy("best", 0.5), "unknown strategy 'best'"),
+        (Strategy("original", 0.5), "original takes no value, and 0.5 is one"),
+        (0.5, "a routing is a strategy such as CachePrior"),
+        (CachePrior, "a routing is a strategy such as CachePrior"),
+        ("cache-prior:nan", "must lie between"),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_answered_with_a_sentence(routing, message):
+    with pytest.raises(InputError, match=message):
+        checked(routing, EXPERTS, TOP_K)
+
+
+def test_a_strategy_its_text_or_nothing_gives_a_strategy():
+    assert checked(None, EXPERTS, TOP_K) == Strategy("original")
+    assert checked("cache-prior:0.5", EXPERTS, TOP_K) == checked(CachePrior(0.5), EXPERTS, TOP_K) == CachePrior(0.5)
 
 
 def test_a_probability_of_zero_is_refused():
