@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.kernels.cache_folder import cache_directory
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.pack import check_space, open_packed
+from cachemoe.moe.pack import check_space, open_packed, store_directory
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
@@ -40,7 +39,7 @@ def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> Exper
     layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
     count = layout.layers * layout.experts
     file = f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}-v{VERSION}.safetensors"
-    path = cache_directory() / file
+    path = store_directory() / file
     if not path.exists():
         check_space(path.parent, count * layout.page_format.page_bytes)
         with progress(f"making the {name} store", count) as advance:

@@ -1,5 +1,4 @@
-"""Where cachemoe keeps what can be made again: a folder that nobody else can write, since code and weights come from "
-"it."""
+"""Where cachemoe keeps what can be made again: where nobody else can write, since code and weights come from it."""
 
 import os
 import stat
@@ -27,9 +26,10 @@ def cache_directory() -> Path:
         return folder
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"the cache directory {folder} is no folder: set CACHEMOE_CACHE to one of yours")
-    if found.st_uid == os.geteuid() and not found.st_mode & OTHERS_WRITE:
+    trusted = found.st_uid in (os.geteuid(), 0)
+    if trusted and not found.st_mode & OTHERS_WRITE:
         return folder
-    if found.st_uid not in (os.geteuid(), 0) or (found.st_mode & OTHERS_WRITE and not found.st_mode & stat.S_ISVTX):
+    if not trusted or not found.st_mode & stat.S_ISVTX:
         raise PermissionError(
             f"others can replace what is in the cache directory {folder}: set CACHEMOE_CACHE to a folder of yours"
         )

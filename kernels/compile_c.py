@@ -23,9 +23,8 @@ DIGEST_BYTES = 32  # at the end of a library, behind what the loader reads: of a
 def compile_c(source: Path) -> ctypes.CDLL:
     """The source's functions, compiled by ``$CC`` or the first of ``COMPILERS``.
 
-    A library that is kept is looked at before it is loaded, and made again if it is damaged: the system would map it
-        and
-    fail later, or end the process.
+    A library that is kept is looked at before it is loaded, and made again if it is damaged: the system would map it,
+    and fail later or end the process.
 
     Raises:
         OSError: if there is no compiler, it refuses the source, or the cache directory cannot be used.
@@ -38,9 +37,9 @@ def compile_c(source: Path) -> ctypes.CDLL:
         raise OSError(f"there is no C compiler ({', '.join(COMPILERS)})")
     command = [*compiler, *FLAGS]
     key = hashlib.sha256(b"\0".join((source.read_bytes(), shlex.join(command).encode(), _processor().encode())))
-    library = cache_directory() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    make_folder(cache_directory())
+    library = cache_directory() / f"{source.stem}-{key.hexdigest()[:16]}.so"  # asked of the folder that is there now
     if not _is_whole(library):
-        make_folder(library.parent)
         with TemporaryDirectory(dir=library.parent) as folder:  # beside it, so that it can be moved whole
             compiled, linked = Path(folder) / "compiled.o", Path(folder) / "linked.so"
             _run([*command, "-c", str(source), "-o", str(compiled)])

@@ -114,8 +114,7 @@ class Checkpoint:
         return format_of(kind, group, self.config, size, self.dtype, bias=self._bias is not None)
 
     def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
-        """Layout of this model's store with pages of one format, see ``page_format``; for which weights is left "
-        "open."""
+        """Layout of this model's store with pages of one format, see ``page_format``; for no weights in particular."""
         page_format = self.page_format(kind, group)
         return StoreLayout(UNKNOWN_MODEL, len(self.shape.layers), self.shape.experts, page_format)
 

@@ -83,8 +83,7 @@ def _apply_to_none(experts, function, recurse=True):
 
 
 def _apply_in_place(model, function, recurse=True):
-    """What ``.to()``, ``.float()`` and others come down to: they convert everything but the experts, and move "
-    "nothing."""
+    """What ``.to()``, ``.float()`` and others come down to: they convert all but the experts, and move nothing."""
     before = torch.empty(0, dtype=model.dtype, device=model.device)
     if (device := function(before).device) != before.device:
         raise InputError(

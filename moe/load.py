@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from cachemoe.kernels.cache_folder import cache_directory, make_folder
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
@@ -18,7 +17,7 @@ from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
-from cachemoe.moe.pack import holds, open_packed, pack
+from cachemoe.moe.pack import check_space, holds, open_packed, pack, store_directory
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
@@ -149,8 +148,9 @@ def swap(
             layout = replace(layout, model=str(made))
         else:
             capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
-            make_folder(cache_directory())
-            with TemporaryDirectory(prefix="swapped-", dir=cache_directory()) as folder:
+            directory = store_directory()
+            check_space(directory, layout.layers * layout.experts * layout.page_format.page_bytes)
+            with TemporaryDirectory(prefix="swapped-", dir=directory) as folder:
                 pack(experts, layout, Path(folder) / "experts.safetensors", progress)
                 file = stack.enter_context(ExpertStore(Path(folder) / "experts.safetensors"))
             # What is open stays readable, and nothing is left behind however this ends.

@@ -3,12 +3,13 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.cache_folder import cache_directory
+from cachemoe.kernels.cache_folder import cache_directory, make_folder
 from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint, checkpoint_key, fingerprint, keep
@@ -93,14 +94,15 @@ def open_packed(
     page_format = layout.page_format
     kind = f"{page_format.kind}{page_format.group or ''}"
     folder = checkpoint.path.resolve().name
-    path = cache_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
+    path = store_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
 
     def made() -> ExpertStore | None:
         if path.exists():
-            store = ExpertStore(path, check_reads=check_reads)
-            if holds(store, checkpoint, layout, progress):
-                return store
-            store.close()
+            with ExitStack() as stack:
+                store = stack.enter_context(ExpertStore(path, check_reads=check_reads))
+                if holds(store, checkpoint, layout, progress):
+                    stack.pop_all()
+                    return store
         return None
 
     def wanted() -> bool:  # asked when another thread or process, that packed meanwhile, has ended
@@ -124,6 +126,18 @@ def holds(store: ExpertStore, checkpoint: Checkpoint, layout: StoreLayout, progr
     return alike and store.layout.model == fingerprint(checkpoint, progress)
 
 
+def store_directory() -> Path:
+    """``cache_directory``, where users come in.
+
+    Raises:
+        InputError: if there can be none.
+    """
+    try:
+        return cache_directory()
+    except OSError as error:
+        raise InputError(str(error)) from error
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Whether a store of that many bytes can be made there.
 
@@ -131,7 +145,7 @@ def check_space(directory: Path, needed: int) -> None:
         InputError: if the directory cannot be made, or its disk has less room.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         free = shutil.disk_usage(directory).free
     except OSError as error:
         raise InputError(

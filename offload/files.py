@@ -4,7 +4,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cachemoe.kernels.cache_folder import make_folder
@@ -30,33 +30,45 @@ def whole_file(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)  # or the name may be lost with the power
-        finally:
-            os.close(folder)
+        with suppress(OSError):  # where the file system cannot, the file is whole all the same
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)  # or the name may be lost with the power
+            finally:
+                os.close(folder)
     finally:
         if _is_at(lock, partial):
             partial.unlink()
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not unlock while a forked child has the file open as well
         os.close(lock)
 
 
 def _locked(partial: Path) -> int:
     """A descriptor of the file, empty and locked: it is made, or taken over, and waited for where another has it."""
     while True:
+        flags, made = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, True
         try:
-            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+            try:
+                file = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                file, made = os.open(partial, flags), False
+        except FileNotFoundError:
+            if not partial.parent.is_dir():
+                raise
+            continue  # renamed or removed meanwhile
         except OSError as error:
             if partial.is_symlink():
                 raise InputError(f"{partial} is a link, which is not followed: remove it") from error
             raise
         try:
             found = os.fstat(file)
-            if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1:
+            # One that was made here is this user's, whatever owner a network's file system shows.
+            if not made and (not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_nlink > 1):
                 raise InputError(f"{partial} is not a file of yours alone: remove it, or write elsewhere")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
+                partial.unlink(missing_ok=True)
                 raise InputError(
                     f"the file system of {partial.parent} has no locks ({error.strerror}): write elsewhere, or set "
                     "CACHEMOE_CACHE where it is the cache directory"

@@ -197,8 +197,7 @@ def test_threads_that_generate_get_what_they_would_get_alone(pooled, own):
 
 
 def test_threads_and_changes_between_them(pooled, own):
-    """Resizing and routing by turns while two threads generate: with lambda = 1e-12 no routing differs from the "
-    "model's."""
+    """Resizing and routing by turns while others generate: with lambda = 1e-12 no routing differs from the model's."""
     expected, got = [ask(own, prompt) for prompt in PROMPTS], {}
 
     def change():

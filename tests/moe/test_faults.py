@@ -1,5 +1,4 @@
-"""A disk that fails below a loaded model: reads that raise, end early, take long or lie give right numbers or one "
-"error."""
+"""A disk that fails below a loaded model: reads that raise, end early or lie give right numbers or one error."""
 
 import os
 import time
