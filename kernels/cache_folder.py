@@ -24,6 +24,10 @@ def cache_directory() -> Path:
         found = os.stat(folder)
     except FileNotFoundError:
         return folder
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be made or looked into ({error.strerror}): set CACHEMOE_CACHE to another folder"
+        ) from error
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(f"the cache directory {folder} is no folder: set CACHEMOE_CACHE to one of yours")
     trusted = found.st_uid in (os.geteuid(), 0)

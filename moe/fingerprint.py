@@ -96,4 +96,4 @@ def checkpoint_key(checkpoint: Checkpoint) -> str:
 
 
 def _place(checkpoint: Checkpoint):
-    return cache_directory() / "fingerprints" / f"{checkpoint_key(checkpoint)}.json"
+    return cache_directory() / "fingerprints" / checkpoint_key(checkpoint)
