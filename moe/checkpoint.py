@@ -12,6 +12,7 @@ import torch
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
+from cachemoe.moe.hub import commit_of
 from cachemoe.moe.shards import Shards, file_stamp
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.header import TensorEntry, parse_json
@@ -116,7 +117,8 @@ class Checkpoint:
     def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
         """Layout of this model's store with pages of one format, see ``page_format``; for no weights in particular."""
         page_format = self.page_format(kind, group)
-        return StoreLayout(UNKNOWN_MODEL, len(self.shape.layers), self.shape.experts, page_format)
+        layers, experts, revision = len(self.shape.layers), self.shape.experts, commit_of(self.path) or ""
+        return StoreLayout(UNKNOWN_MODEL, layers, experts, page_format, revision)
 
     def pages(self, page_format: PageFormat) -> Iterator[torch.Tensor]:
         """Every expert's page, expert by expert, layer by layer; one expert in memory at a time."""

@@ -9,7 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +34,20 @@ class StoreLayout:
         layers: L, MoE layers.
         experts: E, experts a layer.
         page_format: layout of each page.
+        revision: commit of the hub's repository that the checkpoint came from; empty for any other. It says where the
+            weights are from, and ``model`` alone which they are.
     """
 
     model: str
     layers: int
     experts: int
     page_format: PageFormat
+    revision: str = field(default="", compare=False)
 
     def metadata(self) -> dict[str, str]:
         """The layout as safetensors metadata."""
         fields = {"version": VERSION, "model": str(self.model), "layers": self.layers, "experts": self.experts}
+        fields["revision"] = self.revision
         fields |= asdict(self.page_format)
         return {"cachemoe": json.dumps(fields)}
 
@@ -62,12 +66,13 @@ class StoreLayout:
         if version != VERSION:
             raise InputError(f"{path} is a store of version {version}, and this is version {VERSION}: make it again")
         try:
-            layout = cls(*(fields.pop(name) for name in ("model", "layers", "experts")), PageFormat(**fields))
+            model, layers, experts, revision = map(fields.pop, ("model", "layers", "experts", "revision"))
+            layout = cls(model, layers, experts, PageFormat(**fields), revision)
             numbers = (layout.layers, layout.experts, layout.page_format.hidden, layout.page_format.intermediate)
             if not all(type(number) is int and 0 < number < LARGEST for number in numbers):
                 raise ValueError("its dimensions cannot be")
-            if not isinstance(layout.model, str):
-                raise ValueError("its fingerprint is no text")
+            if not isinstance(layout.model, str) or not isinstance(layout.revision, str):
+                raise ValueError("its fingerprint or revision is no text")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} has a broken layout in its header: make it again") from error
         return layout
