@@ -45,10 +45,8 @@ class ModelExperts:
                     f"the experts of MoE layer {number} have no weights in memory: the model is swapped already, "
                     "partly offloaded, or never loaded"
                 )
-            if any(
-                parameter.shape != other.shape or parameter.dtype != other.dtype
-                for parameter, other in zip(experts.parameters(), first.parameters(), strict=True)
-            ):
+            forms = ([(name, p.shape, p.dtype) for name, p in each.named_parameters()] for each in (experts, first))
+            if next(forms) != next(forms):
                 raise InputError(f"the experts of MoE layer {number} differ in shape or dtype from those of layer 0")
         self.dtype = first.down_proj.dtype
         hidden, intermediate = first.down_proj.shape[1:][:: -1 if first.is_transposed else 1]

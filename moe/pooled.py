@@ -13,7 +13,7 @@ import torch
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.reference import CacheBias, Routing
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.doors import NoBackward, close_doors, uncopiable
+from cachemoe.moe.doors import close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
@@ -197,7 +197,7 @@ class PooledExperts:
         y = self.engine.forward(layer, hidden.contiguous(), routing)
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
-        return NoBackward.apply(y, hidden) if torch.is_grad_enabled() and hidden.requires_grad else y
+        return y
 
     def _renew_lock(self) -> None:
         self._lock = self._swap.lock = Lock()

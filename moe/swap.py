@@ -9,6 +9,7 @@ from types import MethodType
 import torch
 
 from cachemoe.kernels.reference import Routing
+from cachemoe.moe.doors import NoBackward
 from cachemoe.moe.layers import Probe, moe_layers, probe
 from cachemoe.moe.routers import RouterOutput
 
@@ -131,7 +132,10 @@ class Swap:
                 if self._place is None:
                     raise RuntimeError("the experts are called with other ids than the layer's router answered")
                 routing = self._place(number, ids, weights)
-            return self._experts(number, hidden_states, routing)
+            y = self._experts(number, hidden_states, routing)
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
+            y = NoBackward.apply(y, hidden_states, weights)
+        return y
 
 
 def _restore(own: list[tuple[torch.nn.Module, Callable | None]]) -> None:

@@ -126,6 +126,10 @@ def test_a_backward_pass_raises_and_a_forward_pass_does_not(pooled):
     loss = pooled(inputs_embeds=x).logits.sum()
     with pytest.raises(InputError, match="give no gradients"):
         loss.backward()
+    for layer in moe_layers(pooled):  # the router alone is trained
+        layer.router.requires_grad_()
+    with pytest.raises(InputError, match="give no gradients"):
+        pooled(PROMPT).logits.sum().backward()
 
 
 # -------------------------------------------------------------------------------------------------------- what swap
