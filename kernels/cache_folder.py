@@ -35,7 +35,8 @@ def cache_directory() -> Path:
         return folder
     if not trusted or not found.st_mode & stat.S_ISVTX:
         raise PermissionError(
-            f"others can replace what is in the cache directory {folder}: set CACHEMOE_CACHE to a folder of yours"
+            f"others can replace what is in the cache directory {folder}: `chmod go-w` it, if it is yours, or set "
+            "CACHEMOE_CACHE to a folder of yours"
         )
     own = folder / f"user-{os.geteuid()}"
     try:

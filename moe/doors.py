@@ -64,7 +64,7 @@ def free(experts: torch.nn.Module) -> None:
 
 
 def close_doors(model, layers: list[MoeLayer]) -> None:
-    """Refuse, or serve, what the model's own methods would do with the experts' parameters.
+    """Refuse, or serve, what a model's own methods would do with its experts' parameters, and those of its parts.
 
     Args:
         model: of transformers.
@@ -72,28 +72,48 @@ def close_doors(model, layers: list[MoeLayer]) -> None:
     """
     for layer in layers:
         free(layer.experts)
+        layer.experts.register_parameter = _refuse_parameter
         layer.experts._apply = MethodType(_apply_to_none, layer.experts)
-    model._apply = MethodType(_apply_in_place, model)
-    model.save_pretrained = MethodType(_refuse_to_save, model)
-    model.register_load_state_dict_pre_hook(_refuse_experts)
+    pooled = {layer.experts for layer in layers}
+    for module in model.modules():
+        if module not in pooled and not pooled.isdisjoint(module.modules()):
+            module._apply = MethodType(_apply_in_place, module)
+            module.register_load_state_dict_pre_hook(_refuse_experts)
+            module.__deepcopy__ = module.__reduce_ex__ = _refuse_copies
+            if hasattr(module, "save_pretrained"):
+                module.save_pretrained = _refuse_to_save
 
 
 def _apply_to_none(experts, function, recurse=True):
     return experts
 
 
-def _apply_in_place(model, function, recurse=True):
+def _apply_in_place(module, function, recurse=True):
     """What ``.to()``, ``.float()`` and others come down to: they convert all but the experts, and move nothing."""
-    before = torch.empty(0, dtype=model.dtype, device=model.device)
-    if (device := function(before).device) != before.device:
-        raise InputError(
-            f"a model whose experts are in a pool on {before.device} cannot move to {device}: load it there, with "
-            f"device={str(device)!r}"
-        )
-    return type(model)._apply(model, function, recurse)
+    dense = (parameter for parameter in module.parameters() if not isinstance(parameter, PooledParameter))
+    if (first := next(dense, None)) is not None:
+        before = torch.empty(0, dtype=first.dtype, device=first.device)
+        if (device := function(before).device) != before.device:
+            raise InputError(
+                f"a model whose experts are in a pool on {before.device} cannot move to {device}: load it there, with "
+                f"device={str(device)!r}"
+            )
+    return type(module)._apply(module, function, recurse)
 
 
-def _refuse_to_save(model, *_, **__):
+def _refuse_copies(*_):
+    raise uncopiable()
+
+
+def _refuse_parameter(name, parameter):
+    """As in an assignment, or by ``load_state_dict(assign=True)``."""
+    raise InputError(
+        f"the experts of this model are in cachemoe's pool, and {name} cannot be replaced: save the weights as a "
+        "checkpoint, and load that"
+    )
+
+
+def _refuse_to_save(*_, **__):
     """Before a folder is made: transformers would find the parameters empty when half of the files are written."""
     raise InputError(
         "a model whose experts are in a pool cannot be saved, since the pool is not a checkpoint: copy the folder "
@@ -101,9 +121,9 @@ def _refuse_to_save(model, *_, **__):
     )
 
 
-def _refuse_experts(model, state_dict, prefix, *_):
+def _refuse_experts(module, state_dict, prefix, *_):
     """Before any tensor of a state dict is copied."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         if isinstance(parameter, PooledParameter) and prefix + name in state_dict:
             raise InputError(
                 f"the experts of this model are in cachemoe's pool, and {name} cannot be loaded into them: save the "

@@ -31,7 +31,9 @@ class Fingerprint:
         Args:
             source: a ``Checkpoint`` or ``ModelExperts``.
         """
-        self._hash = xxh3_128(repr((source.shape, source.dtype)).encode())
+        shape = source.shape
+        form = len(shape.layers), shape.experts, shape.hidden, shape.intermediate, source.dtype
+        self._hash = xxh3_128(repr(form).encode())
 
     def add(self, weights: dict[str, torch.Tensor]) -> None:
         """The next expert.

@@ -16,7 +16,7 @@ from cachemoe.offload.errors import InputError
 
 ROUTERS = ("gate", "router")  # what MoE blocks call theirs
 DEVIATIONS = -3, 3.6  # of logits in the probes, powers of two: beyond, float32 loses the scores of some in a softmax
-PROBES = 64  # random hidden states that tell a router's rule, and rows that tell an activation
+PROBES = 128  # random hidden states that tell a router's rule, and rows that tell an activation
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def probe(layer: MoeLayer, precisely: bool = False) -> Probe:
         more = [each.float() if torch.is_tensor(each) and each.is_floating_point() else each for each in more]
     try:
         ordinary = RouterOutput.of(router(hidden, *more), layer.count).logits.float().std(dim=1).mean()
-        deviations = torch.logspace(*DEVIATIONS, PROBES, base=2, device=hidden.device)
+        deviations = torch.logspace(*DEVIATIONS, PROBES // 2, base=2, device=hidden.device)
+        deviations = torch.cat((deviations, deviations[-1:].expand(PROBES // 2)))  # half of them as large as can be
         hidden = (hidden.float() * (deviations / ordinary.clamp(min=1e-3))[:, None]).to(hidden.dtype)
         answer = router(hidden, *more)
     except InputError:

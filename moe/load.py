@@ -95,7 +95,7 @@ def load(
         try:
             tokenizer = load_tokenizer(checkpoint.path)
         except InputError as error:  # a model needs none
-            warnings.warn(f"{error}; the model is loaded without", stacklevel=2)
+            warnings.warn(f"{error}; the model is loaded without", stacklevel=3)
             tokenizer = None
         model = load_without_experts(checkpoint, device)
         rules = check_model(model, layout.page_format, routing)
@@ -105,6 +105,7 @@ def load(
             with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                 opened.verify(advance)
         engine = _engine(stack, opened, capacity, device, evict, progress)
+        checkpoint.check_unchanged()  # or weights of before and after would compute together
         PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model, tokenizer
 
@@ -150,10 +151,13 @@ def swap(
             capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
             directory = store_directory()
             check_space(directory, layout.layers * layout.experts * layout.page_format.page_bytes)
-            with TemporaryDirectory(prefix="swapped-", dir=directory) as folder:
+            try:
+                temporary = TemporaryDirectory(prefix="swapped-", dir=directory)
+            except OSError as error:
+                raise InputError(f"{directory} cannot be written ({error.strerror}): set CACHEMOE_CACHE") from error
+            with temporary as folder:  # what is open stays readable, and nothing is left behind however this ends
                 pack(experts, layout, Path(folder) / "experts.safetensors", progress)
                 file = stack.enter_context(ExpertStore(Path(folder) / "experts.safetensors"))
-            # What is open stays readable, and nothing is left behind however this ends.
             engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model.cachemoe

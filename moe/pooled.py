@@ -115,6 +115,7 @@ class PooledExperts:
     @routing.setter
     @plain_torch()
     def routing(self, routing: Strategy | str | None) -> None:
+        self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
         exact = routing.label == EXACT
         if not exact and self._rules is None:
@@ -134,6 +135,7 @@ class PooledExperts:
         Raises:
             InputError: as ``load``, or if all experts are in memory for good.
         """
+        self._check_open()
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
@@ -198,6 +200,10 @@ class PooledExperts:
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
         return y
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            _closed()
 
     def _renew_lock(self) -> None:
         self._lock = self._swap.lock = Lock()

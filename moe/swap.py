@@ -69,6 +69,7 @@ class Swap:
     def __exit__(self, *_):
         for own in (self._own_routers, self._own_experts):
             _restore(own)
+            own.clear()
 
     def reroute(self, route: RouteLayer | None) -> None:
         """Route otherwise from now on; the experts stay swapped throughout, whoever calls them meanwhile.

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,7 @@ class Link:
         self._work = threading.Condition(self._lock)  # on which the link's own threads wait
         self._closing = threading.Event()
         self._process = os.getpid()
+        _LINKS.add(self)
         count = min(carrier.threads, PACED_THREADS) if pacing else carrier.threads
         self._most_prefetches = max(1, count - 1)
         self._threads = []
@@ -254,8 +256,6 @@ class Link:
 
     def close(self) -> None:
         """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
-        if os.getpid() != self._process:
-            return  # no thread to end, and one that is not here may have held the lock
         with self._lock:
             self._closed = True
             self._closing.set()
@@ -361,3 +361,12 @@ class Link:
         kind, name = "demand" if transfer.demand else "prefetch", f"layer {transfer.layer} expert {transfer.expert}"
         details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": size, "kind": kind}
         self._carrier.record(self._timeline, name, transfer, began, time.perf_counter(), **details)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+
+
+_LINKS: weakref.WeakSet[Link] = weakref.WeakSet()
+# A thread that is not in a forked process may have held a lock; what needs the thread then raises.
+os.register_at_fork(after_in_child=lambda: [link._renew_lock() for link in _LINKS])

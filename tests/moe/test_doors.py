@@ -90,17 +90,30 @@ def test_a_state_dict_is_refused_both_ways(pooled, own):
     same(pooled, own)
 
 
+def test_parameters_cannot_be_replaced(pooled, own):
+    with pytest.raises(InputError, match="down_proj cannot be replaced"):
+        moe_layers(pooled)[0].experts.down_proj = torch.nn.Parameter(torch.zeros(8, 32, 32))
+    for part, theirs in ((pooled, own), (pooled.model, own.model)):
+        weights = {name: weight + 1 for name, weight in theirs.state_dict().items() if ".experts." in name}
+        for assign in (False, True):
+            with pytest.raises(InputError, match="cannot be loaded into them"):
+                part.load_state_dict(weights, strict=False, assign=assign)
+    same(pooled, own)
+
+
 def test_saving_is_refused_before_anything_is_written(pooled, tmp_path):
     with pytest.raises(InputError, match="cannot be saved"):
         pooled.save_pretrained(tmp_path / "saved")
+    with pytest.raises(InputError, match="cannot be saved"):
+        pooled.model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, pickle.dumps])
-@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.cachemoe, lambda m: moe_layers(m)[0].experts])
-def test_copies_are_refused(pooled, copied, part):
-    if copied is copy.copy and part(pooled) is not pooled.cachemoe:
-        pytest.skip("a shallow copy of a module shares its parameters, and computes the same")
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("part", [lambda m: m, lambda m: m.model, lambda m: m.cachemoe, lambda m: m.model.layers[0]])
+@pytest.mark.parametrize("routing", [None, CachePrior(0.5)])
+def test_copies_are_refused(pooled, copied, part, routing):
+    pooled.cachemoe.routing = routing
     with pytest.raises(InputError, match="cannot be copied or pickled"):
         copied(part(pooled))
 
@@ -110,6 +123,8 @@ def test_where_it_is_a_model_may_be_moved_and_converted(pooled, own):
     same(pooled.cpu().float(), own)
     with pytest.raises(InputError, match="on cpu cannot move to meta: load it there"):
         pooled.to("meta")
+    with pytest.raises(InputError, match="on cpu cannot move to meta: load it there"):
+        pooled.model.layers.to("meta")
     same(pooled, own)
     with torch.no_grad():
         assert pooled.to(torch.bfloat16)(PROMPT).logits.isfinite().all()
@@ -229,9 +244,18 @@ def test_closing_while_a_thread_generates_ends_it_in_a_sentence(pooled):
     assert raised == ["the model's experts are closed: load it again"]
 
 
+def test_after_closing_nothing_can_be_changed(pooled):
+    pooled.cachemoe.routing = CachePrior(0.5)
+    pooled.cachemoe.close()
+    for change in (lambda: setattr(pooled.cachemoe, "routing", None), lambda: pooled.cachemoe.resize(3)):
+        with pytest.raises(RuntimeError, match="closed: load it again"):
+            change()
+    assert moe_layers(pooled)[0].router(torch.zeros(1, 32))[0].shape == (1, 8)
+
+
 def test_a_forked_process_is_told_and_does_not_hang(pooled):
     read, write = os.pipe()
-    with pooled.cachemoe._lock:  # as another thread may hold it at that moment
+    with pooled.cachemoe._lock, pooled.cachemoe.engine._link._lock:  # as other threads may hold them at that moment
         if (child := os.fork()) == 0:
             torch.set_num_threads(1)
             try:
