@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cachemoe.moe.checkpoint import TINYMOE
 from cachemoe.moe.progress import Progress, show_progress
@@ -77,7 +77,7 @@ def write_synthetic(folder: Path, gigabytes: float, progress: Progress = show_pr
         for number, tensors in enumerate(parts()):
             file = f"model-{number:05d}-of-{layers + 1:05d}.safetensors"
             with whole_file(folder / file) as partial:
-                save_file(tensors, partial, metadata={"format": "pt"})
+                partial.write_bytes(save(tensors, metadata={"format": "pt"}))
             weight_map |= dict.fromkeys(tensors, file)
             advance()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

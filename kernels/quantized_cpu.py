@@ -66,7 +66,7 @@ def has_c() -> bool:
     """Whether the C could be compiled; warns once where it could not."""
     try:
         _c()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # the latter if $CC makes something else of the source
         warnings.warn(
             f"int8 and int4 pages are taken apart at every call, which is slow: {error}", RuntimeWarning, stacklevel=2
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
@@ -50,10 +50,7 @@ class RoutingTrace:
         about = {"version": TRACE_VERSION, "model": self.model, "name": self.name, "context": self.context}
         tensors = {name: getattr(self, name).contiguous() for name in DTYPES}
         with whole_file(path) as partial:
-            try:
-                save_file(tensors, partial, metadata={"cachemoe-trace": json.dumps(about)})
-            except SafetensorError as error:
-                raise OSError(f"{path} cannot be written: {error}") from error
+            partial.write_bytes(save(tensors, metadata={"cachemoe-trace": json.dumps(about)}))
 
     @classmethod
     def load(cls, path: Path) -> "RoutingTrace":

@@ -22,6 +22,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: if the system refuses to write, sync or rename.
         InputError: if the partial file is somebody else's, or a link, or the file system has no locks.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is there already and no file, and is not replaced: choose another")
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.partial")
     lock = _locked(partial)
@@ -29,6 +31,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as written:
             os.fsync(written.fileno())
+        if not _is_at(lock, partial):
+            raise InputError(f"{partial} was removed or replaced while it was written: try again")
         os.replace(partial, path)
         with suppress(OSError):  # where the file system cannot, the file is whole all the same
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -114,3 +114,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file", "text")
     assert names(tmp_path) == []
+
+
+def test_a_partial_file_that_somebody_replaced_is_not_published(tmp_path):
+    with pytest.raises(InputError, match="was removed or replaced"), whole_file(tmp_path / "file") as partial:
+        partial.unlink()
+        partial.write_text("half of another's")
+    assert not (tmp_path / "file").exists()
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="no file, and is not replaced"):
+        write(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
