@@ -22,7 +22,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: if the system refuses to write, sync or rename.
         InputError: if the partial file is somebody else's, or a link, or the file system has no locks.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():  # a folder the system itself refuses
         raise InputError(f"{path} is there already and no file, and is not replaced: choose another")
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.partial")
