@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # config.json's names for one thing.
 TOP_K = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token", "top_k_experts")
+EXPERTS_A_LAYER = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # ``hidden_act`` -> the page format's activation.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
 

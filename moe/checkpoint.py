@@ -11,11 +11,11 @@ import torch
 
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.quantize import dequantize_mxfp4
-from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, NAMINGS, PLAIN, TOP_K, Naming
+from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, EXPERTS_A_LAYER, NAMINGS, PLAIN, TOP_K, Naming
 from cachemoe.moe.hub import commit_of
 from cachemoe.moe.shards import Shards, file_stamp
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.header import TensorEntry, parse_json
+from cachemoe.offload.header import TensorEntry, read_json
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
 # Of ``config.json``'s fields those used here; the numbers of experts a token are ``top_k_of``'s to check.
@@ -24,6 +24,7 @@ FIELDS = {
     **dict.fromkeys(("num_hidden_layers", "vocab_size", "max_position_embeddings"), int),
     "quantization_config": dict,
 }
+LARGEST_NUMBER = 1 << 31  # of tokens, layers, experts
 MOST_DIGITS = 6  # of a layer's or an expert's number
 TINYMOE = Path(__file__).parent / "tinymoe"
 CONFIG = "config.json"
@@ -56,7 +57,7 @@ class Checkpoint:
         path: the folder.
 
     Attributes:
-        config: the fields of ``config.json``.
+        config: the fields of ``config.json``, those of its ``text_config`` among them, without those that are null.
         shape: see ``MoeShape``.
         dtype: of the experts' weights, bfloat16 where they are mxfp4.
         tensors: the ``Shards``.
@@ -78,8 +79,8 @@ class Checkpoint:
         except KeyError as error:
             raise InputError(f"{self.path / CONFIG} lacks {error}") from error
         self._check_shapes()
-        if not 1 <= self.shape.top_k <= self.shape.experts:
-            raise InputError(f"{self.path} uses {self.shape.top_k} of {self.shape.experts} experts, which cannot be")
+        self._check_config()
+        self.page_format()  # whether there is one: load would refuse without
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""
@@ -172,7 +173,7 @@ class Checkpoint:
                 return naming, [model[layer] for layer in self._layers]
         raise InputError(
             f"{self.path} is no MoE model, or names its experts in a way that cachemoe does not know "
-            f"(a {self.config.get('model_type')!r} model): see moe/architectures.py"
+            f"(a {_said(self.config.get('model_type'))} model): see moe/architectures.py"
         )
 
     def _shape(self) -> MoeShape:
@@ -236,8 +237,8 @@ class Checkpoint:
             elif part:
                 expected[part] = (columns, rows) if self._transposed else (rows, columns), self.dtype
             if part and self._bias is not None:
-                name = self._place(0, 0, part + self._bias)[0]
-                expected[part + self._bias] = (rows,), self._entry(name).dtype
+                dtype = self._entry(self._place(0, 0, part + self._bias)[0]).dtype
+                expected[part + self._bias] = (rows,), dtype if dtype in FLOATS.values() else self.dtype
         for number, layer in enumerate(self.shape.layers):
             if self._bias is None and self._place(number, 0, f"{naming.down}_bias")[0] in self.tensors:
                 raise InputError(f"{self.path} has experts with biases in layer {layer}, and without in others")
@@ -253,6 +254,21 @@ class Checkpoint:
                             f"{whole} in {dtype}"
                         )
 
+    def _check_config(self) -> None:
+        """Whether the config says of the experts what their tensors are.
+
+        Only H and E are asked: which field gives an expert's I depends on the model's class, which ``load`` asks.
+        """
+        shape, config = self.shape, self.config
+        if not 1 <= shape.top_k <= shape.experts:
+            raise InputError(f"{self.path} uses {_said(shape.top_k)} of {shape.experts} experts, which cannot be")
+        for name, size in {"hidden_size": shape.hidden, **dict.fromkeys(EXPERTS_A_LAYER, shape.experts)}.items():
+            if type(config.get(name)) is int and config[name] != size:
+                raise InputError(
+                    f"{self.path / CONFIG} has {name} = {_said(config[name])}, and the experts in its files have "
+                    f"{size}: one of the two is another model's"
+                )
+
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
             self.tensors.read(name)  # which says why there is none
@@ -261,9 +277,10 @@ class Checkpoint:
     def _check_computable(self) -> None:
         """Whether the config asks for nothing that pages and experts do not have."""
         quantised = self.config.get("quantization_config") or {}
-        if quantised and quantised.get("quant_method") not in READABLE:
+        method = quantised.get("quant_method")
+        if quantised and method not in READABLE:
             raise InputError(
-                f"{self.path} is quantised by {quantised.get('quant_method')}, which cachemoe does not read: take the "
+                f"{self.path} is quantised by {shorten(str(method), 80)}, which cachemoe does not read: take the "
                 "unquantised checkpoint, and let `cachemoe pack --format int4` quantise its experts"
             )
         activation_of(self.config)
@@ -292,9 +309,9 @@ def activation_of(config: dict) -> str:
     name = config.get("hidden_act") or config.get("hidden_activation") or "silu"
     for key, value in experts.constants:
         if config.get(key, value) != value:
-            raise InputError(f"the model has {key} = {config[key]}, and cachemoe computes with {value} alone")
+            raise InputError(f"the model has {key} = {_said(config[key])}, and cachemoe computes with {value} alone")
     if not experts.activation and name not in ACTIVATIONS:
-        raise InputError(f"the model's experts have {name!r}; cachemoe computes {', '.join(ACTIVATIONS)}")
+        raise InputError(f"the model's experts have {_said(name)}; cachemoe computes {', '.join(ACTIVATIONS)}")
     return experts.activation or ACTIVATIONS[name]
 
 
@@ -346,22 +363,29 @@ def _config(path: Path) -> dict:
     """The fields of ``config.json``, those of its text part among them; what is used here has the type that it must."""
     file = path / CONFIG
     try:
-        if not file.is_file():
-            raise FileNotFoundError("there is no such file")
-        config = parse_json(file.read_bytes())
+        config = read_json(file)
     except OSError as error:
         raise InputError(f"{path} is no checkpoint folder: its {CONFIG} cannot be read ({error})") from error
     except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from error
+        raise InputError(f"{file} cannot be read as a configuration ({error})") from error
     text = config.get("text_config") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(text, dict | None):
         raise InputError(f"{file} is not a configuration: it, and its text_config, must be objects")
-    config |= text or {}  # of a model that sees, too, the part that has the experts
-    for name, kinds in FIELDS.items():
-        value = config.get(name)
-        if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise InputError(f"{file} has {name} = {shorten(repr(value), 80)}, which is no {kinds.__name__}")
+    parts = (config, text or {})  # of a model that sees, too, the part that has the experts
+    config = {name: value for part in parts for name, value in part.items() if value is not None}
+    for name, kind in FIELDS.items():
+        if name not in config:
+            continue
+        if type(value := config[name]) is not kind:
+            raise InputError(f"{file} has {name} = {_said(value)}, which is no {kind.__name__}")
+        if type(value) is int and not 0 < value < LARGEST_NUMBER:
+            raise InputError(f"{file} has {name} = {_said(value)}, which cannot be")
     return config
+
+
+def _said(value) -> str:
+    """A value of a config, short enough for a sentence."""
+    return shorten(repr(value), 80)
 
 
 def _parts(naming: Naming) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.header import TensorEntry, parse_json, read_header
+from cachemoe.offload.header import TensorEntry, read_header, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -16,12 +16,14 @@ class Shards:
     """Every tensor of a checkpoint folder by name; nothing but headers is read before it is asked for.
 
     Args:
-        folder: with ``model.safetensors``, or an index and the files that it names.
+        folder: with ``model.safetensors``, or an index and the files that it names. Of both the single file is read and
+            the index is not, as transformers does: an older model's index may have stayed behind.
 
     Attributes:
-        entries: name -> ``TensorEntry``, in the order of files and headers. Where there is an index, it decides: which
+        entries: name -> ``TensorEntry``, in the order of files and headers. Where an index is read, it decides: which
             file has a tensor, and that what it does not name is none of the model's.
-        stamps: ``file_stamp`` of each file, taken before its header was read.
+        stamps: ``file_stamp`` of each file, taken before it was read, and of the index and the single file also where
+            there is none: one that appears would be read instead.
 
     Raises:
         InputError: if a file is missing, cut short or damaged.
@@ -29,10 +31,11 @@ class Shards:
 
     def __init__(self, folder: Path):
         self._folder = folder
+        self.stamps = [file_stamp(folder, file) for file in (INDEX, SINGLE)]
         self._where = _index(folder)
+        files = [SINGLE] if self._where is None else sorted(set(self._where.values()))
         self.entries: dict[str, TensorEntry] = {}
-        self.stamps: list[tuple] = [file_stamp(folder, INDEX)]
-        for file in [SINGLE] if self._where is None else sorted(set(self._where.values())):
+        for file in files:
             self.stamps.append(file_stamp(folder, file))
             for name, entry in _header(folder / file).items():
                 if self._where is None or self._where.get(name) == file:
@@ -76,17 +79,17 @@ def file_stamp(folder: Path, name: str) -> tuple[str, int, int, int, int]:
 def _index(folder: Path) -> dict[str, str] | None:
     """Tensor name -> file, relative to the folder, of a checkpoint in several files; None of one in a single file."""
     path = folder / INDEX
+    if (folder / SINGLE).exists():
+        return None
     if not path.exists():
-        if not (folder / SINGLE).exists() and (others := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))):
+        if others := sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*")):
             raise InputError(
                 f"{folder} has its weights as {others[0].name}, which is pickle and can run code: cachemoe reads "
                 "safetensors alone, so get or save the checkpoint in that format"
             )
         return None
     try:
-        if not path.is_file():
-            raise ValueError("it is no file")
-        index = parse_json(path.read_bytes())
+        index = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     where = index.get("weight_map") if isinstance(index, dict) else None
@@ -94,7 +97,7 @@ def _index(folder: Path) -> dict[str, str] | None:
         raise InputError(f"{path} does not say which file has which tensor")
     for file in set(where.values()):
         if not file or os.path.isabs(file) or ".." in Path(file).parts or not file.isprintable():
-            raise InputError(f"{path} names {file!r}, which is not in its folder")
+            raise InputError(f"{path} names {file[:100]!r}, which is not in its folder")
     return where
 
 

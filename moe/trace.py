@@ -77,4 +77,7 @@ class RoutingTrace:
         logits, ids, tokens = (tuple(tensors[name].shape) for name in DTYPES)
         if not logits[:2] == ids[:2] == (*logits[:1], *tokens) or len(logits) != 3 or len(ids) != 3:
             raise InputError(f"{path} has parts that do not fit each other: make it again")
+        chosen = tensors["ids"]
+        if about["context"] < 1 or (chosen.numel() and not 0 <= chosen.min() <= chosen.max() < logits[2]):
+            raise InputError(f"{path} has a context or an expert's number that cannot be: make it again")
         return cls(**tensors, **about)

@@ -35,6 +35,7 @@ DTYPES = {
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
 MOST_DIMENSIONS = 64  # torch's
 LONGEST_NAME = 1000  # characters
+LONGEST_JSON = 50_000_000  # bytes of a configuration or an index
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
         ValueError: if it is no safetensors file, or cut short; as safetensors itself demands, its tensors fill it one
             after the other, without overlap or hole.
     """
-    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would be waited for
-        raise ValueError("it is no regular file")
-    with open(file, "rb") as opened:
+    with _open(file) as opened:
         size = os.fstat(opened.fileno()).st_size
         start = opened.read(8)
         if len(start) < 8:
@@ -113,6 +112,26 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, and it at {size}")
     return metadata, entries
+
+
+def read_json(file: Path):
+    """What a JSON file that came from outside says.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: as ``parse_json``, or if it is no regular file, or larger than any that a model has.
+    """
+    with _open(file) as opened:
+        if (size := os.fstat(opened.fileno()).st_size) > LONGEST_JSON:
+            raise ValueError(f"it has {size} bytes, and no more than {LONGEST_JSON} are read")
+        return parse_json(opened.read())
+
+
+def _open(file: Path):
+    """A regular file, for reading: a pipe would be waited for, and a device may never end."""
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("it is no regular file")
+    return open(file, "rb")
 
 
 def parse_json(text: bytes):

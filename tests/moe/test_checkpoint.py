@@ -1,5 +1,6 @@
 """Reading checkpoint folders: shapes, experts as pages, and what is refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -195,6 +196,18 @@ def test_an_index_decides_which_file_has_a_tensor(folder, tiny_checkpoint):
         checkpoint.tensors.read("model.layers.7.absent.weight")
 
 
+def test_a_single_file_comes_before_an_index_beside_it(folder):
+    """As transformers reads them: the index may be an older model's, saved into the same folder."""
+    new = load_file(folder / "model.safetensors")
+    write_index(folder, shard(folder))
+    checkpoint = Checkpoint(folder)
+    save_file({name: tensor / 2 for name, tensor in new.items()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors has changed while it was in use"):
+        checkpoint.check_unchanged()
+    tensors = Checkpoint(folder).tensors
+    assert all(torch.equal(tensors.read(name), tensor / 2) for name, tensor in new.items())
+
+
 def test_files_in_folders_below_are_read_and_none_elsewhere(folder, tiny_checkpoint):
     where = shard(folder)
     (folder / "below").mkdir()
@@ -211,6 +224,7 @@ def test_files_in_folders_below_are_read_and_none_elsewhere(folder, tiny_checkpo
     "index", [b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"[" * 100_000]
 )
 def test_a_damaged_index_is_refused(folder, index):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_bytes(index)
     with pytest.raises(InputError, match=r"index\.json"):
         Checkpoint(folder)
@@ -303,6 +317,68 @@ def test_a_config_of_wrong_types_is_refused(folder, field, value):
     edit_config(folder, **{field: value})
     with pytest.raises(InputError, match="config"):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "field", ["num_hidden_layers", "max_position_embeddings", "model_type", "hidden_act", "text_config", "num_experts"]
+)
+def test_a_field_that_is_null_is_as_one_that_is_absent(folder, field):
+    shape = Checkpoint(folder).shape
+    (folder / "config.json").write_text(json.dumps(Checkpoint(folder).config | {field: None}))
+    expected = dataclasses.replace(shape, context=None) if field == "max_position_embeddings" else shape
+    assert Checkpoint(folder).shape == expected
+
+
+def test_a_null_of_the_text_part_hides_nothing(folder):
+    shape = Checkpoint(folder).shape
+    edit_config(folder, text_config={"num_hidden_layers": None, "vocab_size": None})
+    assert Checkpoint(folder).shape == shape
+
+
+@pytest.mark.parametrize("field", ["num_experts", "hidden_size"])
+@pytest.mark.parametrize("size", [1, 7, 64, 10**400])
+def test_sizes_that_are_not_the_tensors_are_refused(folder, field, size):
+    edit_config(folder, **{field: size})
+    with pytest.raises(InputError, match=rf"config\.json has {field} = .* and the experts in its files have") as caught:
+        Checkpoint(folder)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_file_of_json_beyond_all_size_is_not_read(folder, name):
+    (folder / "model.safetensors").unlink()
+    with open(folder / name, "wb") as file:
+        file.truncate(50_000_001)
+    with pytest.raises(InputError, match=f"{name} cannot be read.* no more than 50000000"):
+        Checkpoint(folder)
+
+
+def test_an_index_of_one_endless_name_is_said_briefly(folder):
+    (folder / "model.safetensors").unlink()
+    write_index(folder, {"a": "/" + "x" * 100_000})
+    with pytest.raises(InputError, match="which is not in its folder") as caught:
+        Checkpoint(folder)
+    assert len(str(caught.value)) < 500
+
+
+def test_experts_of_a_dtype_that_no_page_has_are_refused_at_once(folder):
+    """``info`` refuses them as ``load`` does."""
+    edit_tensors(folder, lambda tensors: tensors.update({n: t.double() for n, t in tensors.items() if "experts" in n}))
+    with pytest.raises(InputError, match=r"the experts are in torch\.float64"):
+        Checkpoint(folder)
+
+
+def test_biases_that_are_no_floats_are_refused(tmp_path):
+    save_random("gpt_oss", tmp_path / "own", torch.float32)
+
+    def edit(tensors):
+        for layer in range(3):
+            name = f"model.layers.{layer}.mlp.experts.gate_up_proj_bias"
+            tensors[name] = tensors[name].int()
+
+    edit_tensors(tmp_path / "own", edit)
+    with pytest.raises(InputError, match=r"gate_up_proj_bias of .* in torch\.int32, where .* in torch\.float32"):
+        Checkpoint(tmp_path / "own")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,9 @@ def test_anything_else_is_refused(trace, tmp_path, tiny_checkpoint):
         ('{"version": 1, "model": "abc", "name": "tiny", "context": 7.5}', {}, "not a cachemoe trace"),
         ('["version", "model", "name", "context"]', {}, "not a cachemoe trace"),
         (None, {"logits": torch.zeros(2, 7, 5)}, "parts of another dtype"),
+        ('{"version": 1, "model": "abc", "name": "tiny", "context": 0}', {}, "that cannot be"),
+        (None, {"ids": torch.full((2, 7, 2), 5, dtype=torch.int16)}, "that cannot be"),
+        (None, {"ids": torch.full((2, 7, 2), -1, dtype=torch.int16)}, "that cannot be"),
         (None, {"tokens": torch.zeros(6, dtype=torch.int32)}, "parts that do not fit each other"),
     ],
 )
