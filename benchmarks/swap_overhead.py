@@ -51,7 +51,9 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                seconds[name].append(_decode(models[name], text, name if name in OWN else None))
+                if name in OWN:
+                    own.set_experts_implementation(name)
+                seconds[name].append(decode_seconds(models[name], text))
                 advance()
     rows = []
     for name, times in seconds.items():
@@ -75,10 +77,12 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
 
 
 @torch.inference_mode()
-def _decode(model, text: torch.Tensor, implementation: str | None) -> float:
-    """Median seconds of a token."""
-    if implementation is not None:
-        model.set_experts_implementation(implementation)
+def decode_seconds(model, text: torch.Tensor) -> float:
+    """Median seconds of a token, after ``PREFIX`` tokens at once and ``WARM_UP`` that do not count.
+
+    Args:
+        text: ``[T]`` int64.
+    """
     past = model(text[None, :PREFIX], use_cache=True).past_key_values
     times = []
     for token in text[PREFIX:]:

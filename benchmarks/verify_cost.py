@@ -9,32 +9,36 @@ each round. Beside that, one page read by itself and one checksum by itself.
 import random
 import statistics
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.ratios import ratio_table, ratios
+from cachemoe.benchmarks.swap_overhead import PREFIX, WARM_UP, decode_seconds
 from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.benchmarks.text import tokenized
-from cachemoe.moe.checkpoint import TINYMOE
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.load import load
+from cachemoe.moe.pack import open_packed
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.offload.store import checksum
 
 BASELINE = "off"
 WAYS = ("read", BASELINE)
-PREFIX, WARM_UP = 32, 4
 
 
 def measure(folder: Path, pool: str, rounds: int, tokens: int, progress: Progress) -> dict:
     """Milliseconds a token of each way, and how many times as long as without checks it takes, round by round."""
-    models = {way: load(folder, pool, verify=way, device="cpu", progress=progress) for way in WAYS}
-    try:
+    with ExitStack() as stack:
+        models = {way: load(folder, pool, verify=way, device="cpu", progress=progress) for way in WAYS}
+        for model, _ in models.values():
+            stack.callback(model.cachemoe.close)
         _, tokenizer = models[BASELINE]
         text = tokenized(None, tokenizer, rounds * (PREFIX + WARM_UP + tokens))
         windows = text.split(PREFIX + WARM_UP + tokens)
@@ -44,16 +48,11 @@ def measure(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
             for window in windows:
                 shuffle(order)
                 for way in order:
-                    model = models[way][0]
-                    model.cachemoe.reset_counters()
-                    seconds[way].append(_decode(model, window))
+                    seconds[way].append(decode_seconds(models[way][0], window))
                     advance()
-        counters = models[BASELINE][0].cachemoe.counters
-        engine = models[BASELINE][0].cachemoe.engine
-        page_bytes = engine.page_format.page_bytes
-        page = torch.empty(page_bytes, dtype=torch.uint8).numpy()
-        store = engine._link._carrier._store
-        pages = iter(range(10**9))
+        checkpoint = Checkpoint(folder)
+        store = stack.enter_context(open_packed(checkpoint, checkpoint.layout(), progress))
+        page, pages = store.page(0, 0).numpy(), cycle(range(store.pages))
         return {
             "command": "verify_cost",
             "machine": describe(),
@@ -61,10 +60,9 @@ def measure(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
             "pool": pool,
             "rounds": rounds,
             "tokens": tokens,
-            "page_bytes": page_bytes,
+            "page_bytes": store.page_bytes,
             "checksum_ms": _median_ms(lambda: checksum(page)),
-            "read_ms": _median_ms(lambda: store.page(*divmod(next(pages) % store.pages, store.layout.experts))),
-            "misses_per_token": counters.misses / (tokens + WARM_UP + 1),
+            "read_ms": _median_ms(lambda: store.page(*divmod(next(pages), store.layout.experts))),
             "rows": [
                 {
                     "name": way,
@@ -75,9 +73,6 @@ def measure(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
                 for way, times in seconds.items()
             ],
         }
-    finally:
-        for model, _ in models.values():
-            model.cachemoe.close()
 
 
 def _median_ms(run: Callable[[], object], times: int = 50) -> float:
@@ -87,18 +82,6 @@ def _median_ms(run: Callable[[], object], times: int = 50) -> float:
         run()
         each.append(perf_counter() - start)
     return statistics.median(each) * 1e3
-
-
-@torch.inference_mode()
-def _decode(model, text: torch.Tensor) -> float:
-    """Median seconds of a token."""
-    past = model(text[None, :PREFIX], use_cache=True).past_key_values
-    times = []
-    for token in text[PREFIX:]:
-        start = perf_counter()
-        model(token[None, None], past_key_values=past, use_cache=True)
-        times.append(perf_counter() - start)
-    return statistics.median(times[WARM_UP:])
 
 
 def main(

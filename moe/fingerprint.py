@@ -1,5 +1,4 @@
-"""Fingerprints of experts' weights: every byte counts, and a checkpoint's is known as long as its files stay as they
-are.
+"""Fingerprints of experts' weights: every byte counts, and one is known as long as the checkpoint's files stay.
 
 Reading a checkpoint to know it again would take as long as packing it. So the fingerprint is kept in the cache
 directory beside the stamp of the checkpoint's files, their sizes, times and inodes; where the stamp differs, the

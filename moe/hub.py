@@ -1,12 +1,12 @@
 """Where a checkpoint is: a folder, or a Hugging Face hub id, of which everything that transformers takes is fetched."""
 
-import json
 import os
 import re
 from pathlib import Path
 
 from cachemoe.moe.shards import INDEX
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.header import read_json
 
 # Everything beside the weights, in any folder: configs, tokenizers, chat templates.
 BESIDE_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*"]
@@ -62,6 +62,6 @@ def commit_of(folder: Path) -> str | None:
 def _shards(folder: Path) -> set[str]:
     """The files that an index names; of one that is damaged, which ``Shards`` refuses, none."""
     try:
-        return {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.routers import RouterOutput, RoutingRule, find_rule
 from cachemoe.offload.errors import InputError
 
@@ -53,6 +54,19 @@ def moe_layers(model) -> list[MoeLayer]:
     if not layers:
         raise InputError(f"{type(model).__name__} has no experts that go through transformers' experts interface")
     return layers
+
+
+def check_count(model, layers: list[MoeLayer], shape: MoeShape) -> None:
+    """Whether a model has as many MoE layers and experts as its experts' weights.
+
+    Raises:
+        InputError: if not.
+    """
+    if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
+        raise InputError(
+            f"{type(model).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
+            f"{len(shape.layers)} of {shape.experts}"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.layers import moe_layers
+from cachemoe.moe.layers import check_count, moe_layers
 from cachemoe.offload.errors import InputError
 
 RESIDENT_EXPERTS = "grouped_mm"
@@ -153,12 +153,7 @@ def _without_experts(checkpoint: Checkpoint, read: Callable[[str], torch.Tensor]
         sizes[entry.dtype] += entry.bytes if entry.dtype.is_floating_point else 0
     dtype = config.dtype or max(sizes, key=sizes.get)
     outlined = _on_meta(path, config)
-    layers, shape = moe_layers(outlined), checkpoint.shape
-    if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
-        raise InputError(
-            f"{type(outlined).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
-            f"{len(shape.layers)} of {shape.experts}"
-        )
+    check_count(outlined, moe_layers(outlined), checkpoint.shape)
     dense = {name: read(name) for name in entries if not checkpoint.is_expert(name)}
     with outside(f"transformers cannot load {path}"):
         model, loading = _hollow(type(outlined)).from_pretrained(

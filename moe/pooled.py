@@ -15,7 +15,7 @@ from cachemoe.kernels.reference import CacheBias, Routing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.doors import close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import moe_layers, routing_rules
+from cachemoe.moe.layers import check_count, moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.sizes import size_text, slots_of
@@ -87,12 +87,8 @@ class PooledExperts:
         self._lock = Lock()
         _POOLED.add(self)
         self._rounded = rounds(layout.page_format, source.dtype)
-        layers, shape = moe_layers(model), self.shape
-        if len(layers) != len(shape.layers) or any(layer.count != shape.experts for layer in layers):
-            raise InputError(
-                f"{type(model).__name__} has {len(layers)} MoE layers of {layers[0].count} experts, and its checkpoint "
-                f"{len(shape.layers)} of {shape.experts}"
-            )
+        layers = moe_layers(model)
+        check_count(model, layers, self.shape)
         self._states = _by_layer(engine.state)
         self._rules = rules
         self.reset_counters()

@@ -50,8 +50,8 @@ class ReadCarrier:
     """Reads of a store's file, or of its memory, into a pool in DRAM.
 
     Args:
-        store: anything with ``offset(layer, expert)``, ``read_into(buffer, offset)`` and ``check(layer, expert,
-            page)``.
+        store: anything with ``offset(layer, expert)``, ``read_into(buffer, offset)`` and
+            ``check(layer, expert, page)``.
         pool: whose frames are filled.
     """
 
