@@ -72,7 +72,8 @@ def _locked(partial: Path) -> int:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
-                partial.unlink(missing_ok=True)
+                if made:  # another's may be in use
+                    partial.unlink(missing_ok=True)
                 raise InputError(
                     f"the file system of {partial.parent} has no locks ({error.strerror}): write elsewhere, or set "
                     "CACHEMOE_CACHE where it is the cache directory"

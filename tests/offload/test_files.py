@@ -104,6 +104,11 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"has no locks \(Function not implemented\)"):
         write(tmp_path / "file", "text")
     assert not (tmp_path / "file").exists()
+    assert names(tmp_path) == []
+    (tmp_path / "file.partial").write_text("another's")
+    with pytest.raises(InputError, match="has no locks"):
+        write(tmp_path / "file", "text")
+    assert (tmp_path / "file.partial").read_text() == "another's"
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
