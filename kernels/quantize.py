@@ -47,6 +47,7 @@ def dequantize_int4(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) ->
     return ((groups - 8) * scale.float()[..., None] + zero.float()[..., None]).flatten(-2)
 
 
+MXFP4_BLOCK = 32  # values that share a scale
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 

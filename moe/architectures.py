@@ -30,6 +30,11 @@ class Naming:
     gate_up: str = ""
     blocks: bool = False
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names that there are, of gate, up, gate_up and down."""
+        return tuple(part for part in (self.gate, self.up, self.gate_up, self.down) if part)
+
 
 NAMINGS = (
     # Qwen, OLMoE, DeepSeek, GLM and most others.

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints on disk: what the MoE layers are, and their experts one at a time, as pages."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from textwrap import shorten
 import torch
 
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
-from cachemoe.kernels.quantize import dequantize_mxfp4
+from cachemoe.kernels.quantize import MXFP4_BLOCK, dequantize_mxfp4
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, EXPERTS_A_LAYER, NAMINGS, PLAIN, TOP_K, Naming
 from cachemoe.moe.hub import commit_of
 from cachemoe.moe.shards import Shards, file_stamp
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.header import TensorEntry, read_json
+from cachemoe.offload.header import TensorEntry, read_json, shown
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
 # Of ``config.json``'s fields those used here; the numbers of experts a token are ``top_k_of``'s to check.
@@ -26,6 +27,7 @@ FIELDS = {
 }
 LARGEST_NUMBER = 1 << 31  # of tokens, layers, experts
 MOST_DIGITS = 6  # of a layer's or an expert's number
+IMPOSSIBLE_NUMBER = re.compile(rf"(?:layers|experts)\.[0-9]{{{MOST_DIGITS + 1}}}")
 TINYMOE = Path(__file__).parent / "tinymoe"
 CONFIG = "config.json"
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
@@ -73,6 +75,7 @@ class Checkpoint:
         self._experts = EXPERTS.get(self.config.get("model_type"), PLAIN)
         self._check_computable()
         self.tensors = Shards(self.path)
+        self._check_numbers()
         self._naming, self._prefixes = self._find_experts()
         try:
             self.shape = self._shape()
@@ -84,8 +87,9 @@ class Checkpoint:
 
     def is_expert(self, name: str) -> bool:
         """Whether a tensor belongs to an expert, and so to a page."""
-        name = name.removesuffix("_bias").replace("_scales", "_blocks")
-        return any(_find(name, part) for part in _parts(self._naming))
+        for end in ("_bias", "_blocks", "_scales"):
+            name = name.removesuffix(end)
+        return any(_find(name, part) for part in self._naming.parts)
 
     @property
     def stamp(self) -> tuple[tuple, ...]:
@@ -113,7 +117,7 @@ class Checkpoint:
             InputError: if the experts do not fit into it.
         """
         size = self.shape.hidden, self.shape.intermediate
-        return format_of(kind, group, self.config, size, self.dtype, bias=self._bias is not None)
+        return format_of(kind, group, self.config, size, self.dtype, bias=self._biased)
 
     def layout(self, kind: str | None = None, group: int | None = None) -> StoreLayout:
         """Layout of this model's store with pages of one format, see ``page_format``; for no weights in particular."""
@@ -139,9 +143,9 @@ class Checkpoint:
         else:
             gate, up, down = (self._matrix(layer, e, part) for part in (naming.gate, naming.up, naming.down))
             weights = {"gate_up": torch.cat((gate, up)), "down": down}
-        if self._bias is not None:
+        if self._biased:
             for name, part in (("gate_up_bias", naming.gate_up), ("down_bias", naming.down)):
-                weights[name] = self.tensors.read(*self._place(layer, e, part + self._bias))
+                weights[name] = self.tensors.read(*self._place(layer, e, f"{part}_bias"))
         return weights
 
     def _matrix(self, layer: int, e: int, part: str) -> torch.Tensor:
@@ -162,13 +166,24 @@ class Checkpoint:
         """How the experts are named, and what stands before it, MoE layer by MoE layer."""
         layers = self.config.get("num_hidden_layers", float("inf"))
         for naming in NAMINGS:
-            first = _parts(naming)[0]
+            first = naming.parts[0] + ("_blocks" if naming.blocks else "")
             stems: dict[str, dict[int, str]] = {}
             for name in self.tensors.entries:
                 if (found := _find(name, first)) and found.layer < layers:
-                    stems.setdefault(found.stem, {})[found.layer] = found.prefix
+                    prefixes = stems.setdefault(found.stem, {})
+                    if (other := prefixes.setdefault(found.layer, found.prefix)) != found.prefix:
+                        raise InputError(
+                            f"{self.path} has two sets of experts in layer {found.layer}, {shown(other)} and "
+                            f"{shown(found.prefix)}: which of them the model uses cannot be known"
+                        )
             if stems:  # layers that predict further tokens have a stem of their own: the model's has the most
-                model = max(stems.values(), key=len)
+                model, *others = sorted(stems.values(), key=len, reverse=True)
+                if others and len(others[0]) == len(model):
+                    first, second, *_ = (next(iter(each.values())) for each in (model, *others))
+                    raise InputError(
+                        f"{self.path} has the experts of two models, {shown(first)} and {shown(second)}, each in "
+                        f"{len(model)} layers: save the one to be run by itself"
+                    )
                 self._layers = tuple(sorted(model))
                 return naming, [model[layer] for layer in self._layers]
         raise InputError(
@@ -192,10 +207,15 @@ class Checkpoint:
             self._transposed = gate_up == (experts, shape[1], 2 * shape[0])
         hidden, intermediate = reversed(shape) if self._transposed else shape
         if naming.blocks:
-            intermediate *= 32
+            intermediate *= MXFP4_BLOCK
+            if hidden % MXFP4_BLOCK:
+                raise InputError(
+                    f"{self.path} has mxfp4 experts of H = {hidden}, which is no multiple of {MXFP4_BLOCK}, the "
+                    "size of mxfp4's blocks: the file is damaged, or no mxfp4"
+                )
         self.dtype = torch.bfloat16 if naming.blocks else down.dtype
-        bias = naming.down + "_bias"
-        self._bias = "_bias" if self._place(0, 0, bias)[0] in self.tensors else None
+        biases = [f"{prefix}{part}_bias" for prefix in self._prefixes for part in naming.parts]
+        self._biased = any(name in self.tensors for name in biases)
         return MoeShape(
             layers=self._layers,
             experts=experts,
@@ -223,25 +243,27 @@ class Checkpoint:
     def _check_shapes(self) -> None:
         """Whether every tensor of every expert has the dtype and the shape that it must have: nothing is broadcast.
 
+        And whether the experts have no tensors besides: a bias that no page has would be left out of every product.
+
         Raises:
-            InputError: naming the first that has not.
+            InputError: naming the first tensor for which it does not hold.
         """
         hidden, intermediate, naming = self.shape.hidden, self.shape.intermediate, self._naming
         sizes = {naming.gate: (intermediate, hidden), naming.up: (intermediate, hidden)}
         sizes |= {naming.gate_up: (2 * intermediate, hidden), naming.down: (hidden, intermediate)}
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for part, (rows, columns) in sizes.items():
-            if part and naming.blocks:
-                expected[f"{part}_blocks"] = (rows, columns // 32, 16), torch.uint8
-                expected[f"{part}_scales"] = (rows, columns // 32), torch.uint8
-            elif part:
+        for part in naming.parts:
+            rows, columns = sizes[part]
+            if naming.blocks:
+                expected[f"{part}_blocks"] = (rows, columns // MXFP4_BLOCK, MXFP4_BLOCK // 2), torch.uint8
+                expected[f"{part}_scales"] = (rows, columns // MXFP4_BLOCK), torch.uint8
+            else:
                 expected[part] = (columns, rows) if self._transposed else (rows, columns), self.dtype
-            if part and self._bias is not None:
-                dtype = self._entry(self._place(0, 0, part + self._bias)[0]).dtype
-                expected[part + self._bias] = (rows,), dtype if dtype in FLOATS.values() else self.dtype
-        for number, layer in enumerate(self.shape.layers):
-            if self._bias is None and self._place(number, 0, f"{naming.down}_bias")[0] in self.tensors:
-                raise InputError(f"{self.path} has experts with biases in layer {layer}, and without in others")
+            if self._biased:
+                dtype = self._entry(self._place(0, 0, f"{part}_bias")[0]).dtype
+                expected[f"{part}_bias"] = (rows,), dtype if dtype in FLOATS.values() else self.dtype
+        read: set[str] = set()
+        for number in range(len(self.shape.layers)):
             for part, (shape, dtype) in expected.items():
                 fused = "{}" not in part
                 whole = (self.shape.experts, *shape) if fused else shape
@@ -253,6 +275,15 @@ class Checkpoint:
                             f"{self.path} has {name} of {entry.shape} in {entry.dtype}, where the model's experts need "
                             f"{whole} in {dtype}"
                         )
+                    read.add(name)
+        modules = {part.partition("{}")[0] if "{}" in part else f"{part.rpartition('.')[0]}." for part in naming.parts}
+        inside = tuple(prefix + module for prefix in self._prefixes for module in modules)
+        for name in self.tensors.entries:
+            if name.startswith(inside) and name not in read and not self.is_expert(name):  # those of no whole expert
+                raise InputError(
+                    f"{self.path} has {shown(name)} among its experts' weights, with which cachemoe does not compute: "
+                    "the model's experts are of another kind, or the file has more than one copy of them"
+                )
 
     def _check_config(self) -> None:
         """Whether the config says of the experts what their tensors are.
@@ -268,6 +299,12 @@ class Checkpoint:
                     f"{self.path / CONFIG} has {name} = {_said(config[name])}, and the experts in its files have "
                     f"{size}: one of the two is another model's"
                 )
+
+    def _check_numbers(self) -> None:
+        """Whether layers and experts have numbers that can be: others would be looked at as no experts at all."""
+        for name in self.tensors.entries:
+            if IMPOSSIBLE_NUMBER.search(name):
+                raise InputError(f"{self.path} has a layer or an expert of a number that cannot be: {shown(name)}")
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -388,12 +425,6 @@ def _said(value) -> str:
     return shorten(repr(value), 80)
 
 
-def _parts(naming: Naming) -> list[str]:
-    """The tensors of an expert that every naming has, as far as a page needs telling apart."""
-    parts = [part for part in (naming.gate, naming.up, naming.gate_up, naming.down) if part]
-    return [f"{part}_blocks" for part in parts] if naming.blocks else parts
-
-
 @dataclass(frozen=True)
 class _Found:
     """A tensor's name taken apart: ``prefix`` up to the naming's part, ``stem`` up to ``layers.N.``."""
@@ -414,7 +445,7 @@ def _find(name: str, part: str) -> _Found | None:
             return None
         name = name.removesuffix(after)
         bare = name.rstrip("0123456789")
-        if not 0 < len(name) - len(bare) <= MOST_DIGITS:
+        if _number(name[len(bare) :]) is None:
             return None
         name = bare
     if not name.endswith(before):
@@ -423,8 +454,16 @@ def _find(name: str, part: str) -> _Found | None:
     if not prefix.endswith("."):
         return None
     while (start := prefix.rfind("layers.", 0, end)) >= 0:
-        number = prefix[start + 7 : start + 8 + MOST_DIGITS].partition(".")
-        if number[1] and number[0].isascii() and number[0].isdecimal() and (start == 0 or prefix[start - 1] == "."):
-            return _Found(prefix, prefix[:start], int(number[0]))
+        digits, dot, _ = prefix[start + 7 : start + 8 + MOST_DIGITS].partition(".")
+        layer = _number(digits)
+        if dot and layer is not None and (start == 0 or prefix[start - 1] == "."):
+            return _Found(prefix, prefix[:start], layer)
         end = start
     return None
+
+
+def _number(digits: str) -> int | None:
+    """The number of a layer or an expert; None for what no model writes as one: ``01`` is no second name of 1."""
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= MOST_DIGITS):
+        return None
+    return int(digits) if digits == "0" or not digits.startswith("0") else None

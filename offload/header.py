@@ -34,7 +34,7 @@ DTYPES = {
 }
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself allows
 MOST_DIMENSIONS = 64  # torch's
-LONGEST_NAME = 1000  # characters
+LONGEST_SHOWN = 100  # characters of a tensor's name in a sentence
 LONGEST_JSON = 50_000_000  # bytes of a configuration or an index
 
 
@@ -100,14 +100,12 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is no object of texts")
-    if (longest := max(map(len, header), default=0)) > LONGEST_NAME:
-        raise ValueError(f"it has a name of {longest} characters, and no tensor's has more than {LONGEST_NAME}")
     data = 8 + length
     entries = {name: _entry(file, data, name, fields) for name, fields in header.items()}
     end = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].bytes)):
         if entry.start != end:
-            raise ValueError(f"{name} does not begin where the tensor before it ends")
+            raise ValueError(f"{shown(name)} does not begin where the tensor before it ends")
         end += entry.bytes
     if end != size:
         raise ValueError(f"its tensors end at byte {end}, and it at {size}")
@@ -156,18 +154,24 @@ def parse_json(text: bytes):
     return value
 
 
+def shown(name: str) -> str:
+    """A tensor's name, short enough for a sentence, and without what a terminal would obey."""
+    short = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
+    return short if short.isprintable() else ascii(short)
+
+
 def _entry(file: Path, data: int, name: str, fields) -> TensorEntry:
     """One tensor's entry in a header; ``data`` is the first byte after it."""
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} has not dtype, shape and place")
+        raise ValueError(f"{shown(name)} has not dtype, shape and place")
     dtype, shape, place = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name} has a dtype that cachemoe does not know, {str(dtype)[:20]}")
+        raise ValueError(f"{shown(name)} has a dtype that cachemoe does not know, {str(dtype)[:20]}")
     if not all(isinstance(each, list) and all(type(n) is int and n >= 0 for n in each) for each in (shape, place)):
-        raise ValueError(f"{name} has a shape or place that cannot be")
+        raise ValueError(f"{shown(name)} has a shape or place that cannot be")
     if len(place) != 2 or place[1] >= 1 << 63 or len(shape) > MOST_DIMENSIONS:
-        raise ValueError(f"{name} has a shape or place that cannot be")
+        raise ValueError(f"{shown(name)} has a shape or place that cannot be")
     entry = TensorEntry(file, data + place[0], DTYPES[dtype], tuple(shape))
     if place[1] - place[0] != entry.bytes:
-        raise ValueError(f"{name} does not fit into its place")
+        raise ValueError(f"{shown(name)} does not fit into its place")
     return entry

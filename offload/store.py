@@ -63,8 +63,10 @@ class StoreLayout:
             version = fields.pop("version")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a cachemoe store: give the path of one") from error
-        if version != VERSION:
-            raise InputError(f"{path} is a store of version {version}, and this is version {VERSION}: make it again")
+        if type(version) is not int or version != VERSION:
+            raise InputError(
+                f"{path} is a store of version {str(version)[:20]}, and this is version {VERSION}: make it again"
+            )
         try:
             model, layers, experts, revision = map(fields.pop, ("model", "layers", "experts", "revision"))
             layout = cls(model, layers, experts, PageFormat(**fields), revision)
@@ -121,8 +123,12 @@ class ExpertStore:
             or (checksums.dtype, checksums.shape) != (torch.uint64, (self.pages,))
         ):
             raise InputError(f"{self.path} does not hold what its layout says: remove it and make it again")
-        self._data_start, self._checksums, self._check_reads = pages.start, checksums.read().tolist(), check_reads
-        self._fd, self.direct = _open_for_reading(self.path, self._data_start)
+        self._data_start, self._check_reads = pages.start, check_reads
+        try:
+            self._checksums = checksums.read().tolist()
+            self._fd, self.direct = _open_for_reading(self.path, self._data_start)
+        except (OSError, EOFError) as error:
+            raise InputError(f"{self.path} cannot be read, or was cut short while it was opened: {error}") from error
 
     def offset(self, layer: int, expert: int) -> int:
         """First byte of a page in the file."""

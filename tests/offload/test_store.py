@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.header import read_header
 from cachemoe.offload.store import ExpertStore, StoreLayout, aligned_buffer, write_store
 
 LAYERS, EXPERTS = 2, 3
@@ -318,11 +319,24 @@ def test_a_broken_layout_in_the_header(stored, name, value):
     assert_one_sentence(caught.value)
 
 
-def test_another_version(stored):
+@pytest.mark.parametrize("version", [99, 4.0, True, "4", [4], "x" * 1000])
+def test_another_version(stored, version):
     folder, raw = stored
-    (folder / "header").write_bytes(with_field(raw, "version", 99))
-    with pytest.raises(InputError, match="of version 99") as caught:
+    (folder / "header").write_bytes(with_field(raw, "version", version))
+    with pytest.raises(InputError, match="of version ") as caught:
         ExpertStore(folder / "header")
+    assert_one_sentence(caught.value)
+
+
+def test_a_file_that_shrinks_while_it_is_opened_ends_in_an_error(path, monkeypatch):
+    def read_header_then_shrink(file):
+        header = read_header(file)
+        os.truncate(file, os.path.getsize(file) - 8)
+        return header
+
+    monkeypatch.setattr("cachemoe.offload.store.read_header", read_header_then_shrink)
+    with pytest.raises(InputError, match="cut short while it was opened") as caught:
+        ExpertStore(path)
     assert_one_sentence(caught.value)
 
 
