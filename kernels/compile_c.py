@@ -69,8 +69,8 @@ def _run(command: list[str]) -> None:
 
 
 def _processor() -> str:
-    """What distinguishes processors that share a home directory."""
+    """What distinguishes machines and containers that share a home directory, so far as compiled code shows it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return " ".join((platform.machine(), platform.processor(), *told))
+    return " ".join((platform.machine(), platform.processor(), *platform.libc_ver(), *told))

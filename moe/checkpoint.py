@@ -30,6 +30,7 @@ MOST_DIGITS = 6  # of a layer's or an expert's number
 IMPOSSIBLE_NUMBER = re.compile(rf"(?:layers|experts)\.[0-9]{{{MOST_DIGITS + 1}}}")
 TINYMOE = Path(__file__).parent / "tinymoe"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"  # of peft's; transformers puts it onto the weights
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 
 
@@ -312,7 +313,12 @@ class Checkpoint:
         return self.tensors.entries[name]
 
     def _check_computable(self) -> None:
-        """Whether the config asks for nothing that pages and experts do not have."""
+        """Whether config and folder ask for nothing that pages and experts do not have."""
+        if (self.path / ADAPTER).exists():
+            raise InputError(
+                f"{self.path} has an adapter beside its weights ({ADAPTER}), which cachemoe does not read: merge it "
+                "into them (peft's merge_and_unload) and save the result, or remove it"
+            )
         quantised = self.config.get("quantization_config") or {}
         method = quantised.get("quant_method")
         if quantised and method not in READABLE:

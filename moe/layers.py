@@ -162,17 +162,18 @@ def probe(layer: MoeLayer, precisely: bool = False) -> Probe:
     router = layer.router
     if router is None:
         raise InputError(f"{type(layer.block).__name__} has no router of its own to put another in: use exact routing")
-    if precisely:
-        router = copy.deepcopy(router).float()
-    weight = max(router.parameters(), key=torch.Tensor.numel)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(PROBES, weight.shape[-1], generator=generator).to(weight)
-    # What the block passes besides is its own, under the same name.
-    names = [name for name, p in signature(router.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
-    more = [getattr(layer.block, name, None) for name in names]
-    if precisely:
-        more = [each.float() if torch.is_tensor(each) and each.is_floating_point() else each for each in more]
     try:
+        if precisely:
+            router = copy.deepcopy(router).float()
+        weight = max(router.parameters(), key=torch.Tensor.numel)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(PROBES, weight.shape[-1], generator=generator).to(weight)
+        # What the block passes besides is its own, under the same name.
+        parameters = list(signature(router.forward).parameters.values())[1:]
+        named = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        more = [getattr(layer.block, name, None) for name in named]
+        if precisely:
+            more = [each.float() if torch.is_tensor(each) and each.is_floating_point() else each for each in more]
         ordinary = RouterOutput.of(router(hidden, *more), layer.count).logits.float().std(dim=1).mean()
         deviations = torch.logspace(*DEVIATIONS, PROBES // 2, base=2, device=hidden.device)
         deviations = torch.cat((deviations, deviations[-1:].expand(PROBES // 2)))  # half of them as large as can be

@@ -3,10 +3,9 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from secrets import token_hex
 
 import torch
 
@@ -17,7 +16,7 @@ from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
-from cachemoe.moe.pack import check_space, holds, open_packed, pack, store_directory
+from cachemoe.moe.pack import holds, open_packed, pack, store_directory
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
@@ -86,11 +85,6 @@ def load(
             if format not in (None, kind.kind):
                 raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
             layout = checkpoint.layout(kind.kind, kind.group)
-            if not holds(opened, checkpoint, layout, progress):
-                raise InputError(
-                    f"{store} holds pages of another checkpoint than {checkpoint.path}, or of weights that it had "
-                    "before: pack this one"
-                )
         capacity = slots_of(pool, shape, layout.page_format.page_bytes)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
@@ -101,6 +95,11 @@ def load(
         rules = check_model(model, layout.page_format, routing)
         if store is None:  # what takes long comes last
             opened = stack.enter_context(open_packed(checkpoint, layout, progress, check_reads=verify == "read"))
+        elif not holds(opened, checkpoint, layout, progress):
+            raise InputError(
+                f"{store} holds pages of another checkpoint than {checkpoint.path}, or of weights that it had before: "
+                "pack this one"
+            )
         if verify == "open":
             with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                 opened.verify(advance)
@@ -149,15 +148,13 @@ def swap(
             layout = replace(layout, model=str(made))
         else:
             capacity = slots_of(pool, experts.shape, layout.page_format.page_bytes)
-            directory = store_directory()
-            check_space(directory, layout.layers * layout.experts * layout.page_format.page_bytes)
+            path = store_directory() / f"swapped-{token_hex(8)}.safetensors"
             try:
-                temporary = TemporaryDirectory(prefix="swapped-", dir=directory)
-            except OSError as error:
-                raise InputError(f"{directory} cannot be written ({error.strerror}): set CACHEMOE_CACHE") from error
-            with temporary as folder:  # what is open stays readable, and nothing is left behind however this ends
-                pack(experts, layout, Path(folder) / "experts.safetensors", progress)
-                file = stack.enter_context(ExpertStore(Path(folder) / "experts.safetensors"))
+                pack(experts, layout, path, progress)
+                file = stack.enter_context(ExpertStore(path))
+            finally:  # what is open stays readable, and nothing is left behind however this ends
+                with suppress(OSError):
+                    path.unlink()
             engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
     return model.cachemoe

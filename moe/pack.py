@@ -1,6 +1,7 @@
 """Checkpoints into stores: every expert as a page, one expert in memory at a time."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +16,10 @@ from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint, checkpoint_key, fingerprint, keep
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import remove_orphans
 from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
+
+LONGEST_FOLDER = 100  # bytes of a checkpoint folder's name in its store's
 
 
 def pack(
@@ -93,7 +97,7 @@ def open_packed(
     """
     page_format = layout.page_format
     kind = f"{page_format.kind}{page_format.group or ''}"
-    folder = checkpoint.path.resolve().name
+    folder = os.fsencode(checkpoint.path.resolve().name)[:LONGEST_FOLDER].decode(errors="ignore")
     path = store_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
 
     def made() -> ExpertStore | None:
@@ -127,12 +131,13 @@ def holds(store: ExpertStore, checkpoint: Checkpoint, layout: StoreLayout, progr
 
 
 def store_directory() -> Path:
-    """``cache_directory``, where users come in.
+    """``cache_directory``, where users come in, without what packings that were killed have left there.
 
     Raises:
         InputError: if there can be none.
     """
     try:
+        remove_orphans(cache_directory(), "*.safetensors")
         return cache_directory()
     except OSError as error:
         raise InputError(str(error)) from error

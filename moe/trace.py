@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
+from cachemoe.offload.header import parse_json
 
 TRACE_VERSION = 1
 DTYPES = {"logits": torch.float16, "ids": torch.int16, "tokens": torch.int32}
@@ -63,10 +64,10 @@ class RoutingTrace:
             raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one")
         try:
             with safe_open(path, framework="pt") as file:
-                fields = json.loads((file.metadata() or {})["cachemoe-trace"])
+                fields = parse_json((file.metadata() or {})["cachemoe-trace"].encode())
                 tensors = {name: file.get_tensor(name) for name in DTYPES}
             version, about = fields["version"], {name: fields[name] for name in KINDS}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again") from error
         if version != TRACE_VERSION:
             raise InputError(f"{path} is a trace of another version: make it again")

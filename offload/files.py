@@ -10,6 +10,8 @@ from pathlib import Path
 from cachemoe.kernels.cache_folder import make_folder
 from cachemoe.offload.errors import InputError
 
+PARTIAL = ".partial"
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -25,7 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file() and not path.is_dir():  # a folder the system itself refuses
         raise InputError(f"{path} is there already and no file, and is not replaced: choose another")
     make_folder(path.parent)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}{PARTIAL}")
     lock = _locked(partial)
     try:
         yield partial
@@ -45,6 +47,23 @@ def whole_file(path: Path) -> Iterator[Path]:
             partial.unlink()
         fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not unlock while a forked child has the file open as well
         os.close(lock)
+
+
+def remove_orphans(folder: Path, pattern: str) -> None:
+    """Remove the partial files of writers that were killed: those that nobody has locked.
+
+    Args:
+        pattern: as of ``Path.glob``, of the files that they would have become.
+    """
+    for partial in folder.glob(f"{pattern}{PARTIAL}"):
+        with suppress(OSError):  # another's, or gone meanwhile
+            file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(file, partial):
+                    partial.unlink()
+            finally:
+                os.close(file)
 
 
 def _locked(partial: Path) -> int:

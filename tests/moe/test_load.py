@@ -317,6 +317,34 @@ def test_the_store_is_made_once(checkpoints, cache):
     assert store.stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("way", ["load", "swap"])
+def test_what_a_killed_packing_left_is_removed(checkpoints, cache, way):
+    for name in ("another-int8.safetensors.partial", "swapped-0123.safetensors.partial"):
+        cache.mkdir(exist_ok=True)
+        (cache / name).write_bytes(b"half of a store")
+    if way == "load":
+        opened(checkpoints("mixtral")).cachemoe.close()
+        assert len(list(cache.glob("*.safetensors"))) == 1
+    else:
+        swap(load_model(checkpoints("mixtral")), pool=4, progress=quiet).close()
+        assert not list(cache.glob("*.safetensors"))
+    assert not list(cache.glob("*.partial"))
+
+
+def test_a_folder_of_a_name_as_long_as_can_be(checkpoints, tmp_path, cache):
+    folder = shutil.copytree(checkpoints("mixtral"), tmp_path / ("é" * 127))
+    opened(folder).cachemoe.close()
+    assert len(list(cache.glob("éé*.safetensors"))) == 1
+
+
+def test_an_adapter_beside_the_weights_is_refused(checkpoints, tmp_path):
+    """transformers would put it onto them."""
+    folder = shutil.copytree(checkpoints("mixtral"), tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="has an adapter beside its weights"):
+        load(folder, progress=quiet)
+
+
 def test_tinymoe_and_its_tokenizer(cache):
     text = "The assignment statement é\n"
     model, tokenizer = load(TINYMOE, pool="50%", routing="cache-prior:0.5", device="cpu")

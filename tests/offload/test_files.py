@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.files import whole_file
+from cachemoe.offload.files import remove_orphans, whole_file
 
 
 def write(path, text):
@@ -63,7 +63,7 @@ def test_threads_write_one_after_the_other(tmp_path):
 
 def test_a_process_that_was_killed_leaves_nothing_in_the_way(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from cachemoe.offload.files import whole_file\n"
+        "import sys, time; from pathlib import Path; from cachemoe.offload.files import remove_orphans, whole_file\n"
         "with whole_file(Path(sys.argv[1])) as partial:\n"
         "    partial.write_text('a longer text than the next'); print(flush=True); time.sleep(100)"
     )
@@ -119,6 +119,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "file", "text")
     assert names(tmp_path) == []
+
+
+def test_orphans_are_removed_and_files_in_use_are_not(tmp_path):
+    (tmp_path / "orphan.safetensors.partial").write_text("half")
+    (tmp_path / "another.partial").write_text("of another kind")
+    (tmp_path / "target").write_text("behind a link")
+    (tmp_path / "link.safetensors.partial").symlink_to(tmp_path / "target")
+    os.mkfifo(tmp_path / "fifo.safetensors.partial")
+    (tmp_path / "folder.safetensors.partial").mkdir()
+    with whole_file(tmp_path / "used.safetensors") as partial:
+        partial.write_text("whole")
+        remove_orphans(tmp_path, "*.safetensors")
+    assert (tmp_path / "used.safetensors").read_text() == "whole"
+    assert (tmp_path / "target").exists()
+    assert not (tmp_path / "orphan.safetensors.partial").exists()
+    assert (tmp_path / "another.partial").exists()
+    remove_orphans(tmp_path / "none", "*.safetensors")
 
 
 def test_a_partial_file_that_somebody_replaced_is_not_published(tmp_path):
