@@ -129,7 +129,7 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
     order = list(rows)
     shuffle = random.Random(0).shuffle
     prefill_experts = model.get_experts_implementation()
-    rules = routing_rules(model)
+    rules = routing_rules(model, "cpu")
     try:
         for window in plan.windows:
             shuffle(order)
@@ -219,7 +219,7 @@ def _decode_in_a_graph(
 ) -> None:
     engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
-    payload_input = _payload_input(engine, model.device)
+    payload_input, rules = _payload_input(engine, model.device), [rule.to(model.device) for rule in rules]
 
     def route_prefix(layer, logits, hidden):
         return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias)

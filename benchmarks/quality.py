@@ -118,7 +118,7 @@ def evaluate(
             qualities[i] = Quality(state[:, row])
         batches.append((k, [qualities[i] for i in members], state, bias))
 
-    rules = routing_rules(model)
+    rules = routing_rules(model, "cpu")
     original_ids = []
     for window in windows:
         with recorded_routers(model) as answers:

@@ -134,8 +134,8 @@ class Probe:
     logits_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
 
 
-def routing_rules(model) -> list[RoutingRule]:
-    """The rule of each MoE layer's router.
+def routing_rules(model, device: torch.device | str | None = None) -> list[RoutingRule]:
+    """The rule of each MoE layer's router, for logits on a device: ``cpu`` where the host routes; None: the model's.
 
     Raises:
         InputError: as ``probe``, or if cachemoe knows no rule that a router follows.
@@ -145,7 +145,8 @@ def routing_rules(model) -> list[RoutingRule]:
         likely = rules[-1].scores if rules else None  # a model's layers follow one rule
         # As it is, and in float32, where rounding hides nothing.
         outputs = [probe(layer).output, probe(layer, precisely=True).output]
-        rules.append(find_rule(layer.router, layer.block, outputs, likely))
+        rule = find_rule(layer.router, layer.block, outputs, likely)
+        rules.append(rule if device is None else rule.to(device))
     return rules
 
 

@@ -180,7 +180,7 @@ def check_model(model, page_format: PageFormat, routing: Strategy) -> list[Routi
     """
     for layer in moe_layers(model):
         check_experts(layer, page_format)
-    return None if routing.label == EXACT else routing_rules(model)
+    return None if routing.label == EXACT else routing_rules(model, "cpu")
 
 
 def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress: Progress) -> OffloadEngine:

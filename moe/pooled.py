@@ -115,7 +115,7 @@ class PooledExperts:
         routing = checked(routing, self.shape.experts, self.shape.top_k)
         exact = routing.label == EXACT
         if not exact and self._rules is None:
-            self._rules = routing_rules(self._model)
+            self._rules = routing_rules(self._model, "cpu")
         self._swap.reroute(None if exact else partial(self._route, routing, cache_bias([routing])))
         self._routing = routing
 

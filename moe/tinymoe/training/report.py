@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, model = Checkpoint(arguments.model), load_model(arguments.model)
-    shape, rules = checkpoint.shape, routing_rules(model)
+    shape, rules = checkpoint.shape, routing_rules(model, "cpu")
     windows = load_tokens(None, shape.vocabulary, TOKENS).view(-1, CONTEXT)
     everything = load_tokens(None, shape.vocabulary, len(held_out_text()) // CONTEXT * CONTEXT).view(-1, CONTEXT)
 
