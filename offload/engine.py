@@ -83,7 +83,7 @@ class ResidentEngine:
         self.page_format = layout.page_format
         self._experts_a_layer = layout.experts
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout.page_format)
+        self._compute = _Compute(self._pool, layout)
 
     @torch.no_grad()
     def forward(
@@ -141,7 +141,7 @@ class OffloadEngine:
         self.page_format = layout.page_format
         self._evict, self._timeline = evict, timeline
         self._pool = ExpertPool(sum(capacity) + staging, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout.page_format)
+        self._compute = _Compute(self._pool, layout)
         frames = iter(range(sum(capacity)))
         self._frames = [[next(frames) for _ in range(count)] for count in capacity]  # of each slot
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
@@ -349,7 +349,8 @@ class OffloadEngine:
                 experts, slots = map(list, zip(*placed, strict=True))
                 frame_of[experts] = torch.tensor([frames[slot] for slot in slots], device="cpu")
                 here = torch.isin(ids, torch.tensor(experts, device="cpu"))
-                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False)
+                most = int(here.sum()), len(placed)
+                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False, most)
 
         waiting = set(needed)
         for wave in plan_waves(held, needed, final):
@@ -364,7 +365,8 @@ class OffloadEngine:
                     waiting.remove(e)
         if self._staging is not None:
             self._staging.chosen(layer, needed, self.counters)
-        self._timed(layer, x, frame_of[ids], gates, y, torch.zeros_like(ids, dtype=torch.bool), partial, True)
+        nothing = torch.zeros_like(ids, dtype=torch.bool)
+        self._timed(layer, x, frame_of[ids], gates, y, nothing, partial, True, (0, 0))
         self._settle(layer)
         return y, misses
 
@@ -445,15 +447,17 @@ class OffloadEngine:
 class _Compute:
     """``cachemoe.kernels.experts.experts`` over the frames of a pool."""
 
-    def __init__(self, pool: ExpertPool, page_format):
-        self._pool, self._format = pool, page_format
+    def __init__(self, pool: ExpertPool, layout: StoreLayout):
+        self._pool, self._format, self._experts = pool, layout.page_format, layout.experts
 
-    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True) -> None:
-        run = experts_cpu.experts  # without the checks: all of it is the engine's own
-        if x.is_cuda:
-            run, (frames, gates) = experts, (each.to(x.device, non_blocking=True) for each in (frames, gates))
-            pending = None if pending is None else pending.to(x.device, non_blocking=True)
-        run(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
+    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True, most=None) -> None:
+        if not x.is_cuda:  # without the checks: all of it is the engine's own
+            experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
+            return
+        frames, gates = (each.to(x.device, non_blocking=True) for each in (frames, gates))
+        pending = None if pending is None else pending.to(x.device, non_blocking=True)
+        bounds = self._experts, most
+        experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish, *bounds)
 
 
 def _carrier(store, pool: ExpertPool):
