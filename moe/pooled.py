@@ -24,6 +24,7 @@ from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.store import StoreLayout
 
@@ -185,10 +186,14 @@ class PooledExperts:
         self, routing: Strategy, bias: CacheBias, layer: int, logits: torch.Tensor, hidden: torch.Tensor
     ) -> Routing:
         rule, k = self._rules[layer], routing.experts_used(self.shape.top_k)
-        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, bias)
+        (logits,) = to_host(logits)
+        return choose(rule, logits[None], self._states[layer], self._evict, k, bias)
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
-        return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)
+        if self.engine.holds_all(layer):
+            return Routing.all_hits(ids[None], weights[None])
+        ids, weights = to_host(ids, weights)
+        return route_cpu.place(ids[None], weights[None], self._states[layer], self._evict)
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         count, before = self.layers[layer], self.counters.misses

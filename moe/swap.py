@@ -12,6 +12,7 @@ from cachemoe.kernels.reference import Routing
 from cachemoe.moe.doors import NoBackward
 from cachemoe.moe.layers import Probe, moe_layers, probe
 from cachemoe.moe.routers import RouterOutput
+from cachemoe.offload.packed import to_device
 
 RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
 PlaceLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
@@ -122,7 +123,10 @@ class Swap:
             logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
         with self.lock:
             routing = route(number, logits, seen)
-            answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
+            ids, weights = (each.flatten(0, 1) for each in (routing.ids, routing.weights))
+            if logits.is_cuda and not ids.is_cuda:
+                ids, weights = to_device(logits.device, ids, weights)
+            answer = known.output.like(logits, weights, ids)
             self._routed[number] = routing, *(answer[known.output.order.index(name)] for name in ("ids", "weights"))
         return answer
 

@@ -17,6 +17,7 @@ from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
 from cachemoe.offload.clock import HostClock, StreamClock
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link, Pacing, Transfer
+from cachemoe.offload.packed import to_device
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
@@ -85,6 +86,10 @@ class ResidentEngine:
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
         self._compute = _Compute(self._pool, layout)
 
+    def holds_all(self, layer: int) -> bool:
+        """As ``OffloadEngine.holds_all``."""
+        return True
+
     @torch.no_grad()
     def forward(
         self, layer: int, x: torch.Tensor, routing: Routing, gate_input: torch.Tensor | None = None
@@ -108,7 +113,7 @@ class OffloadEngine:
         capacity: slots of each layer; at least K for the routing that will be used.
         device: where the pool is and the experts run. ``state`` stays on the CPU, and so does the routing: where the
             model is on a GPU, its router's logits come to the host, which has to know what to fetch.
-        pacing, chunk_bytes: see ``Link``.
+        pacing: see ``Link``.
         staging: pages that a prefetcher may have ahead at a time.
         count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
@@ -126,7 +131,6 @@ class OffloadEngine:
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
-        chunk_bytes: int | None = None,
         staging: int = 0,
         count_in_flight: bool = False,
         evict: Callable = least_recently_used,
@@ -145,9 +149,10 @@ class OffloadEngine:
         frames = iter(range(sum(capacity)))
         self._frames = [[next(frames) for _ in range(count)] for count in capacity]  # of each slot
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
-        self._link = Link(_carrier(store, self._pool), pacing, chunk_bytes, timeline)
+        self._tables: dict[int, torch.Tensor] = {}  # of layers that have all experts: each one's frame, on the device
+        self._link = Link(_carrier(store, self._pool), pacing, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
-        self._clock = StreamClock() if self._pool.pages.is_cuda else HostClock()
+        self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
         ahead = range(sum(capacity), sum(capacity) + staging)
         self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
@@ -186,7 +191,8 @@ class OffloadEngine:
 
         Args:
             x: ``[T, H]`` contiguous, in a dtype that the page format computes in.
-            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it.
+            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it; or on the device,
+                where ``holds_all``.
             gate_input: ``[T, H]``, what the layer's router saw, for prefetchers that want it; None: x.
 
         Returns:
@@ -198,7 +204,9 @@ class OffloadEngine:
         """
         start = perf_counter()
         try:
-            if x.shape[0] == 1:
+            if routing.ids.is_cuda:
+                y, misses = self._resident(layer, x, routing), 0
+            elif x.shape[0] == 1:
                 y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
             else:
                 y, misses = self._prefill(layer, x, routing)
@@ -219,6 +227,7 @@ class OffloadEngine:
             Exception: as ``forward``.
         """
         slot_of = {}
+        self._tables.clear()
         try:
             for layer, held in enumerate(self._held):
                 wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
@@ -249,6 +258,7 @@ class OffloadEngine:
         if self._staging is not None:
             self._staging.drop(self.counters)
         self._link.abandon()  # nothing may move to a frame that moves
+        self._tables.clear()
         for layer in range(len(self._held)):
             self._settle(layer)
         state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(max(capacity) + self._guests)
@@ -298,6 +308,22 @@ class OffloadEngine:
 
     def __exit__(self, *_):
         self.close()
+
+    def holds_all(self, layer: int) -> bool:
+        """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
+        if layer not in self._tables and self._pool.pages.is_cuda:
+            held = self._held[layer]
+            if len(held) == self.state.slot_of.shape[1] and -1 not in held:
+                frames = dict(zip(held, self._frames[layer], strict=True))
+                table = torch.tensor([frames[e] for e in range(len(held))], device="cpu")
+                (self._tables[layer],) = to_device(self._pool.pages.device, table)
+        return layer in self._tables
+
+    def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The output of tokens whose experts the GPU finds itself."""
+        y = torch.empty_like(x)
+        self._timed(layer, x, self._tables[layer][routing.ids[0]], routing.weights[0], y)
+        return y
 
     def _holds(self, layer: int, expert: int) -> bool:
         return expert in self._held[layer]
@@ -373,6 +399,7 @@ class OffloadEngine:
     def _load(self, layer: int, e: int, slot: int) -> Transfer:
         """See that the expert's page comes to the slot: from staging, or asked for now."""
         held, frames = self._held[layer], self._frames[layer]
+        self._tables.pop(layer, None)
         if e in held:  # in another slot than the table says: a call never came
             held[held.index(e)] = -1
         held[slot] = -1
@@ -454,8 +481,9 @@ class _Compute:
         if not x.is_cuda:  # without the checks: all of it is the engine's own
             experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
             return
-        frames, gates = (each.to(x.device, non_blocking=True) for each in (frames, gates))
-        pending = None if pending is None else pending.to(x.device, non_blocking=True)
+        if not frames.is_cuda:
+            frames, gates, *some = to_device(x.device, frames, gates, *([] if pending is None else [pending]))
+            pending = some[0] if some else None
         bounds = self._experts, most
         experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish, *bounds)
 

@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.carriers import Carrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.timeline import Timeline
 
-CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
-LEAST_CHUNK_BYTES = 1 << 18
 PACED_THREADS = 2  # one moves the next chunk while the other waits for the end of the last
 
 
@@ -36,16 +33,6 @@ class Pacing:
     def seconds(self, size: int, begins: bool) -> float:
         """What ``size`` bytes take, with the latency where a page begins."""
         return size / self.bytes_per_second + (self.latency if begins else 0.0)
-
-
-def chunk_size(page_bytes: int, threads: int) -> int:
-    """Bytes of the pieces in which a page moves: so many that all threads end together, near ``CHUNK_BYTES`` each.
-
-    Returns:
-        A multiple of 4 KiB.
-    """
-    pieces = threads * max(1, round(page_bytes / threads / CHUNK_BYTES))
-    return max(-(-page_bytes // pieces // PAGE_ALIGNMENT) * PAGE_ALIGNMENT, LEAST_CHUNK_BYTES)
 
 
 class Transfer:
@@ -85,7 +72,6 @@ class Link:
     Args:
         carrier: moves chunks.
         pacing: None for the machine's own speed.
-        chunk_bytes: a page is moved in pieces of this size, a multiple of 4 KiB; None: as ``chunk_size`` says.
         timeline: records each chunk, if given.
 
     Attributes:
@@ -99,13 +85,11 @@ class Link:
         self,
         carrier: Carrier,
         pacing: Pacing | None = None,
-        chunk_bytes: int | None = None,
         timeline: Timeline | None = None,
     ):
         self.broken = False
         self.pacing = pacing
         self._carrier, self._timeline = carrier, timeline
-        self._chunk_bytes = chunk_bytes or chunk_size(carrier.page_bytes, carrier.threads)
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
         self._moving: set[Transfer] = set()  # with chunks under way
         self._closed = False
@@ -255,7 +239,7 @@ class Link:
         return min(self._moved_bytes / busy, self.pacing.bytes_per_second if self.pacing else float("inf"))
 
     def close(self) -> None:
-        """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
+        """Drop what has not begun to move, wait for the rest to arrive, end the threads; a second call does nothing."""
         with self._lock:
             self._closed = True
             self._closing.set()
@@ -269,6 +253,8 @@ class Link:
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join()
+        if threads:
+            self._carrier.drain()  # what is only queued may still write to frames that are freed now
 
     def __enter__(self):
         return self
@@ -291,7 +277,10 @@ class Link:
                     break
                 self._work.wait()
             transfer = queue[0]
-            start, stop = transfer.next_byte, min(transfer.next_byte + self._chunk_bytes, self._carrier.page_bytes)
+            start, stop = (
+                transfer.next_byte,
+                min(transfer.next_byte + self._carrier.chunk_bytes, self._carrier.page_bytes),
+            )
             transfer.next_byte = stop
             if stop == self._carrier.page_bytes:
                 queue.popleft()

@@ -499,7 +499,7 @@ def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, see
                 ids = stay.nonzero().flatten()[:TOP_K].view(1, 1, -1)
                 if ids.numel() == TOP_K:
                     routing = reference.Routing.all_hits(ids)
-                    routing.slots.copy_(engine.state.slot_of[layer, ids])
+                    routing.slots = engine.state.slot_of[layer, ids]
                     x = torch.ones(1, 32)
                     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
                     expected = reference.experts(x, ids[0], routing.weights[0], dense, FORMAT)
