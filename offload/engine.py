@@ -154,7 +154,9 @@ class OffloadEngine:
         self._busy_s = 0.0  # of the link, as counted so far
         self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
+        self._staging_frames = staging
         ahead = range(sum(capacity), sum(capacity) + staging)
+        self._resized: tuple | None = None  # what a resize is about to make of state, held and frames
         self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
 
     @property
@@ -203,6 +205,8 @@ class OffloadEngine:
                 be used on.
         """
         start = perf_counter()
+        if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
+            self._recover()
         try:
             if routing.ids.is_cuda:
                 y, misses = self._resident(layer, x, routing), 0
@@ -246,7 +250,7 @@ class OffloadEngine:
             raise
         self._busy_s = self._link.busy_s
 
-    @plain_torch()
+    @torch.inference_mode(False)  # and no plain_torch, whose modes Ctrl-C could leave as they are within
     def resize(self, capacity: Sequence[int]) -> None:
         """Change the slots of each layer between two tokens; experts leave by the eviction policy, pages stay.
 
@@ -257,16 +261,15 @@ class OffloadEngine:
         """
         if self._staging is not None:
             self._staging.drop(self.counters)
-        self._link.abandon()  # nothing may move to a frame that moves
+        self._recover()  # nothing may move to a frame that moves
         self._tables.clear()
-        for layer in range(len(self._held)):
-            self._settle(layer)
-        state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(max(capacity) + self._guests)
+        state = resized(self.state, torch.tensor(capacity, device="cpu"), self._evict).with_slots(
+            max(capacity) + self._guests
+        )
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
         held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
-        before = len(self._pool.pages)
-        total = before + sum(capacity) - sum(map(len, self._held))
-        if total > before:
+        total = sum(capacity) + self._staging_frames
+        if total > len(self._pool.pages):
             self._pool.resize(total)
         # Pages that stay keep their frames, but for those beyond the new end.
         stay = {frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0}
@@ -284,8 +287,9 @@ class OffloadEngine:
             self._held = [[e if e in row else -1 for e in old] for old, row in zip(self._held, held, strict=True)]
             for old, new in moves:
                 self._pool.pages[new] = self._pool.pages[old]
-            self.state, self._held, self._frames = state, held, frames
-            if total < before:
+            self._resized = state, held, frames
+            self._take_size()
+            if total < len(self._pool.pages):
                 self._pool.resize(total)
             if self._staging is not None:
                 self._staging.reset(free)
@@ -452,6 +456,7 @@ class OffloadEngine:
     def _recover(self) -> None:
         """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""
         try:
+            self._take_size()
             self._link.abandon()
             if self._staging is not None:
                 used = {frame for frames in self._frames for frame in frames}
@@ -461,6 +466,12 @@ class OffloadEngine:
         except BaseException:
             self._link.broken = True
             raise
+
+    def _take_size(self) -> None:
+        """Take what a resize has prepared, if any: done twice, after an interrupt, it is the same."""
+        if self._resized is not None:
+            self.state, self._held, self._frames = self._resized
+            self._resized = None
 
     def _settle(self, layer: int) -> None:
         """Make the page table say what the slots hold."""

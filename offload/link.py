@@ -75,7 +75,8 @@ class Link:
         timeline: records each chunk, if given.
 
     Attributes:
-        broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests.
+        broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests, until
+            ``abandon``.
 
     Raises:
         InputError: if the system refuses a thread.
@@ -124,14 +125,14 @@ class Link:
             paced: False for a page that is not part of what is measured.
 
         Raises:
-            RuntimeError: if an interrupt broke the link, or it is closed.
+            RuntimeError: if an interrupt has broken the link, or it is closed.
             InputError: in a process that was forked off, where the link's threads are not.
         """
         self._check_process()
-        if self.broken or self._closed:
-            raise RuntimeError(
-                f"the link is {'broken by an interrupt' if self.broken else 'closed'}: make a new engine"
-            )
+        if self._closed:
+            raise RuntimeError("the link is closed: make a new engine")
+        if self.broken:
+            raise RuntimeError("the link was broken by an interrupt, and nobody has abandoned what it left")
         transfer = Transfer(layer, expert, frame, demand, paced)
         with self._breaking:
             self._carrier.prepare(transfer)
@@ -144,8 +145,8 @@ class Link:
         """Make a prefetch a demand."""
         with self._breaking, self._lock:
             if transfer in self._queues[False]:
+                self._queues[False].remove(transfer)  # first: in both queues it would move twice
                 self._queues[True].append(transfer)
-                self._queues[False].remove(transfer)
             transfer.demand = True
             self._work.notify_all()
 
@@ -172,7 +173,10 @@ class Link:
             yield transfer
 
     def abandon(self) -> None:
-        """See that no frame is written any more: cancel what has not begun to move, wait for the rest."""
+        """See that no frame is written any more: cancel what has not begun to move, wait for the rest.
+
+        After that a link that an interrupt has broken takes requests again.
+        """
         with self._breaking:
             with self._lock:
                 for queue in self._queues.values():
@@ -183,6 +187,7 @@ class Link:
             for _ in self._ended(moving):
                 pass
             self._carrier.drain()
+            self.broken = False
 
     def _ended(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
         """The transfers in the order in which they end, well or not."""

@@ -8,7 +8,7 @@ from cachemoe.kernels.reference import CacheBias, GateScores
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.layers import routing_rules
+from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.models import load_model, static_cache
 from cachemoe.moe.routers import choose
 from cachemoe.moe.swap import Swap
@@ -72,7 +72,7 @@ def test_every_architecture_decodes_as_the_model_does(name, tmp_path, device):
     write_store(tmp_path / "store", layout, checkpoint.pages(layout.page_format))
     model, tokens = model.to(device), tokens.to(device)
     with ExpertStore(tmp_path / "store") as file, PinnedStore(file) as store:
-        rules = routing_rules(model)
+        rules = routing_rules(moe_layers(model), shape.top_k)
         engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k, device)
 
         def route_layer(layer, logits, hidden):
