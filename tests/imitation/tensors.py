@@ -90,12 +90,13 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return dispatch(func, args, kwargs or {})
+        with torch._C._InferenceMode(False):  # which allows no views of what was made outside of it
+            return dispatch(func, args, kwargs or {})
 
 
 def dispatch(func, args: tuple, kwargs: dict) -> Any:
     """Do one of torch's operations where its tensors are, or raise as CUDA would."""
-    if func._can_decompose():  # under inference mode it comes whole
+    if func._can_decompose():  # as it comes under inference mode
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
@@ -218,7 +219,7 @@ def _transfer(target: torch.Tensor, source: torch.Tensor, non_blocking: bool, ho
             "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned. "
             f"Please use tensor.pin_memory() or allocate the tensor with pin_memory=True. At {place()}"
         )
-    target, memory = _on_cpu((target, source))
+    target, memory = _on_cpu((target, source.detach()))
     if non_blocking and not pinned and host is source:  # small ones are put aside by the driver, which does not wait
         memory, pinned = memory.clone(), True
     if not (non_blocking and pinned):

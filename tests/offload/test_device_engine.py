@@ -21,7 +21,7 @@ TOLERANCE = {"cpu": 0.0, "cuda": 2e-2}  # of the largest output, against the CPU
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def store(request, tmp_path_factory):
+def file(request, tmp_path_factory):
     page_format = FORMATS[request.param]
     generator = torch.Generator().manual_seed(0)
 
@@ -32,7 +32,13 @@ def store(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "store.safetensors"
     layout = StoreLayout("test", LAYERS, EXPERTS, page_format)
     write_store(path, layout, (page() for _ in range(LAYERS * EXPERTS)))
-    with ExpertStore(path) as file, PinnedStore(file) as pinned:
+    with ExpertStore(path) as file:
+        yield file
+
+
+@pytest.fixture
+def store(file):
+    with PinnedStore(file) as pinned:
         yield pinned
 
 
@@ -56,10 +62,10 @@ def step(engine, layer, logits, x, bias, evict, out=None):
     prior=st.sampled_from([0.0, 0.3]),
     eviction=st.sampled_from(sorted(EVICTION_POLICIES)),
 )
-def test_as_the_host_driven_engine(store, device, read_through, tokens, capacity, prior, eviction):
+def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity, prior, eviction):
     bias, evict = CacheBias(1, prior=prior), EVICTION_POLICIES[eviction]
-    driven = DeviceEngine(store, capacity, TOP_K, device, read_through)
-    with OffloadEngine(store, capacity, evict=evict) as host:
+    with PinnedStore(file) as store, OffloadEngine(store, capacity, evict=evict) as host:
+        driven = DeviceEngine(store, capacity, TOP_K, device, read_through)
         for token in range(tokens):
             for layer in range(LAYERS):
                 logits, x = (each[layer] for each in inputs(token, "cpu"))
