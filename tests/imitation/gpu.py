@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch.utils._device import _device_constructors
 
 from imitation import streams
 from imitation.streams import DEVICES, Machine, current_stream, device_of, machine, started_machine
@@ -34,6 +35,7 @@ PROPERTIES = SimpleNamespace(
 @contextmanager
 def imitated_gpu() -> Iterator[Machine]:
     """Imitate ``streams.DEVICES`` GPUs while it is open. Not for several threads to open."""
+    _device_constructors()  # which torch looks up once and remembers: its own, not what is put in their place
     with ExitStack() as stack:
         started = stack.enter_context(started_machine())
         for owner, replacements in ((torch.cuda, _cuda()), (torch.Tensor, _methods()), (torch, _functions())):
@@ -85,7 +87,7 @@ def _methods() -> dict[str, Callable]:
 
     def numbered(value):
         """A device with its number, which the C++ of a build without CUDA would look up in vain."""
-        is_cuda = value == "cuda" or isinstance(value, torch.device) and value.type == "cuda"
+        is_cuda = value == "cuda" or (isinstance(value, torch.device) and value.type == "cuda")
         return device_of(value) if is_cuda else value
 
     def to_numbered(self, *args, **kwargs):
@@ -137,7 +139,7 @@ def _guarded_devices() -> Iterator[None]:
 
 
 def _replace_launches(stack: ExitStack) -> None:
-    """Triton's interpreter, where it is installed: on the memory of the device's tensors, when their stream comes to it."""
+    """Triton's interpreter, where it is installed: on the tensors' memory, when their stream comes to it."""
     try:
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:

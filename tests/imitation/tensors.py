@@ -86,7 +86,8 @@ class DeviceTensor(torch.Tensor):
         return format(self.item() if self.dim() == 0 else repr(self), specification)
 
     def __deepcopy__(self, memo):
-        return self.detach().clone()
+        copy = self.detach().clone()
+        return torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
