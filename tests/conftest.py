@@ -16,10 +16,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=50, derandomize=True)
-PROFILE = "ci" if os.environ.get("CI") else "default"
-hypothesis.settings.load_profile(PROFILE)
-# On the imitated GPU every kernel is interpreted, at seconds an example of a test of many steps.
-hypothesis.settings.register_profile("imitation", hypothesis.settings.get_profile(PROFILE), max_examples=3)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,10 +37,8 @@ def gpu(request):
     if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
         yield None
         return
-    hypothesis.settings.load_profile("imitation")
     with imitated_gpu() as machine:
         yield machine
-    hypothesis.settings.load_profile(PROFILE)
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ def name_of(page_format):
 
 each_format = pytest.mark.parametrize("page_format", FORMATS, ids=name_of)
 some_formats = pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[5], FORMATS[6]], ids=name_of)
+INTERPRETED = pytest.mark.gpu_only("interpreted, the same as the tests of the kernels")
 each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_path = pytest.mark.parametrize("run", ["decode", "prefill"], indirect=True)
 
@@ -448,7 +449,11 @@ def test_reading_through_is_for_one_token():
 
 
 @pytest.mark.gpu
-@each_format
+@pytest.mark.parametrize(
+    "page_format",
+    [FORMATS[5], *(pytest.param(each, marks=INTERPRETED) for each in FORMATS if each is not FORMATS[5])],
+    ids=name_of,
+)
 @each_float
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_the_public_function_on_a_gpu(page_format, dtype, tokens):

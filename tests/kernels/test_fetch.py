@@ -110,6 +110,7 @@ def test_a_gpu_does_not_read_pageable_memory():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_only("torch.compile")
 def test_torch_compile_takes_a_pinned_store():
     store, pool, pages, slots, count = case(4, 5, 3, 2, 1024)
     assert store.is_pinned()
