@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis's profile, torch's threads, the GPU marker's skip, and data that may be absent."""
+"""What every test shares: Hypothesis's profile, torch's threads, the imitated GPU, and data that may be absent."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from imitation import imitated_gpu
 
 if not torch.cuda.is_available():  # before any kernel is defined: without a GPU the interpreter runs them
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,8 +26,19 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if only := item.get_closest_marker("gpu_only"):
+            (reason,) = only.args
+            item.add_marker(pytest.mark.skip(reason=f"needs a CUDA GPU: {reason}"))
+
+
+@pytest.fixture(autouse=True)
+def gpu(request):
+    """For a test marked ``gpu``, where there is no GPU: the imitation. It is set up after what a module shares."""
+    if torch.cuda.is_available() or not request.node.get_closest_marker("gpu"):
+        yield None
+        return
+    with imitated_gpu() as machine:
+        yield machine
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def test_the_cpus_matmul_rate_is_a_rate():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_only("its driver and its speeds")
 def test_the_gpu_is_described_and_its_speeds_are_rates():
     gpu = machine.describe()["gpu"]
     assert gpu["name"] == torch.cuda.get_device_name()

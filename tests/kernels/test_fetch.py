@@ -10,7 +10,10 @@ from cachemoe.kernels.fetch_gpu import plan_fetch
 
 pytestmark = pytest.mark.kernel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+def device():
+    """Asked in each test: a GPU may be imitated for some."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def through_the_kernel(*arguments):
@@ -24,18 +27,18 @@ def case(pages, slots, listed, count, words, seed=0):
     """Store, pool, and a miss list of which the first ``count`` entries count."""
     torch.manual_seed(seed)
     store = torch.randint(0, 256, (pages, 4 * words), dtype=torch.uint8)
-    store = store.pin_memory() if DEVICE == "cuda" else store
-    pool = torch.randint(0, 256, (slots, 4 * words), dtype=torch.uint8).to(DEVICE)
+    store = store.pin_memory() if device() == "cuda" else store
+    pool = torch.randint(0, 256, (slots, 4 * words), dtype=torch.uint8).to(device())
     chosen, targets = torch.randint(0, pages, (listed,)), torch.randperm(slots)[:listed]
     # Beyond the count the list holds what must never be followed.
     chosen[count:], targets[count:] = 10**12, 10**12
-    return store, pool, chosen.to(DEVICE), targets.to(DEVICE), torch.tensor([count]).to(DEVICE)
+    return store, pool, chosen.to(device()), targets.to(device()), torch.tensor([count]).to(device())
 
 
 def expected(store, pool, pages, slots, count):
     pool = pool.clone()
     for i in range(int(count)):
-        pool[int(slots[i])] = store[int(pages[i])].to(DEVICE)
+        pool[int(slots[i])] = store[int(pages[i])].to(device())
     return pool
 
 
@@ -63,12 +66,12 @@ def test_a_part_of_a_larger_pool_and_store(run):
 
 def test_slots_beyond_32_bits():
     stride, words = 2**30, 64  # in words of 4 bytes
-    memory = torch.empty(3 * stride + words, dtype=torch.int32, device=DEVICE)  # hardly touched
+    memory = torch.empty(3 * stride + words, dtype=torch.int32, device=device())  # hardly touched
     pool = memory.as_strided((4, words), (stride, 1)).view(torch.uint8)
     store = torch.randint(0, 256, (4, 4 * words), dtype=torch.uint8)
-    store = store.pin_memory() if DEVICE == "cuda" else store
-    list_ = torch.arange(4, device=DEVICE)
-    through_the_kernel(store, pool, list_.flip(0), list_, torch.tensor([4], device=DEVICE))
+    store = store.pin_memory() if device() == "cuda" else store
+    list_ = torch.arange(4, device=device())
+    through_the_kernel(store, pool, list_.flip(0), list_, torch.tensor([4], device=device()))
     assert torch.equal(pool.cpu(), store.flip(0))
 
 
@@ -107,6 +110,7 @@ def test_a_gpu_does_not_read_pageable_memory():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_only("torch.compile")
 def test_torch_compile_takes_a_pinned_store():
     store, pool, pages, slots, count = case(4, 5, 3, 2, 1024)
     assert store.is_pinned()

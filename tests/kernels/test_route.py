@@ -25,7 +25,7 @@ BACKENDS = [
     pytest.param(
         "interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernel is compiled")
     ),
-    pytest.param("cuda", marks=pytest.mark.gpu),
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.gpu_only("interpreted, it is the backend before")]),
 ]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -405,7 +405,9 @@ def test_peeking_tells_what_route_then_chooses(strategy, scores, bad):
 # -------------------------------------------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.gpu_only("torch.compile")])]
+)
 def test_route_compiles_into_one_graph(device):
     def step(logits, state):
         bias, scores = CacheBias(1, prior=torch.full_like(logits[:, 0, 0], 0.3)), GateScores(renormalise=True)

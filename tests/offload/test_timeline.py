@@ -239,6 +239,7 @@ def test_events_of_a_gpu_fall_between_the_host_s_readings_around_them():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_only("a kernel that lasts")
 def test_events_of_a_gpu_that_have_not_happened_yet_are_awaited(tmp_path):
     timeline = Timeline(cuda=True)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
