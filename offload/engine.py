@@ -493,8 +493,10 @@ class _Compute:
             experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
             return
         if not frames.is_cuda:
-            frames, gates, *some = to_device(x.device, frames, gates, *([] if pending is None else [pending]))
-            pending = some[0] if some else None
+            upload = [frames, *([] if gates.is_cuda else [gates]), *([] if pending is None else [pending])]
+            frames, *more = to_device(x.device, *upload)
+            gates = gates if gates.is_cuda else more[0]
+            pending = None if pending is None else more[-1]
         bounds = self._experts, most
         experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish, *bounds)
 
