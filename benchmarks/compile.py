@@ -39,7 +39,7 @@ class AbsentGPU:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses; the last three count instructions of its PTX.
+    """What a compiled kernel uses; the last five count instructions of its PTX.
 
     Args:
         registers: of a thread.
@@ -48,6 +48,8 @@ class Resources:
         wide_loads: loads of 16 bytes a thread from global memory, into registers or shared memory.
         asynchronous: copies from global to shared memory that do not wait (cp.async, TMA).
         tensor_core: matrix instructions.
+        flushing: arithmetic that takes numbers below 2**-126 for 0.
+        float_atomics: additions and the like of floating point numbers in memory.
     """
 
     registers: int
@@ -56,6 +58,8 @@ class Resources:
     wide_loads: int
     asynchronous: int
     tensor_core: int
+    flushing: int
+    float_atomics: int
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
@@ -89,14 +93,17 @@ def read_resources(compiled: Any) -> Resources:
         wide_loads=len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)|\bcp\.async\.c[ag]\S* .*, 0x10\b", ptx)),
         asynchronous=len(re.findall(r"\bcp\.async\.(?:c[ag]|bulk\.tensor)\b", ptx)),
         tensor_core=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        flushing=len(re.findall(r"\.ftz\b", ptx)),
+        float_atomics=len(re.findall(r"\b(?:atom|red)\.\S*\.b?f(?:16|32|64)", ptx)),
     )
 
 
 def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     """What is wrong with a compiled launch, in words; empty if nothing is.
 
-    No kernel may spill or ask for more shared memory than a block has. A kernel that streams pages loads 16 bytes a
-    thread, and one whose loops are to be pipelined copies asynchronously.
+    No kernel may spill or ask for more shared memory than a block has. None may flush small numbers to zero, since
+    int8 and int4 values are multiplied as such, or add floats atomically, since their order would be left to chance.
+    A kernel that streams pages loads 16 bytes a thread, and one whose loops are to be pipelined copies asynchronously.
     """
     found = []
     if resources.stack:
@@ -104,6 +111,10 @@ def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     limit = SHARED_MEMORY[capability] * 1024
     if resources.shared > limit:
         found.append(f"{resources.shared} bytes of shared memory, and a block has {limit}")
+    if resources.flushing:
+        found.append(f"{resources.flushing} instructions that flush small numbers to zero")
+    if resources.float_atomics:
+        found.append(f"{resources.float_atomics} atomic operations on floats")
     if launch.streams_pages and not resources.wide_loads:
         found.append("no 16-byte loads")
     if launch.pipelined and not resources.asynchronous:

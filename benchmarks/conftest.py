@@ -42,12 +42,13 @@ class Session:
 
     def report(self) -> dict:
         spread = {"memory_samples": self.memory} if self.memory else {}
+        gpu = self.machine["gpu"]["name"] if self.machine.get("gpu") else ""
         return {
             "command": "bench",
             "machine": self.machine,
             "speeds": self.speeds | spread,
             "notes": self.notes,
-            "rows": aggregate(self.measurements, self.speeds),
+            "rows": aggregate(self.measurements, self.speeds, gpu),
         }
 
     def write(self) -> None:

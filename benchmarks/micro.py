@@ -4,6 +4,9 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from cachemoe.benchmarks.geometries import GEOMETRIES
+from cachemoe.benchmarks.micro_model import INSTRUCTIONS, expected_seconds
+
 MEMORY = "memory_bytes_per_second"
 PINNED = "pinned_copy_bytes_per_second"
 MATMUL = "matmul_flops_per_second"
@@ -78,8 +81,25 @@ def bound(work: Work, speeds: Mapping[str, float]) -> tuple[float, str] | None:
     return max(bounds, default=None)
 
 
-def aggregate(measurements: Iterable[Measurement], speeds: Mapping[str, float]) -> list[dict]:
-    """A row for each subject, in the order first measured: median, least and greatest of its repetitions' medians."""
+def model(subject: Subject, speeds: Mapping[str, float], gpu: str) -> float | None:
+    """Seconds that ``micro_model`` expects; None: it is of another kernel, of more tokens or of another GPU.
+
+    Args:
+        speeds: as for ``bound``.
+        gpu: its name; empty without one.
+    """
+    ours = subject.kernel == "experts" and subject.implementation == "cachemoe" and subject.tokens == 1
+    if not (ours and subject.variant in INSTRUCTIONS and "H100" in gpu):
+        return None
+    return expected_seconds(GEOMETRIES[subject.geometry], subject.variant, speeds[MEMORY])
+
+
+def aggregate(measurements: Iterable[Measurement], speeds: Mapping[str, float], gpu: str = "") -> list[dict]:
+    """A row for each subject, in the order first measured: median, least and greatest of its repetitions' medians.
+
+    Args:
+        speeds, gpu: as for ``model``.
+    """
     repetitions: dict[Subject, list[Measurement]] = {}
     for measurement in measurements:
         repetitions.setdefault(measurement.subject, []).append(measurement)
@@ -102,6 +122,7 @@ def aggregate(measurements: Iterable[Measurement], speeds: Mapping[str, float]) 
                 "bound_seconds": limit and limit[0],
                 "bound_by": limit and limit[1],
                 "percent_of_bound": limit and 100 * limit[0] / median,
+                "model_seconds": model(subject, speeds, gpu),
             }
         )
     return rows

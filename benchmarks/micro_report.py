@@ -22,9 +22,7 @@ def micro_tables(report: dict) -> list[Table]:
 
 
 def _table(rows: Sequence[dict]) -> Table:
-    table = Table(
-        title=_title(rows[0]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
-    )
+    table = Table(title=_title(rows), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["seconds"]["median"]):
@@ -32,12 +30,15 @@ def _table(rows: Sequence[dict]) -> Table:
     return table
 
 
-def _title(row: dict) -> str:
+def _title(rows: Sequence[dict]) -> str:
     """What the rows of a table share."""
+    row = rows[0]
     title = f"{row['kernel']}, {GEOMETRIES[row['geometry']].title}, T = {row['tokens']}, {row['variant']}"
     if row["bound_seconds"] is None:
         return title
-    return f"{title}\n{row['bytes'] / 1e6:.1f} MB, bound {_us(row['bound_seconds'])} us ({BOUNDS[row['bound_by']]})"
+    bound = f"{title}\n{row['bytes'] / 1e6:.1f} MB, bound {_us(row['bound_seconds'])} us ({BOUNDS[row['bound_by']]})"
+    expected = [f", cachemoe by model {_us(row['model_seconds'])} us" for row in rows if row["model_seconds"]]
+    return bound + "".join(expected)
 
 
 def _cells(row: dict) -> list[str]:

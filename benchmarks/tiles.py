@@ -14,6 +14,7 @@ from cachemoe.kernels.experts_tiles import DecodeTiles, PrefillTiles
 from cachemoe.kernels.launch import Launch
 
 TRIED = [(geometry, kind) for geometry in ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b") for kind in ("bf16", "int4")]
+TRIED.append(("qwen3-30b-a3b", "int8"))
 """Geometries and page formats: the finest experts, the coarsest, and widths that are no powers of two."""
 
 LAUNCHES = ("gate_up", "down")
@@ -67,6 +68,7 @@ def neighbours(tiles: DecodeTiles, least_k: int) -> list[DecodeTiles]:
         *(replace(tiles, warps=count) for count in (warps // 2, warps * 2)),
         *(DecodeTiles(n // 2, k * factor, warps, stages) for factor in (1, 2)),
         *(DecodeTiles(n * factor, k // 2, warps, stages) for factor in (1, 2)),
+        DecodeTiles(n // 2, k * 2, warps, stages + 1),  # the most bytes in flight: a processor has few programs of down
         DecodeTiles(n * 2, k, warps, stages),
         DecodeTiles(n // 2, k, warps // 2, stages),
     ]

@@ -37,12 +37,13 @@ def two_floats(words, FLOAT: tl.constexpr):
 def _add_two(products, sums, eight, pair, BYTE: tl.constexpr, FLOAT: tl.constexpr):
     """``products`` and the values of a byte of each word times ``pair``'s two numbers, ``sums`` and the two numbers.
 
+    Both are [N, P, K]: each thread sums the numbers that it has read, once for all its rows, and asks no other.
     Values stay where they are in the word: q from bit b on, read as the bits of a float32, is q * 2**(b - 149), while
     b <= 20. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion; nothing is lost
     for x of 2**-57 to 2**47.
     """
     even, odd = two_floats(pair, FLOAT)
-    sums += even + odd
+    sums += (even + odd)[None, :, :]
     if BYTE == 3:
         eight >>= 8
     PLACE: tl.constexpr = 8 * (2 if BYTE == 3 else BYTE)
@@ -54,76 +55,112 @@ def _add_two(products, sums, eight, pair, BYTE: tl.constexpr, FLOAT: tl.constexp
 
 
 @triton.jit
+def _read(
+    rows,  # [N * P] pointers
+    k,  # [K] elements of a row
+    inside,  # [K] bool
+    live,  # [N * P] bool
+    pool_rows,  # with READ_THROUGH: where what was read belongs,
+    missing,  # and [N * P] bool, rows that are to be written there
+    N: tl.constexpr,
+    READ_THROUGH: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """[N, P, K]: elements of the rows that are live, 0 for the others."""
+    read = tl.load(rows[:, None] + k[None, :], inside[None, :] & live[:, None], 0, eviction_policy=EVICTION)
+    if READ_THROUGH:
+        tl.store(pool_rows[:, None] + k[None, :], read, inside[None, :] & missing[:, None])
+    return tl.reshape(read, [N, rows.shape[0] // N, k.shape[0]])
+
+
+@triton.jit
+def _bytes(words):
+    """[N, P, 4 * K] float32: (q + 128) * 2**-149 for each byte q, -128..127, of [N, P, K] words, lowest byte first.
+
+    It is the float32 whose bits are q + 128: to convert a byte would take as long as four other instructions.
+    """
+    words ^= -2139062144  # 0x80808080: adds 128 to each byte
+    even, odd = tl.join(words & 255, (words >> 16) & 255), tl.join((words >> 8) & 255, (words >> 24) & 255)
+    bits = tl.reshape(tl.join(even, odd), [words.shape[0], words.shape[1], 4 * words.shape[2]])
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _matvec(
     x_ptr,  # the vectors; as words of two elements where KIND is int4
-    x_first,  # [P] where vector p begins, or [1], the same for all
+    x_first,  # [P] where vector p begins, or [1], the same for all, counted as length is
     x_live,  # [P] or [1] bool, vectors to read; the others are 0
-    rows,  # [N, P] pointers to the first element of each row
-    scale_rows,  # [N, P] pointers to each row's scales, as words of a scale and a zero (int4)
-    live,  # [N, P] bool, rows to read; the others give 0
-    length,  # elements of a row; int4: words of eight values
+    rows,  # [N * P] pointers to the first element of each row
+    scale_rows,  # [N * P] pointers to each row's scales, as words of a scale and a zero (int4)
+    live,  # [N * P] bool, rows to read; the others give 0
+    length,  # elements of a row: values, or words of eight (int4) or four (int8)
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    pool_rows,  # with READ_THROUGH: [N, P] pointers to where the rows belong in the pool,
+    pool_rows,  # with READ_THROUGH: [N * P] pointers to where the rows belong in the pool,
     pool_scale_rows,
-    missing,  # and [N, P] bool, rows that are to be written there
+    missing,  # and [N * P] bool, rows that are to be written there
+    N: tl.constexpr,
     READ_THROUGH: tl.constexpr,
 ):
-    """[N, P] float32: row (n, p) times vector p, before int8's scales.
+    """[N * P] float32: row (n, p) times vector p, before int8's scales.
 
-    Rows of the same vector lie along the first dimension, over which a thread repeats: it reads the vector once.
+    A thread has several rows of one vector, and reads and scales the vector once for them. Rows are one dimension while
+    they are read, p counting faster: had they two, Triton 3.6 would give a thread one row each of several vectors.
     """
-    N: tl.constexpr = rows.shape[0]
-    P: tl.constexpr = rows.shape[1]
-    X: tl.constexpr = x_first.shape[0]
+    P: tl.constexpr = rows.shape[0] // N
     # A thread sums what it loads at once, 16 bytes, so that few accumulators are live.
     AT_ONCE: tl.constexpr = 128 // rows.dtype.element_ty.primitive_bitwidth
+    PARTS: tl.constexpr = BLOCK_K // AT_ONCE
     if KIND == "int4":
         GROUP_WORDS: tl.constexpr = GROUP // 8
         GROUPS: tl.constexpr = BLOCK_K // GROUP_WORDS
-        PARTS: tl.constexpr = GROUP_WORDS // AT_ONCE
-        total = tl.zeros([N, P, GROUPS, PARTS], tl.float32)
+        total = tl.zeros([N, P, GROUPS, PARTS // GROUPS], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
-            inside = (k < length)[None, None, :] & live[:, :, None]
-            eight = tl.load(rows[:, :, None] + k[None, None, :], inside, 0, eviction_policy="evict_first")
-            if READ_THROUGH:
-                tl.store(pool_rows[:, :, None] + k[None, None, :], eight, inside & missing[:, :, None])
+            inside = k < length
+            eight = _read(rows, k, inside, live, pool_rows, missing, N, READ_THROUGH, "evict_first")
             g = first // GROUP_WORDS + tl.arange(0, GROUPS)
-            inside = (g < length // GROUP_WORDS)[None, None, :] & live[:, :, None]
-            words = tl.load(scale_rows[:, :, None] + g[None, None, :], inside, 0)
-            if READ_THROUGH:
-                tl.store(pool_scale_rows[:, :, None] + g[None, None, :], words, inside & missing[:, :, None])
-            inside = (k < length)[None, :] & x_live[:, None]
+            some = g < length // GROUP_WORDS
+            words = _read(scale_rows, g, some, live, pool_scale_rows, missing, N, READ_THROUGH, "")
+            inside = inside[None, :] & x_live[:, None]
             at = x_ptr + 4 * (x_first[:, None] + k[None, :])
             byte_0, byte_1 = tl.load(at, inside, 0), tl.load(at + 1, inside, 0)
             byte_2, byte_3 = tl.load(at + 2, inside, 0), tl.load(at + 3, inside, 0)
-            products, sums = tl.zeros([N, P, BLOCK_K], tl.float32), tl.zeros([X, BLOCK_K], tl.float32)
+            products, sums = tl.zeros([N, P, BLOCK_K], tl.float32), tl.zeros([N, P, BLOCK_K], tl.float32)
             products, sums = _add_two(products, sums, eight, byte_0, 0, FLOAT)
             products, sums = _add_two(products, sums, eight, byte_1, 1, FLOAT)
             products, sums = _add_two(products, sums, eight, byte_2, 2, FLOAT)
             products, sums = _add_two(products, sums, eight, byte_3, 3, FLOAT)
-            dot = tl.sum(tl.reshape(products, [N, P, GROUPS, PARTS, AT_ONCE]), 4) * 2.0**69
-            sum_x = tl.sum(tl.reshape(sums, [X, GROUPS, PARTS, AT_ONCE]), 3)
+            dot = tl.sum(tl.reshape(products, [N, P, GROUPS, PARTS // GROUPS, AT_ONCE]), 4) * 2.0**69
+            sum_x = tl.sum(tl.reshape(sums, [N, P, GROUPS, PARTS // GROUPS, AT_ONCE]), 4)
             scale, zero = two_floats(words, tl.bfloat16)
-            total += scale[:, :, :, None] * dot + (zero - 8.0 * scale)[:, :, :, None] * sum_x[None, :, :, :]
-        total = tl.reshape(total, [N, P, GROUPS * PARTS])
+            total += scale[:, :, :, None] * dot + (zero - 8.0 * scale)[:, :, :, None] * sum_x
+        total = tl.reshape(total, [N, P, PARTS])
     else:
-        total = tl.zeros([N, P, BLOCK_K // AT_ONCE], tl.float32)
+        WORDS: tl.constexpr = KIND == "int8" and rows.dtype.element_ty == tl.int32
+        EACH: tl.constexpr = 4 if WORDS else 1
+        total = tl.zeros([N, P, PARTS], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
-            inside = (k < length)[None, None, :] & live[:, :, None]
-            inside_x = (k < length)[None, :] & x_live[:, None]
-            x = tl.load(x_ptr + x_first[:, None] + k[None, :], inside_x, 0).to(tl.float32)
-            w = tl.load(rows[:, :, None] + k[None, None, :], inside, 0, eviction_policy="evict_first")
-            if READ_THROUGH:
-                tl.store(pool_rows[:, :, None] + k[None, None, :], w, inside & missing[:, :, None])
-            products = tl.reshape(w.to(tl.float32) * x[None, :, :], [N, P, BLOCK_K // AT_ONCE, AT_ONCE])
-            total += tl.sum(products, 3)
-    return tl.sum(total, 2)
+            w = _read(rows, k, k < length, live, pool_rows, missing, N, READ_THROUGH, "evict_first")
+            k = EACH * first + tl.arange(0, EACH * BLOCK_K)
+            inside = (k < EACH * length)[None, :] & x_live[:, None]
+            x = tl.load(x_ptr + EACH * x_first[:, None] + k[None, :], inside, 0).to(tl.float32)
+            if WORDS:
+                # (q + 128) * x - 128 * x, all times 2**-69, for x of 2**-57 to 2**47. What cancels costs up to 2**-15
+                # of the row's scale times the sum of abs(x); the rounding of the weights, up to half of that product.
+                x *= 2.0**80
+                w = _bytes(w)
+                excess = tl.broadcast_to((x * -(2.0**-142))[None, :, :], w.shape)
+                total += tl.sum(tl.reshape(excess, [N, P, PARTS, EACH * AT_ONCE]), 3)
+            products = w.to(tl.float32) * x[None, :, :]
+            total += tl.sum(tl.reshape(products, [N, P, PARTS, EACH * AT_ONCE]), 3)
+        if WORDS:
+            total *= 2.0**69
+    return tl.reshape(tl.sum(total, 2), [N * P])
 
 
 @triton.jit
@@ -131,10 +168,10 @@ def _decode_rows(
     x_ptr,
     x_first,  # [P] or [1] int64
     x_live,  # likewise
-    slot,  # [P] int64
-    source,  # [P] int64, the page to read through, -1: the slot has it
-    row,  # [N, P]
-    live,  # [N, P]
+    slot,  # [N * P] int64
+    source,  # [N * P] int64, the page to read through, -1: the slot has it
+    row,  # [N * P]
+    live,  # [N * P]
     weight,  # pointers into the pool's slots: weight,
     scales,
     bias,
@@ -150,10 +187,10 @@ def _decode_rows(
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    N: tl.constexpr,
     READ_THROUGH: tl.constexpr,
 ):
-    """[N, P] float32: rows of the slots' matrix times vectors, scaled and with their bias."""
-    slot = slot[None, :]
+    """[N * P] float32: rows of the slots' matrix times vectors, scaled and with their bias."""
     groups = length // (GROUP // 8) if KIND == "int4" else 1
     rows = weight + slot * weight_stride + row.to(tl.int64) * length
     scale_rows = scales + slot * scales_stride + row * groups if KIND == "int4" or KIND == "int8" else rows
@@ -161,11 +198,10 @@ def _decode_rows(
     pool_scale_rows = scale_rows
     missing = live
     if READ_THROUGH:
-        page = source[None, :]
-        missing = (page >= 0) & live
-        rows = tl.where(missing, weight_source + page * weight_stride + row.to(tl.int64) * length, rows)
+        missing = (source >= 0) & live
+        rows = tl.where(missing, weight_source + source * weight_stride + row.to(tl.int64) * length, rows)
         if KIND == "int4" or KIND == "int8":
-            scale_rows = tl.where(missing, scales_source + page * scales_stride + row * groups, scale_rows)
+            scale_rows = tl.where(missing, scales_source + source * scales_stride + row * groups, scale_rows)
     # What the end needs is read before the stream of weights, not after.
     if KIND == "int8":
         scale = tl.load(scale_rows, live, 0.0)
@@ -175,12 +211,12 @@ def _decode_rows(
         pool_bias = bias + slot * bias_stride + row
         b = tl.load(pool_bias, live, 0.0)
         if READ_THROUGH:
-            from_store = tl.load(bias_source + page * bias_stride + row, missing, 0.0)
+            from_store = tl.load(bias_source + source * bias_stride + row, missing, 0.0)
             tl.store(pool_bias, from_store, missing)
             b = tl.where(missing, from_store, b)
     y = _matvec(
         x_ptr, x_first, x_live, rows, scale_rows, live, length, KIND, GROUP, FLOAT, BLOCK_K, STAGES,
-        pool_rows, pool_scale_rows, missing, READ_THROUGH,
+        pool_rows, pool_scale_rows, missing, N, READ_THROUGH,
     )  # fmt: skip
     if KIND == "int8":
         y *= scale
@@ -224,22 +260,28 @@ def _decode_gate_up_kernel(
     if pending_ptr is not None:
         if tl.load(pending_ptr + pair) == 0:
             return
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     MATRICES: tl.constexpr = 2 if GATED else 1
-    matrix = tl.arange(0, MATRICES)  # gate, up
-    none = tl.zeros([MATRICES], tl.int64)
-    row = 2 * n[:, None] + matrix[None, :] if INTERLEAVED else n[:, None] + matrix[None, :] * I
-    live = (n < I)[:, None] & (matrix >= 0)[None, :]
+    first = tl.program_id(0) * BLOCK_N
+    m = tl.arange(0, BLOCK_N * MATRICES)
+    n, matrix = (
+        tl.minimum(first + m // MATRICES, I - 1),
+        m % MATRICES,
+    )  # matrix: gate, up; the last row for those beyond
+    none = tl.zeros([BLOCK_N * MATRICES], tl.int64)
+    row = 2 * n + matrix if INTERLEAVED else n + matrix * I
     READ_THROUGH: tl.constexpr = source_ptr is not None
     sums = _decode_rows(
         x_ptr, tl.zeros([1], tl.int64) + (pair // K) * length, tl.arange(0, 1) >= 0, none + tl.load(slots_ptr + pair),
-        none + tl.load(source_ptr + pair) if READ_THROUGH else none, row, live,
+        none + tl.load(source_ptr + pair) if READ_THROUGH else none, row, m >= 0,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
         weight_stride, scales_stride, bias_stride, length,
-        KIND, GROUP, h_ptr.dtype.element_ty, BLOCK_K, STAGES, READ_THROUGH,
+        KIND, GROUP, h_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
     )  # fmt: skip
+    sums = tl.reshape(sums, [BLOCK_N, MATRICES])
+    matrix = tl.arange(0, MATRICES)
     gate = tl.sum(tl.where(matrix[None, :] == 0, sums, 0.0), 1)
     up = tl.sum(tl.where(matrix[None, :] == MATRICES - 1, sums, 0.0), 1)
+    n = first + tl.arange(0, BLOCK_N)
     h = activate_tile(gate, up, ACTIVATION, GATED)
     tl.store(h_ptr + pair * I + n, h.to(h_ptr.dtype.element_ty), n < I)
 
@@ -276,37 +318,42 @@ def _decode_down_kernel(
 ):
     """y[t] = sum over k of gates[t, k] * down(h[t, k]), all K rows of an output at once. Grid: (blocks of H, T)."""
     length = chunks * CHUNK
-    k = tl.arange(0, PADDED_K)
-    pair = tl.program_id(1).to(tl.int64) * K + k
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    token = tl.program_id(1).to(tl.int64)
+    m = tl.arange(0, BLOCK_N * PADDED_K)
+    n, k = tl.minimum(first + m // PADDED_K, H - 1), m % PADDED_K  # the last row for those beyond
+    pair = token * K + k
     READ_THROUGH: tl.constexpr = source_ptr is not None
     slot = tl.load(slots_ptr + pair, k < K, 0).to(tl.int64)
     source = tl.load(source_ptr + pair, k < K, -1).to(tl.int64) if READ_THROUGH else slot
-    inside = (n < H)[:, None] & (k < K)[None, :]
-    computed = k < K
+    live = k < K
     if pending_ptr is not None:
-        computed = tl.load(pending_ptr + pair, k < K, 0) != 0
-    live = inside & computed[None, :]
-    row = n[:, None] + tl.zeros([1, PADDED_K], tl.int32)
+        live &= tl.load(pending_ptr + pair, k < K, 0) != 0
     if FINISH:
         gates = tl.load(gates_ptr + pair, k < K, 0.0)
     if partial_ptr is not None:
-        at = partial_ptr + pair[None, :] * H + n[:, None]
+        at = partial_ptr + pair * H + n
         if FINISH:
-            earlier = tl.load(at, inside & (live == 0), 0.0)
+            earlier = tl.load(at, (k < K) & (live == 0), 0.0)
+    k = tl.arange(0, PADDED_K)
+    vectors = token * K + k
+    computed = k < K
+    if pending_ptr is not None:
+        computed = tl.load(pending_ptr + vectors, computed, 0) != 0
     sums = _decode_rows(
-        h_ptr, pair * length, computed, slot, source, row, live,
+        h_ptr, vectors * length, computed, slot, source, n, live,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
         weight_stride, scales_stride, bias_stride, length,
-        KIND, GROUP, y_ptr.dtype.element_ty, BLOCK_K, STAGES, READ_THROUGH,
+        KIND, GROUP, y_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
     )  # fmt: skip
     if not FINISH:
         tl.store(at, sums, live)
     else:
         if partial_ptr is not None:
             sums = tl.where(live, sums, earlier)
-        y = tl.sum(sums * gates[None, :], 1)
-        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * H + n, y.to(y_ptr.dtype.element_ty), n < H)
+        y = tl.sum(tl.reshape(sums * gates, [BLOCK_N, PADDED_K]), 1)
+        n = first + tl.arange(0, BLOCK_N)
+        tl.store(y_ptr + token * H + n, y.to(y_ptr.dtype.element_ty), n < H)
 
 
 def as_words(floats: torch.Tensor) -> torch.Tensor:
@@ -337,8 +384,6 @@ def plan_decode(
     """
     tokens, top_k = slots.shape
     int4 = page_format.kind == "int4"
-    # Left to itself the assembler would spill to fit more programs.
-    limit = 160 if int4 and pending is not None else None
     launches = []
     for name, kernel, vectors, outputs in (
         ("gate_up", _decode_gate_up_kernel, x, page_format.intermediate),
@@ -346,13 +391,17 @@ def plan_decode(
     ):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         from_store = [None if source is None else source_weights.get(name + part) for part in ("", "_scales", "_bias")]
+        # Rows of int8 that are multiples of 16 bytes are read as words; the others a byte at a time, converted.
+        in_words = int4 or (page_format.kind == "int8" and weight.shape[-1] % 16 == 0)
+        if in_words:
+            weight = weight.view(torch.int32)
+            from_store[0] = None if source is None else from_store[0].view(torch.int32)
         if int4:
-            weight, scales = weight.view(torch.int32), as_words(scales)
-            if source is not None:
-                from_store[:2] = from_store[0].view(torch.int32), as_words(from_store[1])
+            scales = as_words(scales)
+            from_store[1] = None if source is None else as_words(from_store[1])
         matrices = triton.next_power_of_2(top_k) if name == "down" else 2 if page_format.gated else 1
-        # A row of int4 groups is a multiple of 16 bytes: given as their number, the compiler knows.
-        chunk = page_format.group // 8 if int4 else 1
+        # A row of words is a multiple of 16 bytes: given as the number of groups or of four words, the compiler knows.
+        chunk = page_format.group // 8 if int4 else 4 if in_words else 1
         tiles = decode_tiles(weight.dtype, outputs, weight.shape[-1], matrices, page_format.group)
         arguments = {
             "x_ptr" if name == "gate_up" else "h_ptr": as_words(vectors) if int4 else vectors,
@@ -401,7 +450,6 @@ def plan_decode(
                 tiles.warps,
                 streams_pages=True,
                 pipelined=tiles.stages > 1,
-                max_registers=limit,
             )
         )
     return launches

@@ -14,7 +14,7 @@ from cachemoe.benchmarks.run_compile import wrong
 from cachemoe.kernels.launch import Launch
 
 FINE = Resources(
-    registers=64, shared=1024, stack=0, wide_loads=4, asynchronous=3, tensor_core=0
+    registers=64, shared=1024, stack=0, wide_loads=4, asynchronous=3, tensor_core=0, flushing=0, float_atomics=0
 )  # of a kernel that streams pages in a pipeline
 
 
@@ -92,6 +92,8 @@ def test_the_cases_cover_every_path_and_format():
     [
         ({"stack": 16}, {}, "spilled"),
         ({"shared": 1024 * SHARED_MEMORY[80] + 1}, {}, "shared memory"),
+        ({"flushing": 1}, {}, "flush"),
+        ({"float_atomics": 1}, {}, "atomic"),
         ({"wide_loads": 0}, {"streams_pages": True}, "16-byte"),
         ({"asynchronous": 0}, {"pipelined": True}, "pipelined"),
     ],
@@ -101,6 +103,41 @@ def test_what_is_wrong_is_said(changes, claims, word):
     assert defects(launch, FINE, 80) == []
     (defect,) = defects(launch, replace(FINE, **changes), 80)
     assert word in defect
+
+
+UNSOUND = """
+import torch, triton
+import triton.language as tl
+from cachemoe.benchmarks.compile import compile_launch, read_resources
+from cachemoe.kernels.launch import Launch
+
+@triton.jit
+def flushing(x_ptr):
+    x = tl.load(x_ptr)
+    tl.store(x_ptr, tl.inline_asm_elementwise("add.ftz.f32 $0, $1, $1;", "=f,f", [x], tl.float32, True, 1))
+
+@triton.jit
+def adding(x_ptr):
+    tl.atomic_add(x_ptr, 1)
+
+for kernel, dtype in ((flushing, "float32"), (adding, "float32"), (adding, "float16"), (adding, "int32")):
+    x = torch.empty(1, dtype=getattr(torch, dtype), device="meta")
+    found = read_resources(compile_launch(Launch(kernel, (1,), {"x_ptr": x}), 90))
+    print(kernel.__name__, dtype, found.flushing, found.float_atomics)
+"""
+
+
+def test_flushing_and_atomics_are_found(tmp_path):
+    (tmp_path / "unsound.py").write_text(UNSOUND)  # Triton reads its kernels' source from a file
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, tmp_path / "unsound.py"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        "flushing float32 1 0",
+        "adding float32 0 1",
+        "adding float16 0 1",
+        "adding int32 0 0",
+    ]
 
 
 def test_no_claim_no_defect():

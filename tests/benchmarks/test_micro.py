@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate, bound
+from cachemoe.benchmarks.micro_model import expected_seconds
 from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 
@@ -48,6 +49,19 @@ def test_subjects_keep_the_order_of_their_first_measurement():
     other = replace(MEASUREMENT, subject=replace(SUBJECT, implementation="eager loop"))
     rows = aggregate([MEASUREMENT, other, MEASUREMENT, other], SPEEDS)
     assert [(row["implementation"], row["repetitions"]) for row in rows] == [("cachemoe", 2), ("eager loop", 2)]
+
+
+def test_the_model_is_of_one_tokens_experts_on_its_gpu():
+    others = [
+        replace(SUBJECT, tokens=512),
+        replace(SUBJECT, implementation="eager loop"),
+        replace(SUBJECT, kernel="tiles"),
+    ]
+    measurements = [replace(MEASUREMENT, subject=subject) for subject in (SUBJECT, *others)]
+    rows = aggregate(measurements, SPEEDS, "NVIDIA H100 80GB HBM3")
+    assert [row["model_seconds"] for row in rows] == [expected_seconds(GEOMETRIES["olmoe"], "bf16", 100e9), *[None] * 3]
+    assert "cachemoe by model" in micro_tables({"rows": rows})[0].title
+    assert [row["model_seconds"] for row in aggregate(measurements, SPEEDS, "another")] == [None] * 4
 
 
 def test_without_a_bound_there_is_no_percentage():

@@ -39,6 +39,7 @@ FORMATS = [
     PageFormat("int4", 64, 32, 32, bias=True),
     PageFormat("int4", 192, 64, 64, activation="gelu", interleaved=True),
     PageFormat("int4", 128, 128, 128, gated=False),
+    PageFormat("int8", 80, 48),
 ]
 
 
@@ -145,7 +146,7 @@ def test_equal_to_the_reference(run, page_format, dtype):
         (5, 2, 37),
     ],
 )
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9]], ids=name_of)
 def test_awkward_shapes(run, page_format, tokens, top_k, slots):
     case = Case(page_format, tokens, top_k, slots, torch.float32, unused=3)
     assert_near(run(case), case.expected())
@@ -160,7 +161,7 @@ def test_any_width(run, hidden, inner):
 
 @each_path
 @pytest.mark.parametrize("exponent", [-22, 22])
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[8]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[8], FORMATS[9]], ids=name_of)
 def test_tokens_of_any_size(run, page_format, exponent):
     page_format = replace(page_format, activation="relu", bias=False)  # of which both products grow with the token
     case = Case(page_format, tokens=2, top_k=2, slots=3, dtype=torch.float32)
@@ -168,10 +169,29 @@ def test_tokens_of_any_size(run, page_format, exponent):
     assert_near(run(case), case.expected())
 
 
+@pytest.mark.parametrize("largest", [1, 30, 127])
+@pytest.mark.parametrize("x", ["normal", "positive", "of many sizes"])
+def test_int8_is_near_the_exact_sum(x, largest):
+    torch.manual_seed(0)
+    page_format = PageFormat("int8", 2048, 16, gated=False, activation="relu")
+    pool = torch.zeros(1, page_format.page_bytes, dtype=torch.uint8)
+    weights = page_format.views(pool)
+    weights["gate_up"][0] = torch.randint(-largest, largest + 1, (16, 2048))
+    weights["gate_up_scales"][0] = 1.0
+    weights = page_format.views(pool.to(DEVICE))
+    normal = torch.randn(1, 2048)
+    x = {"normal": normal, "positive": normal.abs(), "of many sizes": normal * torch.randn(1, 2048).mul(2).exp()}[x]
+    h, slots, gates = poisoned(1, 16, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    x, slots, gates = x.to(DEVICE), slots.to(DEVICE), gates.to(DEVICE)
+    plan_decode(x, slots, gates, weights, page_format, torch.empty_like(x), h)[0].run()
+    exact = (weights["gate_up"][0].double() @ x[0].double()).relu()
+    assert (h[0] - exact).abs().max() < 2.0**-15 * x.abs().sum()
+
+
 @each_path
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9]], ids=name_of)
 def test_a_token_that_is_not_finite_spoils_its_own_row_alone(run, page_format, value):
     case = Case(page_format, tokens=3, top_k=2, slots=3, dtype=torch.float32)
     whole = run(case)
