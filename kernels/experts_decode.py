@@ -263,10 +263,8 @@ def _decode_gate_up_kernel(
     MATRICES: tl.constexpr = 2 if GATED else 1
     first = tl.program_id(0) * BLOCK_N
     m = tl.arange(0, BLOCK_N * MATRICES)
-    n, matrix = (
-        tl.minimum(first + m // MATRICES, I - 1),
-        m % MATRICES,
-    )  # matrix: gate, up; the last row for those beyond
+    n = tl.minimum(first + m // MATRICES, I - 1)  # the last row for those beyond
+    matrix = m % MATRICES  # gate, up
     none = tl.zeros([BLOCK_N * MATRICES], tl.int64)
     row = 2 * n + matrix if INTERLEAVED else n + matrix * I
     READ_THROUGH: tl.constexpr = source_ptr is not None

@@ -77,14 +77,15 @@ class PageFormat:
         if self.kind != "int4":
             if self.group != 0:
                 raise ValueError(f"{self.kind} pages have no groups: leave group at 0")
-            return
-        if self.group not in INT4_GROUPS:
+        elif self.group not in INT4_GROUPS:
             raise ValueError(f"int4 pages have groups of {INT4_GROUPS}, not {self.group}")
-        if self.hidden % self.group or self.intermediate % self.group:
+        elif self.hidden % self.group or self.intermediate % self.group:
             raise ValueError(
                 f"int4 pages need H and I divisible by the group: H={self.hidden}, I={self.intermediate}, "
                 f"group={self.group}"
             )
+        for name in ("encoded", "parts"):  # torch.compile wants them made: before Python 3.12 they take a lock
+            getattr(self, name)
 
     @cached_property
     def encoded(self) -> str:

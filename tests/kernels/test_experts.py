@@ -178,11 +178,11 @@ def test_int8_is_near_the_exact_sum(x, largest):
     weights = page_format.views(pool)
     weights["gate_up"][0] = torch.randint(-largest, largest + 1, (16, 2048))
     weights["gate_up_scales"][0] = 1.0
-    weights = page_format.views(pool.to(DEVICE))
+    weights = page_format.views(pool.to(device()))
     normal = torch.randn(1, 2048)
     x = {"normal": normal, "positive": normal.abs(), "of many sizes": normal * torch.randn(1, 2048).mul(2).exp()}[x]
     h, slots, gates = poisoned(1, 16, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
-    x, slots, gates = x.to(DEVICE), slots.to(DEVICE), gates.to(DEVICE)
+    x, slots, gates = x.to(device()), slots.to(device()), gates.to(device())
     plan_decode(x, slots, gates, weights, page_format, torch.empty_like(x), h)[0].run()
     exact = (weights["gate_up"][0].double() @ x[0].double()).relu()
     assert (h[0] - exact).abs().max() < 2.0**-15 * x.abs().sum()
