@@ -72,4 +72,4 @@ def test_a_prompt_takes_the_tiles_of_one_layers_experts(layout, monkeypatch):
     ids = torch.arange(128).remainder(EXPERTS).view(1, 64, 2)
     engine.forward(0, torch.ones(64, HIDDEN, device="cuda"), Routing.all_hits(ids))
     expected = prefill_tiles(ids.numel(), EXPERTS, 32, HIDDEN, torch.float32).block_m
-    assert {constants["BLOCK_M"] for constants in launched} == {expected}
+    assert {constants["BLOCK_M"] for constants in launched if "BLOCK_M" in constants} == {expected}
