@@ -14,7 +14,7 @@ from cachemoe.kernels.reference import STATE
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.layers import recorded_routers, routing_rules
+from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
@@ -129,7 +129,7 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
     order = list(rows)
     shuffle = random.Random(0).shuffle
     prefill_experts = model.get_experts_implementation()
-    rules = routing_rules(model)
+    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     try:
         for window in plan.windows:
             shuffle(order)
@@ -219,7 +219,7 @@ def _decode_in_a_graph(
 ) -> None:
     engine, strategy = row.engine, row.setting.strategy
     k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
-    payload_input = _payload_input(engine, model.device)
+    payload_input, rules = _payload_input(engine, model.device), [rule.to(model.device) for rule in rules]
 
     def route_prefix(layer, logits, hidden):
         return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cachemoe.moe.checkpoint import MoeShape
-from cachemoe.moe.layers import recorded_routers, routing_rules
+from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy, cache_bias
 from cachemoe.moe.swap import Swap
@@ -118,7 +118,7 @@ def evaluate(
             qualities[i] = Quality(state[:, row])
         batches.append((k, [qualities[i] for i in members], state, bias))
 
-    rules = routing_rules(model)
+    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     original_ids = []
     for window in windows:
         with recorded_routers(model) as answers:

@@ -14,7 +14,7 @@ def cache_directory() -> Path:
         OSError: if there is no home, or others could replace what is kept there.
     """
     if chosen := os.environ.get("CACHEMOE_CACHE"):
-        folder = Path(chosen)
+        folder = Path(os.path.expanduser(chosen))
     else:
         try:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cachemoe"

@@ -24,6 +24,8 @@ def experts(
     pending: torch.Tensor | None = None,
     partial: torch.Tensor | None = None,
     finish: bool = True,
+    among: int | None = None,
+    most: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Run each token's experts and sum their results weighted by the gates.
 
@@ -38,6 +40,10 @@ def experts(
         partial: ``[T, K, H]`` float32: results of pairs, needed with ``pending``. Where not pending they are read to
             finish. Where pending they are written if ``finish`` is False, and may be otherwise.
         finish: whether to sum and write ``out``; False leaves it as it is, for a call that computes the rest.
+        among: how many distinct slots there can be in ``slots``, as a layer's E; None: as many as the pool has. Of many
+            tokens on a GPU it chooses the tiles, and so the bits: it is to be the same for all calls of a layer.
+        most: of the pairs computed now how many there are at most, and how many distinct slots they have; None: all of
+            ``slots``, and ``among``. A GPU computes no more than these.
 
     Returns:
         ``out``.
@@ -47,11 +53,14 @@ def experts(
     """
     out = torch.empty_like(x) if out is None else out
     _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
+    among = weights["gate_up"].shape[0] if among is None else among
+    bounds = among, *(most or (slots.numel(), among))
     if torch.compiler.is_compiling():
         ordered = [weights[name] for name, *_ in page_format.parts]
-        torch.ops.cachemoe.experts(x, slots, gates, ordered, page_format.encoded, out, pending, partial, finish)
+        run, weights, page_format = torch.ops.cachemoe.experts, ordered, page_format.encoded
     else:
-        _compute(x, slots, gates, weights, page_format, out, pending, partial, finish)
+        run = _compute
+    run(x, slots, gates, weights, page_format, out, pending, partial, finish, *bounds)
     return out
 
 
@@ -137,13 +146,16 @@ def _run(
     pending: torch.Tensor | None,
     partial: torch.Tensor | None,
     finish: bool,
+    among: int,
+    most_pairs: int,
+    most_slots: int,
 ) -> None:
     page_format = PageFormat.decode(page_format)
     named = dict(zip((name for name, *_ in page_format.parts), weights, strict=True))
-    _compute(x, slots, gates, named, page_format, out, pending, partial, finish)
+    _compute(x, slots, gates, named, page_format, out, pending, partial, finish, among, most_pairs, most_slots)
 
 
-def _compute(x, slots, gates, weights, page_format, out, pending, partial, finish):
+def _compute(x, slots, gates, weights, page_format, out, pending, partial, finish, among, most_pairs, most_slots):
     if not x.is_cuda:
         experts_cpu.experts(x, slots, gates, weights, page_format, out, pending, partial, finish)
         return
@@ -155,7 +167,8 @@ def _compute(x, slots, gates, weights, page_format, out, pending, partial, finis
         launches = plan_decode(x, slots, gates, weights, page_format, out, h, pending, partial, finish)
     else:
         pairs = x.new_empty(*slots.shape, x.shape[1], dtype=torch.float32) if partial is None else partial
-        launches = plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, pending, finish)
+        bounds = among, (most_pairs, most_slots)
+        launches = plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, pending, finish, *bounds)
     for launch in launches:
         launch.run()
 

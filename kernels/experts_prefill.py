@@ -143,7 +143,7 @@ def _combine_kernel(
 
 
 def group_by_slot(
-    slots: torch.Tensor, pending: torch.Tensor | None, count: int, block_m: int
+    slots: torch.Tensor, pending: torch.Tensor | None, count: int, block_m: int, most: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pairs by slot, cut into tiles that hold one slot's pairs each; no transfer to the host.
 
@@ -152,12 +152,15 @@ def group_by_slot(
         pending: ``[T, K]`` bool, pairs that take part; None: all.
         count: slots there are.
         block_m: pairs of a tile.
+        most: pairs that take part, and slots that they have, at most.
 
     Returns:
         int64 tensors: ``order`` ``[T * K]`` pairs by slot, each slot's in the order of ``slots``; ``tile_slot``
         and ``tile_first`` ``[tiles]``, each tile's slot (``count`` for none) and first place in ``order``; ``slot_end``
-        ``[count]``, where each slot's pairs end in ``order``. ``tiles`` is the most that any routing could need.
+        ``[count]``, where each slot's pairs end in ``order``. ``tiles`` is the most that any routing within ``most``
+        could need.
     """
+    most_pairs, most_slots = most
     flat = slots.flatten()
     if pending is not None:
         flat = torch.where(pending.flatten(), flat, count)
@@ -165,7 +168,7 @@ def group_by_slot(
     ends = torch.searchsorted(by_slot, torch.arange(count, device=flat.device), right=True)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
     tiles_end = ((ends - begins + block_m - 1) // block_m).cumsum(0)
-    tile = torch.arange(flat.numel() // block_m + min(count, flat.numel()), device=flat.device)
+    tile = torch.arange(most_pairs // block_m + min(most_slots, most_pairs), device=flat.device)
     tile_slot = torch.searchsorted(tiles_end, tile, right=True)
     known = tile_slot.clamp(max=count - 1)
     tiles_begin = torch.cat((tiles_end.new_zeros(1), tiles_end[:-1]))
@@ -183,9 +186,11 @@ def plan_prefill(
     pairs: torch.Tensor,
     pending: torch.Tensor | None = None,
     finish: bool = True,
+    among: int | None = None,
+    most: tuple[int, int] | None = None,
     tiles: Sequence[PrefillTiles] = (),
 ) -> list[Launch]:
-    """The launches. Arguments as ``cachemoe.kernels.experts.experts``.
+    """The launches. Arguments as ``cachemoe.kernels.experts.experts``; of no pairs there is nothing but the sum.
 
     ``h`` is scratch ``[T * K, I]`` in x's dtype, ``pairs`` ``[T, K, H]`` float32 takes each pair's result. ``tiles`` of
     the two products; none: what ``prefill_tiles`` chooses.
@@ -196,16 +201,18 @@ def plan_prefill(
     if len({size.block_m for size in tiles}) > 1:
         raise ValueError(f"pairs are grouped once for both products, and not by {tiles}")
     (tokens, top_k), count = slots.shape, weights["gate_up"].shape[0]
+    among = count if among is None else among
+    most = most or (slots.numel(), among)
     # Left to itself the assembler would spill to fit more programs: products without tensor cores, values taken apart.
     limit = 255 if x.dtype == torch.float32 or page_format.kind == "int4" else None
     launches = []
-    for product, (name, a, y) in enumerate((("gate_up", x, h), ("down", h, pairs))):
+    for product, (name, a, y) in enumerate((("gate_up", x, h), ("down", h, pairs)) if most[0] else ()):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         if page_format.kind == "int4":
             scales = as_words(scales)
-        size = tiles[product] if tiles else prefill_tiles(slots.numel(), count, y.shape[-1], a.shape[-1], x.dtype)
+        size = tiles[product] if tiles else prefill_tiles(slots.numel(), among, y.shape[-1], a.shape[-1], x.dtype)
         if not launches:
-            grouping = group_by_slot(slots, pending, count, size.block_m)
+            grouping = group_by_slot(slots, pending, count, size.block_m, most)
         order, tile_slot, tile_first, slot_end = grouping
         arguments = {
             "a_ptr": a,

@@ -82,16 +82,19 @@ class Routing:
         )
 
     @classmethod
-    def all_hits(cls, ids: torch.Tensor) -> Routing:
-        """Tokens that find expert e in slot e, and weigh their experts equally.
+    def all_hits(cls, ids: torch.Tensor, weights: torch.Tensor | None = None) -> Routing:
+        """Tokens that find expert e in slot e, wherever the ids are; that nothing is missing is said on the host.
 
         Args:
             ids: ``[B, T, K]`` int64.
+            weights: ``[B, T, K]``; None: experts of a token weigh the same.
         """
-        routing = cls.empty(*ids.shape, ids.device)
-        for tensor, value in zip(routing.tensors(), (ids, 1 / ids.shape[-1], ids, True, 0, -1, -1, 0), strict=True):
-            tensor[...] = value
-        return routing
+        caches, tokens, k = ids.shape
+        weights = ids.new_full(ids.shape, 1 / k, dtype=torch.float32) if weights is None else weights.float()
+        nothing = torch.empty(caches, 0, dtype=torch.int64)
+        misses = Misses(nothing, nothing, torch.zeros(caches, dtype=torch.int64))
+        hits, waves = torch.ones_like(ids, dtype=torch.bool), ids.new_zeros(caches, tokens)
+        return cls(ids, weights, ids, hits, waves, misses)
 
 
 @dataclass(frozen=True)

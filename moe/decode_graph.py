@@ -2,6 +2,8 @@
 
 import torch
 
+from cachemoe.offload.errors import InputError
+
 WARM_UP = 2  # steps run before the capture, for what libraries set up and compile at their first calls
 
 
@@ -32,6 +34,9 @@ class DecodeGraph:
 
         Returns:
             ``[V]`` logits; on a GPU the next step overwrites them.
+
+        Raises:
+            InputError: if the model cannot be captured.
         """
         self._token.copy_(token)
         if self._graph is None and self._token.is_cuda and self._steps >= WARM_UP:
@@ -51,8 +56,14 @@ class DecodeGraph:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
+        try:
+            with torch.cuda.graph(graph):
+                self._run()
+        except RuntimeError as error:
+            raise InputError(
+                f"{type(self._model).__name__} cannot be captured in a CUDA graph: let the host drive it "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         self._graph = graph
 
     def _run(self) -> None:

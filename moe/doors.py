@@ -3,10 +3,12 @@
 from types import MethodType
 
 import torch
+from torch.autograd import forward_ad
 
 from cachemoe.moe.layers import MoeLayer
 from cachemoe.offload.errors import InputError
 
+NO_GRADIENTS = "experts in a pool give no gradients: use the model under torch.no_grad(), and train transformers' own"
 # What may be asked of a parameter without its values.
 _ATTRIBUTES = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "grad", "grad_fn", "requires_grad"),
@@ -32,7 +34,8 @@ class PooledParameter(torch.nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        no_gradient = function is torch.Tensor.requires_grad_ and [*args[1:], *(kwargs or {}).values()] == [False]
+        sets = torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__
+        no_gradient = function in sets and [*args[1:], *(kwargs or {}).values()] == [False]
         if function not in _OF_NO_VALUE and not no_gradient:
             raise InputError(
                 "the experts of this model are in cachemoe's pool, and their parameters can neither be read nor "
@@ -131,6 +134,22 @@ def _refuse_experts(module, state_dict, prefix, *_):
             )
 
 
+def refuse_transforms(*inputs: torch.Tensor) -> None:
+    """Refuse what would go through experts in a pool and leave something out in silence.
+
+    Raises:
+        InputError: for a trace, which would keep the experts of one input; or a derivative other than by backward,
+            which ``NoBackward`` refuses.
+    """
+    if torch.jit.is_tracing():
+        raise InputError("experts in a pool cannot be traced: which are computed differs from input to input")
+    wrapped = any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs))
+    if wrapped or (
+        forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs)
+    ):
+        raise InputError(NO_GRADIENTS)
+
+
 class NoBackward(torch.autograd.Function):
     """The output of experts, which have no gradients: a backward pass that reaches it raises."""
 
@@ -141,6 +160,4 @@ class NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise InputError(
-            "experts in a pool give no gradients: use the model under torch.no_grad(), and train transformers' own"
-        )
+        raise InputError(NO_GRADIENTS)

@@ -7,6 +7,7 @@ weights are read.
 
 import hashlib
 import json
+import os
 from contextlib import suppress
 
 import torch
@@ -93,7 +94,7 @@ def _kept(checkpoint: Checkpoint) -> str | None:
 
 def checkpoint_key(checkpoint: Checkpoint) -> str:
     """16 hexadecimal digits that tell a checkpoint's folder from others of the same name."""
-    return hashlib.sha256(str(checkpoint.path.resolve()).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(checkpoint.path.resolve())).hexdigest()[:16]
 
 
 def _place(checkpoint: Checkpoint):

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from textwrap import shorten
 
 from cachemoe.moe.shards import INDEX
 from cachemoe.offload.errors import InputError
@@ -24,14 +25,16 @@ def checkpoint_folder(path: str | os.PathLike, revision: str | None = None) -> P
     Raises:
         InputError: if there is neither, or a revision of a folder is asked for.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"a checkpoint is a folder or a hub id, and not {shorten(repr(path), 80)}")
     text = os.path.expanduser(path)
     folder = Path(text)
-    if folder.exists():
+    if os.path.exists(folder):
         if revision is not None:
             raise InputError(f"{path} is a folder, which has no revision {revision}: leave it out, or give a hub id")
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text, re.ASCII) or folder.parent.exists():
-        raise InputError(f"there is no checkpoint folder {path}, and a hub id is OWNER/NAME")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text, re.ASCII) or os.path.exists(folder.parent):
+        raise InputError(f"there is no checkpoint folder {shorten(str(path), 300)}, and a hub id is OWNER/NAME")
     import huggingface_hub
 
     def fetch(names: list[str], never: list[str]) -> Path:
@@ -47,7 +50,8 @@ def checkpoint_folder(path: str | os.PathLike, revision: str | None = None) -> P
     except Exception as error:  # of many kinds: no network, no such model, no right to it
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"there is no folder {path}, and the Hugging Face hub does not give a model of that name: {reason}"
+            f"there is no folder {shorten(str(path), 200)}, and the Hugging Face hub does not give a model of that "
+            f"name: {shorten(reason, 200)}"
         ) from error
     return folder
 

@@ -40,6 +40,11 @@ class ModelExperts:
                     f"{type(layer.block).__name__} adapts the experts' weights while it computes, which pages cannot: "
                     "merge the adapter first (merge_and_unload)"
                 )
+            if "forward" in vars(experts) and not hasattr(experts, "_old_forward"):  # accelerate's only moves inputs
+                raise InputError(
+                    f"the experts of MoE layer {number} have a forward of their own, which pages would not run: undo "
+                    "that first"
+                )
             if any(parameter.is_meta for parameter in experts.parameters()):
                 raise InputError(
                     f"the experts of MoE layer {number} have no weights in memory: the model is swapped already, "

@@ -134,18 +134,28 @@ class Probe:
     logits_of: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
 
 
-def routing_rules(model) -> list[RoutingRule]:
+def routing_rules(layers: list[MoeLayer], top_k: int, device: torch.device | str | None = None) -> list[RoutingRule]:
     """The rule of each MoE layer's router.
 
+    Args:
+        layers: as ``moe_layers`` gives them.
+        top_k: K that the model's config says.
+        device: where the logits will be: ``cpu`` where the host routes; None: where the routers are.
+
     Raises:
-        InputError: as ``probe``, or if cachemoe knows no rule that a router follows.
+        InputError: as ``probe``, or if cachemoe knows no rule that a router follows, or one chooses other than K.
     """
     rules: list[RoutingRule] = []
-    for layer in moe_layers(model):
+    for layer in layers:
         likely = rules[-1].scores if rules else None  # a model's layers follow one rule
         # As it is, and in float32, where rounding hides nothing.
         outputs = [probe(layer).output, probe(layer, precisely=True).output]
-        rules.append(find_rule(layer.router, layer.block, outputs, likely))
+        if (chosen := outputs[0].ids.shape[1]) != top_k:
+            raise InputError(
+                f"{type(layer.router).__name__} chooses {chosen} experts, and the model's config says {top_k}"
+            )
+        rule = find_rule(layer.router, layer.block, outputs, likely)
+        rules.append(rule if device is None else rule.to(device))
     return rules
 
 

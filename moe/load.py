@@ -75,7 +75,7 @@ def load(
     evict = eviction_policy(eviction)
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     with ExitStack() as stack:
         if store is None:
             layout = checkpoint.layout(format)
@@ -92,7 +92,7 @@ def load(
             warnings.warn(f"{error}; the model is loaded without", stacklevel=3)
             tokenizer = None
         model = load_without_experts(checkpoint, device)
-        rules = check_model(model, layout.page_format, routing)
+        rules = check_model(model, shape.top_k, layout.page_format, routing)
         if store is None:  # what takes long comes last
             opened = stack.enter_context(open_packed(checkpoint, layout, progress, check_reads=verify == "read"))
         elif not holds(opened, checkpoint, layout, progress):
@@ -137,7 +137,7 @@ def swap(
     routing = checked(routing, experts.shape.experts, experts.shape.top_k)
     evict = eviction_policy(eviction)
     layout = experts.layout(format)
-    rules = check_model(model, layout.page_format, routing)
+    rules = check_model(model, experts.shape.top_k, layout.page_format, routing)
     with ExitStack() as stack:
         if pool is None:
             count = layout.layers * layout.experts
@@ -166,10 +166,10 @@ def check_loadable(checkpoint: Checkpoint, format: str | None = None) -> None:
     Raises:
         InputError: as ``load`` does for a model that it cannot run.
     """
-    check_model(outline(checkpoint), checkpoint.page_format(format), Original())
+    check_model(outline(checkpoint), checkpoint.shape.top_k, checkpoint.page_format(format), Original())
 
 
-def check_model(model, page_format: PageFormat, routing: Strategy) -> list[RoutingRule] | None:
+def check_model(model, top_k: int, page_format: PageFormat, routing: Strategy) -> list[RoutingRule] | None:
     """Whether the model's experts and routers are such as pages and routing suppose.
 
     Returns:
@@ -178,14 +178,28 @@ def check_model(model, page_format: PageFormat, routing: Strategy) -> list[Routi
     Raises:
         InputError: if not.
     """
-    for layer in moe_layers(model):
+    layers = moe_layers(model)
+    for layer in layers:
         check_experts(layer, page_format)
-    return None if routing.label == EXACT else routing_rules(model)
+    return None if routing.label == EXACT else routing_rules(layers, top_k, "cpu")
+
+
+def _device(name: torch.device | str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device is cpu or cuda, not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is cpu or cuda, not {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name!r} needs a GPU that torch can use, and there is none: leave it out")
+    return device
 
 
 def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress: Progress) -> OffloadEngine:
     """The engine over a file: through pinned memory where a GPU computes."""
-    if torch.device(device).type != "cpu":
+    if device.type != "cpu":
         with progress("reading every page into pinned memory", store.pages) as advance:
             store = stack.enter_context(PinnedStore(store, advance))
     return stack.enter_context(OffloadEngine(store, capacity, device, evict=evict))

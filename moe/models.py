@@ -9,6 +9,7 @@ from textwrap import shorten
 
 import torch
 import transformers
+from transformers.cache_utils import LinearAttentionLayer
 
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import check_count, moe_layers
@@ -86,8 +87,24 @@ def load_tokenizer(path: Path):
 
 
 def static_cache(model, length: int):
-    """A key-value cache of fixed size, for ``DecodeGraph``: room for ``length`` tokens at addresses that stay."""
-    return transformers.StaticCache(config=model.config, max_cache_len=length)
+    """A key-value cache of fixed size, for ``DecodeGraph``: room for ``length`` tokens at addresses that stay.
+
+    Layers that see a window of the context keep all of it, too, and leave the window to the mask: transformers' own
+    count tokens in a Python number, which stays in a captured graph as it was.
+
+    Raises:
+        InputError: for layers of another kind, of which nobody knows whether a graph can hold them.
+    """
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is transformers.StaticSlidingWindowLayer:
+            cache.layers[number] = transformers.StaticLayer(length)
+        elif type(layer) not in (transformers.StaticLayer, LinearAttentionLayer):
+            raise InputError(
+                f"{type(model).__name__} has a cache of {type(layer).__name__}, which cachemoe does not capture in a "
+                "CUDA graph: let the host drive it"
+            )
+    return cache
 
 
 def text_streamer(tokenizer):

@@ -13,7 +13,7 @@ import torch
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.reference import CacheBias, Routing
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.doors import close_doors, uncopiable
+from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_count, moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
@@ -24,7 +24,9 @@ from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
+from cachemoe.offload.residency import Residency
 from cachemoe.offload.store import StoreLayout
 
 
@@ -59,7 +61,7 @@ class PooledExperts:
         engine: that has or fetches them.
         routing: see ``routing``.
         evict: eviction policy.
-        rules: of the routers, if they have been asked; else they are when a routing first needs them.
+        rules: of the routers, if they have just been asked; else they are when a routing needs them.
 
     Attributes:
         shape: of the MoE layers.
@@ -89,8 +91,8 @@ class PooledExperts:
         self._rounded = rounds(layout.page_format, source.dtype)
         layers = moe_layers(model)
         check_count(model, layers, self.shape)
-        self._states = _by_layer(engine.state)
-        self._rules = rules
+        self._activations = [getattr(layer.experts, "act_fn", None) for layer in layers]
+        self._rules, self._seen = rules, None
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
         self._is_closed = False
@@ -113,10 +115,7 @@ class PooledExperts:
     def routing(self, routing: Strategy | str | None) -> None:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
-        exact = routing.label == EXACT
-        if not exact and self._rules is None:
-            self._rules = routing_rules(self._model)
-        self._swap.reroute(None if exact else partial(self._route, routing, cache_bias([routing])))
+        self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
         self._routing = routing
 
     @property
@@ -141,7 +140,6 @@ class PooledExperts:
             finally:  # an engine that could not may have the old capacities or the new
                 for count, capacity in zip(self.layers, self.engine.state.capacity.tolist(), strict=True):
                     count.slots = capacity
-                self._states = _by_layer(self.engine.state)
                 self._swap.forget()
 
     def reset_counters(self) -> None:
@@ -156,7 +154,7 @@ class PooledExperts:
             if not self._is_closed:
                 self._is_closed = True
                 self._swap.__exit__()
-                for layer in moe_layers(self._model):
+                for layer in self._swap.layers:
                     layer.experts.forward = _closed
             self._owned.close()
 
@@ -181,21 +179,61 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
+    def _router(self, routing: Strategy) -> Callable[..., Routing]:
+        """What routes by that strategy. Routers are asked each time: they may have been changed since."""
+        rules, self._rules = self._rules or routing_rules(self._swap.layers, self.shape.top_k, "cpu"), None
+        return partial(self._route, rules, routing, cache_bias([routing]))
+
+    def _state(self, layer: int) -> Residency:
+        """``[1, ...]``, the engine's: another after it was resized."""
+        if self._seen is not self.engine.state:
+            state = self.engine.state
+            self._states = [state[i : i + 1] for i in range(len(self.layers))]
+            self._seen = state
+        return self._states[layer]
+
     def _route(
-        self, routing: Strategy, bias: CacheBias, layer: int, logits: torch.Tensor, hidden: torch.Tensor
+        self,
+        rules: list[RoutingRule],
+        routing: Strategy,
+        bias: CacheBias,
+        layer: int,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> Routing:
-        rule, k = self._rules[layer], routing.experts_used(self.shape.top_k)
-        return choose(rule, logits[None].cpu(), self._states[layer], self._evict, k, bias)
+        k, state = routing.experts_used(self.shape.top_k), self._state(layer)
+        (logits,) = to_host(logits)
+        return choose(rules[layer], logits[None], state, self._evict, k, bias)
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
-        return route_cpu.place(ids[None].cpu(), weights[None].cpu(), self._states[layer], self._evict)
+        if self.engine.holds_all(layer):
+            return Routing.all_hits(ids[None], weights[None])
+        ids, weights = to_host(ids, weights)
+        count, slots = self.shape.experts, self.layers[layer].slots
+        if ids.shape[1] > slots or (ids.numel() and not 0 <= ids.min() <= ids.max() < count):
+            raise InputError(
+                f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {int(ids.min())} to {int(ids.max())}: "
+                f"it has {count}, and {slots} slots for them"
+            )
+        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict)
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
+        self._check_own(layer)
         count, before = self.layers[layer], self.counters.misses
         y = self.engine.forward(layer, hidden.contiguous(), routing)
         count.selections += routing.ids.numel()
         count.misses += self.counters.misses - before
         return y
+
+    def _check_own(self, layer: int) -> None:
+        """Whether nobody has given the experts other weights or another activation, which pages know nothing of."""
+        experts = self._swap.layers[layer].experts
+        own = all(type(parameter) is PooledParameter for parameter in experts._parameters.values())
+        if not own or getattr(experts, "act_fn", None) is not self._activations[layer]:
+            raise InputError(
+                "the experts of this model are in cachemoe's pool, and do not compute with parameters or an activation "
+                "put in their place: change the checkpoint, and load that"
+            )
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -212,8 +250,3 @@ os.register_at_fork(after_in_child=lambda: [pooled._renew_lock() for pooled in _
 
 def _closed(*_):
     raise RuntimeError("the model's experts are closed: load it again")
-
-
-def _by_layer(state):
-    """``[1, ...]`` of each layer, the same memory."""
-    return [state[i : i + 1] for i in range(len(state.capacity))]

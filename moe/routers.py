@@ -1,7 +1,7 @@
 """A model's own routing rule, found by asking its router: which of the known rules gives what it gives."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,6 +31,10 @@ class RoutingRule:
     scores: GateScores
     correction: torch.Tensor | None = None
     weigh: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def to(self, device: torch.device | str) -> "RoutingRule":
+        """The rule for logits on another device."""
+        return self if self.correction is None else replace(self, correction=self.correction.to(device))
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class RouterOutput:
 def find_rule(
     router: torch.nn.Module, block: torch.nn.Module, outputs: Sequence[RouterOutput], likely: GateScores | None = None
 ) -> RoutingRule:
-    """The rule that gives what the router gave, for every token.
+    """The rule that gives what the router gave, for every token; for logits on the router's device.
 
     Args:
         router: the module; its attributes say how many groups there are, what factor the weights have, and so on.
@@ -113,6 +117,7 @@ def choose(
     """``route`` by a model's rule.
 
     Args:
+        rule: for the logits' device.
         logits: ``[B, T, E]``, where the state is.
         state, evict, top_k, bias, out: as for ``route``.
     """
@@ -130,7 +135,7 @@ def _explains(rule: RoutingRule, output: RouterOutput) -> bool:
     same scores; or, since a group of experts can win by as little, by what the rule would choose if rounding had gone
     otherwise. Of a token that is not explained so no more than that is known: the rule is another.
     """
-    output = output.to("cpu")
+    rule, output = rule.to("cpu"), output.to("cpu")
     logits, top_k = output.logits.float(), output.ids.shape[1]
     precision = max(ROUNDING.get(tensor.dtype, COARSE) for tensor in (output.logits, output.weights))
     try:
@@ -184,7 +189,7 @@ def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -
                 for renormalise in (False, True):
                     for scale in scales:
                         scores = GateScores(function, *grouping, renormalise, EPSILON if renormalise else 0.0, scale)
-                        yield RoutingRule(scores, None if correction is None else correction.float().cpu())
+                        yield RoutingRule(scores, None if correction is None else correction.float())
 
 
 def _corrections(router: torch.nn.Module, block: torch.nn.Module) -> Iterator[torch.Tensor]:

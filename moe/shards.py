@@ -67,7 +67,8 @@ class Shards:
 def file_stamp(folder: Path, name: str) -> tuple[str, int, int, int, int]:
     """What changes when a file does: its name, size, times of modification and change in ns, and inode; -1 without one.
 
-    The time of change cannot be set, unlike that of modification, so that an edit in place is seen whatever it hides.
+    The time of change cannot be set, unlike that of modification, so that a write in place is seen whatever it hides;
+    one through a memory map need not be.
     """
     try:
         stat = os.stat(folder / name)

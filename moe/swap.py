@@ -9,9 +9,10 @@ from types import MethodType
 import torch
 
 from cachemoe.kernels.reference import Routing
-from cachemoe.moe.doors import NoBackward
+from cachemoe.moe.doors import NoBackward, refuse_transforms
 from cachemoe.moe.layers import Probe, moe_layers, probe
 from cachemoe.moe.routers import RouterOutput
+from cachemoe.offload.packed import to_device
 
 RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
 PlaceLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
@@ -59,8 +60,8 @@ class Swap:
         return [layer.router.weight for layer in self.layers]
 
     def __enter__(self):
-        # Of each layer the last routing, while no other change of its residency has followed, and what the router
-        # answered: ids and weights.
+        # Of each layer the last routing, while no other change of its residency has followed, and the ids that the
+        # router answered, which another's code may change in place before the experts have them.
         self._routed: dict[int, tuple[Routing, torch.Tensor, torch.Tensor]] = {}
         self._own_experts = self._replace(self._run_experts, [layer.experts for layer in self.layers if self._experts])
         self._own_routers = self._replace_routers()
@@ -71,8 +72,11 @@ class Swap:
             _restore(own)
             own.clear()
 
-    def reroute(self, route: RouteLayer | None) -> None:
+    def reroute(self, make_route: Callable[[], RouteLayer] | None) -> None:
         """Route otherwise from now on; the experts stay swapped throughout, whoever calls them meanwhile.
+
+        Args:
+            make_route: called while the model has its own routers, which can then be asked; None: those choose.
 
         Raises:
             InputError: if routers cannot be asked; the routing is then as it was.
@@ -80,6 +84,7 @@ class Swap:
         with self.lock:
             _restore(self._own_routers)
             try:
+                route = make_route() if make_route else None
                 self._probes, self._route = self._probed(route) or self._probes, route
                 self._routed.clear()
             finally:
@@ -122,16 +127,25 @@ class Swap:
             logits = RouterOutput.of(own(hidden_states, *arguments, **options), known.output.logits.shape[1]).logits
         with self.lock:
             routing = route(number, logits, seen)
-            answer = known.output.like(logits, routing.weights.flatten(0, 1), routing.ids.flatten(0, 1))
-            self._routed[number] = routing, *(answer[known.output.order.index(name)] for name in ("ids", "weights"))
+            ids, weights = (each.flatten(0, 1) for each in (routing.ids, routing.weights))
+            if logits.is_cuda and not ids.is_cuda:
+                ids, weights = to_device(logits.device, ids, weights)
+            answer = known.output.like(logits, weights, ids)
+            answered = answer[known.output.order.index("ids")]
+            self._routed[number] = routing, answered, answered if answered.is_cuda else answered.clone()
         return answer
 
     def _run_experts(self, number: int, own: Callable, module, hidden_states, ids, weights) -> torch.Tensor:
+        refuse_transforms(hidden_states, weights)
         with self.lock:
-            routing, *answered = self._routed.pop(number, (None, None, None))
-            if ids is not answered[0] and (routing is None or not all(map(torch.equal, (ids, weights), answered))):
-                if self._place is None:
-                    raise RuntimeError("the experts are called with other ids than the layer's router answered")
+            routing, answered, before = self._routed.pop(number, (None, None, None))
+            # A GPU's ids are not read, which would wait for it: the same tensor has the same ids.
+            same = routing is not None and ((ids is answered and ids.is_cuda) or torch.equal(ids, before))
+            if same:
+                routing.weights = weights[None].float()  # which the block may have changed
+            elif self._place is None:
+                raise RuntimeError("the experts are called with other ids than the layer's router answered")
+            else:
                 routing = self._place(number, ids, weights)
             y = self._experts(number, hidden_states, routing)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
@@ -141,6 +155,6 @@ class Swap:
 
 def _restore(own: list[tuple[torch.nn.Module, Callable | None]]) -> None:
     for module, forward in own:
-        del module.forward
+        vars(module).pop("forward", None)
         if forward is not None:  # another swap's, around this one
             module.forward = forward

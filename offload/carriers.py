@@ -6,9 +6,22 @@ from typing import Protocol
 
 import torch
 
+from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.pool import ExpertPool
 
 READERS = 4  # reads in flight that a disk needs to reach its bandwidth
+CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
+LEAST_CHUNK_BYTES = 1 << 18
+
+
+def chunk_size(page_bytes: int, threads: int) -> int:
+    """Bytes of the pieces in which a page moves: so many that all threads end together, near ``CHUNK_BYTES`` each.
+
+    Returns:
+        A multiple of 4 KiB.
+    """
+    pieces = threads * max(1, round(page_bytes / threads / CHUNK_BYTES))
+    return max(-(-page_bytes // pieces // PAGE_ALIGNMENT) * PAGE_ALIGNMENT, LEAST_CHUNK_BYTES)
 
 
 class Carrier(Protocol):
@@ -18,11 +31,13 @@ class Carrier(Protocol):
         threads: that may carry at the same time.
         track: what their lanes in a timeline are called.
         page_bytes: of each page.
+        chunk_bytes: of the pieces in which a page moves, a multiple of 4 KiB.
     """
 
     threads: int
     track: str
     page_bytes: int
+    chunk_bytes: int
 
     def prepare(self, transfer) -> None:
         """Called in the engine's thread when a page is asked for."""
@@ -61,6 +76,7 @@ class ReadCarrier:
     def __init__(self, store, pool: ExpertPool):
         self._store, self._pool = store, pool
         self.page_bytes = store.page_bytes
+        self.chunk_bytes = chunk_size(self.page_bytes, self.threads)
 
     def prepare(self, transfer) -> None:
         """Nothing: a frame that is asked for is free."""
@@ -101,7 +117,7 @@ class CopyCarrier:
 
     def __init__(self, store, pool: ExpertPool):
         self._store, self._pool = store, pool
-        self.page_bytes = store.page_bytes
+        self.page_bytes = self.chunk_bytes = store.page_bytes  # each piece costs the host a launch and two events
         self._device = pool.pages.device
         self._stream = torch.cuda.Stream(self._device)
         self._last: torch.cuda.Event | None = None

@@ -26,7 +26,10 @@ class HostClock:
 
 
 class StreamClock:
-    """For work queued on the current CUDA stream: a moment is when the stream gets there.
+    """For work queued on a GPU's current stream: a moment is when the stream gets there.
+
+    Args:
+        device: the GPU, which need not be the current one.
 
     Attributes:
         deferred: reading the time between two moments waits for the later one.
@@ -34,9 +37,12 @@ class StreamClock:
 
     deferred = True
 
+    def __init__(self, device: torch.device):
+        self._device = device
+
     def now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:

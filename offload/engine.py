@@ -17,6 +17,7 @@ from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
 from cachemoe.offload.clock import HostClock, StreamClock
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link, Pacing, Transfer
+from cachemoe.offload.packed import to_device
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
@@ -83,7 +84,11 @@ class ResidentEngine:
         self.page_format = layout.page_format
         self._experts_a_layer = layout.experts
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout.page_format)
+        self._compute = _Compute(self._pool, layout)
+
+    def holds_all(self, layer: int) -> bool:
+        """As ``OffloadEngine.holds_all``."""
+        return True
 
     @torch.no_grad()
     def forward(
@@ -108,7 +113,7 @@ class OffloadEngine:
         capacity: slots of each layer; at least K for the routing that will be used.
         device: where the pool is and the experts run. ``state`` stays on the CPU, and so does the routing: where the
             model is on a GPU, its router's logits come to the host, which has to know what to fetch.
-        pacing, chunk_bytes: see ``Link``.
+        pacing: see ``Link``.
         staging: pages that a prefetcher may have ahead at a time.
         count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
@@ -126,7 +131,6 @@ class OffloadEngine:
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
-        chunk_bytes: int | None = None,
         staging: int = 0,
         count_in_flight: bool = False,
         evict: Callable = least_recently_used,
@@ -141,15 +145,18 @@ class OffloadEngine:
         self.page_format = layout.page_format
         self._evict, self._timeline = evict, timeline
         self._pool = ExpertPool(sum(capacity) + staging, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout.page_format)
+        self._compute = _Compute(self._pool, layout)
         frames = iter(range(sum(capacity)))
         self._frames = [[next(frames) for _ in range(count)] for count in capacity]  # of each slot
         self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
-        self._link = Link(_carrier(store, self._pool), pacing, chunk_bytes, timeline)
+        self._tables: dict[int, torch.Tensor] = {}  # of layers that have all experts: each one's frame, on the device
+        self._link = Link(_carrier(store, self._pool), pacing, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
-        self._clock = StreamClock() if self._pool.pages.is_cuda else HostClock()
+        self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
+        self._staging_frames = staging
         ahead = range(sum(capacity), sum(capacity) + staging)
+        self._resized: tuple | None = None  # what a resize is about to make of state, held and frames
         self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
 
     @property
@@ -186,7 +193,8 @@ class OffloadEngine:
 
         Args:
             x: ``[T, H]`` contiguous, in a dtype that the page format computes in.
-            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it.
+            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it; or on the device,
+                where ``holds_all``.
             gate_input: ``[T, H]``, what the layer's router saw, for prefetchers that want it; None: x.
 
         Returns:
@@ -197,8 +205,12 @@ class OffloadEngine:
                 be used on.
         """
         start = perf_counter()
+        if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
+            self._recover()
         try:
-            if x.shape[0] == 1:
+            if routing.ids.is_cuda:
+                y, misses = self._resident(layer, x, routing), 0
+            elif x.shape[0] == 1:
                 y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
             else:
                 y, misses = self._prefill(layer, x, routing)
@@ -219,6 +231,7 @@ class OffloadEngine:
             Exception: as ``forward``.
         """
         slot_of = {}
+        self._tables.clear()
         try:
             for layer, held in enumerate(self._held):
                 wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
@@ -237,7 +250,7 @@ class OffloadEngine:
             raise
         self._busy_s = self._link.busy_s
 
-    @plain_torch()
+    @torch.inference_mode(False)  # and no plain_torch, whose modes Ctrl-C could leave as they are within
     def resize(self, capacity: Sequence[int]) -> None:
         """Change the slots of each layer between two tokens; experts leave by the eviction policy, pages stay.
 
@@ -248,15 +261,15 @@ class OffloadEngine:
         """
         if self._staging is not None:
             self._staging.drop(self.counters)
-        self._link.abandon()  # nothing may move to a frame that moves
-        for layer in range(len(self._held)):
-            self._settle(layer)
-        state = resized(self.state, torch.tensor(capacity), self._evict).with_slots(max(capacity) + self._guests)
+        self._recover()  # nothing may move to a frame that moves
+        self._tables.clear()
+        state = resized(self.state, torch.tensor(capacity, device="cpu"), self._evict).with_slots(
+            max(capacity) + self._guests
+        )
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
         held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
-        before = len(self._pool.pages)
-        total = before + sum(capacity) - sum(map(len, self._held))
-        if total > before:
+        total = sum(capacity) + self._staging_frames
+        if total > len(self._pool.pages):
             self._pool.resize(total)
         # Pages that stay keep their frames, but for those beyond the new end.
         stay = {frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0}
@@ -274,8 +287,9 @@ class OffloadEngine:
             self._held = [[e if e in row else -1 for e in old] for old, row in zip(self._held, held, strict=True)]
             for old, new in moves:
                 self._pool.pages[new] = self._pool.pages[old]
-            self.state, self._held, self._frames = state, held, frames
-            if total < before:
+            self._resized = state, held, frames
+            self._take_size()
+            if total < len(self._pool.pages):
                 self._pool.resize(total)
             if self._staging is not None:
                 self._staging.reset(free)
@@ -298,6 +312,22 @@ class OffloadEngine:
 
     def __exit__(self, *_):
         self.close()
+
+    def holds_all(self, layer: int) -> bool:
+        """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
+        if layer not in self._tables and self._pool.pages.is_cuda:
+            held = self._held[layer]
+            if len(held) == self.state.slot_of.shape[1] and -1 not in held:
+                frames = dict(zip(held, self._frames[layer], strict=True))
+                table = torch.tensor([frames[e] for e in range(len(held))], device="cpu")
+                (self._tables[layer],) = to_device(self._pool.pages.device, table)
+        return layer in self._tables
+
+    def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """The output of tokens whose experts the GPU finds itself."""
+        y = torch.empty_like(x)
+        self._timed(layer, x, self._tables[layer][routing.ids[0]], routing.weights[0], y)
+        return y
 
     def _holds(self, layer: int, expert: int) -> bool:
         return expert in self._held[layer]
@@ -349,7 +379,8 @@ class OffloadEngine:
                 experts, slots = map(list, zip(*placed, strict=True))
                 frame_of[experts] = torch.tensor([frames[slot] for slot in slots], device="cpu")
                 here = torch.isin(ids, torch.tensor(experts, device="cpu"))
-                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False)
+                most = int(here.sum()), len(placed)
+                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False, most)
 
         waiting = set(needed)
         for wave in plan_waves(held, needed, final):
@@ -364,13 +395,15 @@ class OffloadEngine:
                     waiting.remove(e)
         if self._staging is not None:
             self._staging.chosen(layer, needed, self.counters)
-        self._timed(layer, x, frame_of[ids], gates, y, torch.zeros_like(ids, dtype=torch.bool), partial, True)
+        nothing = torch.zeros_like(ids, dtype=torch.bool)
+        self._timed(layer, x, frame_of[ids], gates, y, nothing, partial, True, (0, 0))
         self._settle(layer)
         return y, misses
 
     def _load(self, layer: int, e: int, slot: int) -> Transfer:
         """See that the expert's page comes to the slot: from staging, or asked for now."""
         held, frames = self._held[layer], self._frames[layer]
+        self._tables.pop(layer, None)
         if e in held:  # in another slot than the table says: a call never came
             held[held.index(e)] = -1
         held[slot] = -1
@@ -423,6 +456,7 @@ class OffloadEngine:
     def _recover(self) -> None:
         """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""
         try:
+            self._take_size()
             self._link.abandon()
             if self._staging is not None:
                 used = {frame for frames in self._frames for frame in frames}
@@ -432,6 +466,12 @@ class OffloadEngine:
         except BaseException:
             self._link.broken = True
             raise
+
+    def _take_size(self) -> None:
+        """Take what a resize has prepared, if any: done twice, after an interrupt, it is the same."""
+        if self._resized is not None:
+            self.state, self._held, self._frames = self._resized
+            self._resized = None
 
     def _settle(self, layer: int) -> None:
         """Make the page table say what the slots hold."""
@@ -445,15 +485,20 @@ class OffloadEngine:
 class _Compute:
     """``cachemoe.kernels.experts.experts`` over the frames of a pool."""
 
-    def __init__(self, pool: ExpertPool, page_format):
-        self._pool, self._format = pool, page_format
+    def __init__(self, pool: ExpertPool, layout: StoreLayout):
+        self._pool, self._format, self._experts = pool, layout.page_format, layout.experts
 
-    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True) -> None:
-        run = experts_cpu.experts  # without the checks: all of it is the engine's own
-        if x.is_cuda:
-            run, (frames, gates) = experts, (each.to(x.device, non_blocking=True) for each in (frames, gates))
-            pending = None if pending is None else pending.to(x.device, non_blocking=True)
-        run(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
+    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True, most=None) -> None:
+        if not x.is_cuda:  # without the checks: all of it is the engine's own
+            experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
+            return
+        if not frames.is_cuda:
+            upload = [frames, *([] if gates.is_cuda else [gates]), *([] if pending is None else [pending])]
+            frames, *more = to_device(x.device, *upload)
+            gates = gates if gates.is_cuda else more[0]
+            pending = None if pending is None else more[-1]
+        bounds = self._experts, most
+        experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish, *bounds)
 
 
 def _carrier(store, pool: ExpertPool):

@@ -11,13 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.carriers import Carrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.timeline import Timeline
 
-CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
-LEAST_CHUNK_BYTES = 1 << 18
 PACED_THREADS = 2  # one moves the next chunk while the other waits for the end of the last
 
 
@@ -36,16 +33,6 @@ class Pacing:
     def seconds(self, size: int, begins: bool) -> float:
         """What ``size`` bytes take, with the latency where a page begins."""
         return size / self.bytes_per_second + (self.latency if begins else 0.0)
-
-
-def chunk_size(page_bytes: int, threads: int) -> int:
-    """Bytes of the pieces in which a page moves: so many that all threads end together, near ``CHUNK_BYTES`` each.
-
-    Returns:
-        A multiple of 4 KiB.
-    """
-    pieces = threads * max(1, round(page_bytes / threads / CHUNK_BYTES))
-    return max(-(-page_bytes // pieces // PAGE_ALIGNMENT) * PAGE_ALIGNMENT, LEAST_CHUNK_BYTES)
 
 
 class Transfer:
@@ -85,11 +72,11 @@ class Link:
     Args:
         carrier: moves chunks.
         pacing: None for the machine's own speed.
-        chunk_bytes: a page is moved in pieces of this size, a multiple of 4 KiB; None: as ``chunk_size`` says.
         timeline: records each chunk, if given.
 
     Attributes:
-        broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests.
+        broken: set when an interrupt left transfers that nobody waits for; the link then refuses requests, until
+            ``abandon``.
 
     Raises:
         InputError: if the system refuses a thread.
@@ -99,13 +86,11 @@ class Link:
         self,
         carrier: Carrier,
         pacing: Pacing | None = None,
-        chunk_bytes: int | None = None,
         timeline: Timeline | None = None,
     ):
         self.broken = False
         self.pacing = pacing
         self._carrier, self._timeline = carrier, timeline
-        self._chunk_bytes = chunk_bytes or chunk_size(carrier.page_bytes, carrier.threads)
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
         self._moving: set[Transfer] = set()  # with chunks under way
         self._closed = False
@@ -140,14 +125,14 @@ class Link:
             paced: False for a page that is not part of what is measured.
 
         Raises:
-            RuntimeError: if an interrupt broke the link, or it is closed.
+            RuntimeError: if an interrupt has broken the link, or it is closed.
             InputError: in a process that was forked off, where the link's threads are not.
         """
         self._check_process()
-        if self.broken or self._closed:
-            raise RuntimeError(
-                f"the link is {'broken by an interrupt' if self.broken else 'closed'}: make a new engine"
-            )
+        if self._closed:
+            raise RuntimeError("the link is closed: make a new engine")
+        if self.broken:
+            raise RuntimeError("the link was broken by an interrupt, and nobody has abandoned what it left")
         transfer = Transfer(layer, expert, frame, demand, paced)
         with self._breaking:
             self._carrier.prepare(transfer)
@@ -160,8 +145,8 @@ class Link:
         """Make a prefetch a demand."""
         with self._breaking, self._lock:
             if transfer in self._queues[False]:
+                self._queues[False].remove(transfer)  # first: in both queues it would move twice
                 self._queues[True].append(transfer)
-                self._queues[False].remove(transfer)
             transfer.demand = True
             self._work.notify_all()
 
@@ -188,7 +173,10 @@ class Link:
             yield transfer
 
     def abandon(self) -> None:
-        """See that no frame is written any more: cancel what has not begun to move, wait for the rest."""
+        """See that no frame is written any more: cancel what has not begun to move, wait for the rest.
+
+        After that a link that an interrupt has broken takes requests again.
+        """
         with self._breaking:
             with self._lock:
                 for queue in self._queues.values():
@@ -199,6 +187,7 @@ class Link:
             for _ in self._ended(moving):
                 pass
             self._carrier.drain()
+            self.broken = False
 
     def _ended(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
         """The transfers in the order in which they end, well or not."""
@@ -255,7 +244,7 @@ class Link:
         return min(self._moved_bytes / busy, self.pacing.bytes_per_second if self.pacing else float("inf"))
 
     def close(self) -> None:
-        """Drop what has not begun to move, wait for the rest and end the threads; a second call does nothing."""
+        """Drop what has not begun to move, wait for the rest to arrive, end the threads; a second call does nothing."""
         with self._lock:
             self._closed = True
             self._closing.set()
@@ -269,6 +258,8 @@ class Link:
         threads, self._threads = self._threads, []
         for thread in threads:
             thread.join()
+        if threads:
+            self._carrier.drain()  # what is only queued may still write to frames that are freed now
 
     def __enter__(self):
         return self
@@ -291,7 +282,10 @@ class Link:
                     break
                 self._work.wait()
             transfer = queue[0]
-            start, stop = transfer.next_byte, min(transfer.next_byte + self._chunk_bytes, self._carrier.page_bytes)
+            start, stop = (
+                transfer.next_byte,
+                min(transfer.next_byte + self._carrier.chunk_bytes, self._carrier.page_bytes),
+            )
             transfer.next_byte = stop
             if stop == self._carrier.page_bytes:
                 queue.popleft()

@@ -19,22 +19,30 @@ class ExpertPool:
         page_format: layout of a page.
         device: where the frames are.
 
-    Attributes:
-        pages: ``[F, page_bytes]`` uint8.
-        weights: their tensors ``[F, ...]``, as ``PageFormat.views``.
-
     Raises:
         InputError: if the machine has less memory available than that.
     """
 
     def __init__(self, frames: int, page_format: PageFormat, device: torch.device | str = "cpu"):
         self._format, self._device = page_format, torch.device(device)
-        self._memory: mmap.mmap | None = None
+        self._memory: mmap.mmap | None = None  # of the system, for a pool in DRAM
+        # Pages, buffers and weights change together: Ctrl-C may come between any two of Python's instructions.
+        self._views: tuple[torch.Tensor, list[memoryview], dict[str, torch.Tensor]] | None = None
         self._make(frames)
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """``[F, page_bytes]`` uint8."""
+        return (self._views or self._look())[0]
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The pages' tensors ``[F, ...]``, as ``PageFormat.views``."""
+        return (self._views or self._look())[2]
 
     def buffer(self, frame: int) -> memoryview:
         """The bytes of a frame in DRAM, 4 KiB-aligned, for a read to fill."""
-        return self._buffers[frame]
+        return (self._views or self._look())[1][frame]
 
     def resize(self, frames: int) -> None:
         """Change F; the frames that stay keep their pages.
@@ -42,14 +50,9 @@ class ExpertPool:
         Raises:
             InputError: as when made; the pool is then as it was.
         """
-        if self._device.type == "cpu":
-            self._make(frames)
-            return
-        kept = self.pages[:frames]
         self._make(frames)
-        self.pages[: len(kept)] = kept
 
-    @torch.inference_mode(False)  # whose tensors threads outside of it may not write
+    @torch.inference_mode(False)
     def _make(self, frames: int) -> None:
         size, old = frames * self._format.page_bytes, 0 if self._memory is None else len(self._memory)
         free = _gpu_memory(self._device) if self._device.type == "cuda" else available_memory()
@@ -59,8 +62,11 @@ class ExpertPool:
                 "available: choose a smaller capacity or payload"
             )
         if self._device.type == "cuda":
-            self.pages = torch.empty(frames, self._format.page_bytes, dtype=torch.uint8, device=self._device)
-            self.weights = self._format.views(self.pages)
+            pages = torch.empty(frames, self._format.page_bytes, dtype=torch.uint8, device=self._device)
+            if self._views is not None:
+                kept = self.pages[:frames]
+                pages[: len(kept)] = kept
+            self._views = pages, [], self._format.views(pages)
             return
         try:
             self._map(size)
@@ -76,7 +82,7 @@ class ExpertPool:
     def _map(self, size: int) -> None:
         """Memory of the system's own, since it alone can grow and shrink in place; the old stays if that is refused."""
         old, private = self._memory, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._buffers = self.weights = self.pages = None  # memory that is looked at cannot be moved
+        self._views = None  # memory that is looked at cannot be moved
         try:
             if old is not None:
                 old.resize(size)
@@ -90,11 +96,12 @@ class ExpertPool:
             with suppress(OSError):  # where the system has none
                 self._memory.madvise(mmap.MADV_HUGEPAGE)  # fewer misses of the address cache: every weight is read once
 
-    def _look(self) -> None:
+    @torch.inference_mode(False)  # whose tensors threads outside of it may not write
+    def _look(self) -> tuple[torch.Tensor, list[memoryview], dict[str, torch.Tensor]]:
         """See the memory as pages."""
-        self.pages = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8)).view(-1, self._format.page_bytes)
-        self._buffers = [memoryview(page.numpy()) for page in self.pages]
-        self.weights = self._format.views(self.pages)
+        pages = torch.from_numpy(np.frombuffer(self._memory, dtype=np.uint8)).view(-1, self._format.page_bytes)
+        self._views = pages, [memoryview(page.numpy()) for page in pages], self._format.views(pages)
+        return self._views
 
 
 def _gpu_memory(device: torch.device) -> int:

@@ -48,20 +48,20 @@ class Residency:
         Raises:
             ValueError: if a capacity is below 1 or above E.
         """
-        capacity = torch.as_tensor(capacity, dtype=torch.int64)
+        capacity = torch.as_tensor(capacity, dtype=torch.int64, device="cpu")
         low, high = int(capacity.min()), int(capacity.max())
         if low < 1 or high > experts:
             raise ValueError(f"a capacity must lie between 1 and the {experts} experts of a layer, not {low}..{high}")
         shape = tuple(capacity.shape)
         return cls(
-            slot_of=torch.full((*shape, experts), -1, dtype=torch.int64),
-            expert_of=torch.full((*shape, high), -1, dtype=torch.int64),
+            slot_of=torch.full((*shape, experts), -1, dtype=torch.int64, device="cpu"),
+            expert_of=torch.full((*shape, high), -1, dtype=torch.int64, device="cpu"),
             capacity=capacity.clone(),
-            last_use=torch.zeros((*shape, experts), dtype=torch.int64),
-            uses=torch.zeros((*shape, experts), dtype=torch.int64),
-            clock=torch.zeros(shape, dtype=torch.int64),
-            tokens=torch.zeros(shape, dtype=torch.int64),
-            range_sum=torch.zeros(shape, dtype=torch.float64),
+            last_use=torch.zeros((*shape, experts), dtype=torch.int64, device="cpu"),
+            uses=torch.zeros((*shape, experts), dtype=torch.int64, device="cpu"),
+            clock=torch.zeros(shape, dtype=torch.int64, device="cpu"),
+            tokens=torch.zeros(shape, dtype=torch.int64, device="cpu"),
+            range_sum=torch.zeros(shape, dtype=torch.float64, device="cpu"),
         )
 
     def __getitem__(self, index) -> Residency:
@@ -109,7 +109,7 @@ def eviction_policy(name: str) -> Callable:
     Raises:
         InputError: if there is none.
     """
-    if name not in EVICTION_POLICIES:
+    if not isinstance(name, str) or name not in EVICTION_POLICIES:
         raise InputError(f"unknown eviction policy {name!r}: choose among {', '.join(EVICTION_POLICIES)}")
     return EVICTION_POLICIES[name]
 
@@ -164,5 +164,5 @@ def resized(state: Residency, capacity: torch.Tensor, evict: Callable) -> Reside
         if len(stay) > count:
             stay = stay[keys[layer, stay].argsort(descending=True, stable=True)[:count].sort().values]
         new.expert_of[layer, : len(stay)] = stay
-        new.slot_of[layer, stay] = torch.arange(len(stay))
+        new.slot_of[layer, stay] = torch.arange(len(stay), device="cpu")
     return replace(new, **{name: getattr(state, name) for name in ("last_use", "uses", "clock", "tokens", "range_sum")})

@@ -95,7 +95,7 @@ def poisoned(*shape, dtype):
     return torch.full(shape, float("nan"), dtype=dtype, device=device())
 
 
-def launch(path, case, pending=None, results=None, finish=True, **source):
+def launch(path, case, pending=None, results=None, finish=True, bounds=(), **source):
     """Run the kernels themselves, whatever the device; scratch and outputs start as NaN."""
     out = poisoned(*case.x.shape, dtype=case.x.dtype)
     h = poisoned(case.slots.numel(), case.page_format.intermediate, dtype=case.x.dtype)
@@ -103,7 +103,7 @@ def launch(path, case, pending=None, results=None, finish=True, **source):
         launches = plan_decode(*case.arguments(), out, h, pending, results, finish, **source)
     else:
         results = poisoned(*case.slots.shape, case.x.shape[1], dtype=torch.float32) if results is None else results
-        launches = plan_prefill(*case.arguments(), out, h, results, pending, finish)
+        launches = plan_prefill(*case.arguments(), out, h, results, pending, finish, *bounds)
     for each in launches:
         each.run()
     return out
@@ -226,6 +226,24 @@ def test_hits_first_and_misses_later_give_the_same_bits(run, page_format):
     assert torch.equal(run(case, pending, results, finish=True), at_once)
 
 
+def test_what_a_caller_knows_of_the_pairs_changes_no_bit_and_spares_programs():
+    """A pool has the slots of many layers: without bounds a prompt would be cut for all of them."""
+    case = Case(FORMATS[0], tokens=40, top_k=2, slots=5, dtype=torch.float32, unused=60)
+    at_once = launch("prefill", case, bounds=(5,))
+    pending = case.slots == case.used[0].item()
+    results = poisoned(40, 2, 48, dtype=torch.float32)
+    for part, count in ((~pending, 4), (pending, 1)):
+        bounds = 5, (int(part.sum()), count)
+        launch("prefill", case, part, results, False, bounds)
+    assert torch.equal(launch("prefill", case, torch.zeros_like(pending), results, True, (5, (0, 0))), at_once)
+
+    def programs(*bounds):
+        h, pairs = case.x.new_empty(80, 32), torch.empty(40, 2, 48)
+        return [each.grid[0] for each in plan_prefill(*case.arguments(), case.x, h, pairs, pending, False, *bounds)]
+
+    assert programs(5, (int(pending.sum()), 1)) < programs(5) < programs()
+
+
 @each_path
 @pytest.mark.parametrize("value", [True, False])
 def test_all_and_none_are_some(run, value):
@@ -275,15 +293,19 @@ def test_tiles_hold_each_pair_once_with_its_slot(data):
     )
     pending = data.draw(st.none() | st.lists(st.booleans(), min_size=tokens * top_k, max_size=tokens * top_k))
     mask = None if pending is None else torch.tensor(pending).view(tokens, top_k)
-    order, tile_slot, tile_first, slot_end = group_by_slot(slots.view(tokens, top_k), mask, count, block_m)
+    taking = [pair for pair in range(tokens * top_k) if pending is None or pending[pair]]
+    most = len(taking), len(set(slots[taking].tolist()))
+    if data.draw(st.booleans()):  # or what can be said without looking
+        most = slots.numel(), count
+    order, tile_slot, tile_first, slot_end = group_by_slot(slots.view(tokens, top_k), mask, count, block_m, most)
     found = []
     for slot, first in zip(tile_slot.tolist(), tile_first.tolist(), strict=True):
         if slot < count:
             pairs = order[first : min(first + block_m, int(slot_end[slot]))].tolist()
             assert pairs and all(slots[pair] == slot for pair in pairs)
             found += pairs
-    expected = [pair for pair in range(tokens * top_k) if pending is None or pending[pair]]
-    assert sorted(found) == expected
+    assert sorted(found) == taking
+    assert tile_slot.numel() <= most[0] // block_m + most[1]
 
 
 # ------------------------------------------------------------------------------------------------- the public function

@@ -52,6 +52,8 @@ def test_shapes_and_dtypes_can_be_asked(pooled, own):
     assert pooled.get_memory_footprint() == own.get_memory_footprint()
     assert "PooledParameter" in repr(moe_layers(pooled)[0].experts.down_proj)
     pooled.requires_grad_(False)
+    for parameter in pooled.parameters():  # as adapters of other layers begin
+        parameter.requires_grad = False
     pooled.zero_grad()
 
 
@@ -70,6 +72,7 @@ def test_shapes_and_dtypes_can_be_asked(pooled, own):
         lambda p: torch.nn.init.normal_(p),
         lambda p: setattr(p, "data", torch.zeros(p.shape)),
         lambda p: p.requires_grad_(),
+        lambda p: setattr(p, "requires_grad", True),
     ],
 )
 def test_values_can_neither_be_read_nor_written(pooled, use):

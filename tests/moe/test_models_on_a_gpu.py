@@ -9,7 +9,7 @@ from tiny_models import VOCABULARY, save_random
 from cachemoe.kernels.reference import CacheBias
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.layers import routing_rules
+from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.load import load, swap
 from cachemoe.moe.models import load_model, static_cache
 from cachemoe.moe.routers import choose
@@ -44,7 +44,7 @@ def decoded(name, folder):
     tokens = torch.randint(3, VOCABULARY, (PREFIX + WARM_UP + REPLAYS,), generator=torch.Generator().manual_seed(1))
     tokens, model = tokens.cuda(), load_model(folder).cuda()
     expected = model(tokens[None]).logits[0, PREFIX:]
-    rules = routing_rules(model)
+    rules = routing_rules(moe_layers(model), shape.top_k)
     with ExpertStore(folder / "store") as file, PinnedStore(file) as store:
         engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k, "cuda")
 
@@ -65,13 +65,8 @@ def decoded(name, folder):
     "name",
     [
         "qwen3_moe",
-        pytest.param(
-            "deepseek_v3", marks=pytest.mark.xfail(reason="the routers' correction is on the CPU, whatever the model's")
-        ),
-        pytest.param(
-            "gpt_oss",
-            marks=pytest.mark.xfail(reason="a cache with a sliding window counts in Python, which no replay does"),
-        ),
+        "deepseek_v3",
+        "gpt_oss",
     ],
 )
 @torch.inference_mode()
@@ -79,18 +74,24 @@ def test_captured_steps_decode_as_the_model_does(tmp_path, name):
     torch.testing.assert_close(*decoded(name, tmp_path / "model"), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.xfail(reason="CUDA's own error comes through")
 @torch.inference_mode()
 def test_a_model_that_cannot_be_captured_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(InputError, match="captured"):
-        decoded("phimoe", tmp_path / "model")
+    """Phi-3.5-MoE takes its rotary frequencies from the host at each step."""
+    save_random("phimoe", tmp_path / "model")
+    model = load_model(tmp_path / "model").cuda()
+    model.set_experts_implementation("batched_mm")
+    graph = DecodeGraph(model, static_cache(model, 8))
+    for _ in range(WARM_UP):
+        graph.step(torch.tensor(3, device="cuda"))
+    with pytest.raises(InputError, match="PhimoeForCausalLM cannot be captured in a CUDA graph"):
+        graph.step(torch.tensor(3, device="cuda"))
 
 
 @pytest.mark.parametrize(
     ("pool", "most"),
     [
-        pytest.param(8, 1, marks=pytest.mark.xfail(reason="ids and weights are waited for one after the other")),
-        pytest.param(None, 0, marks=pytest.mark.xfail(reason="ids and weights go to the host, which needs neither")),
+        (8, 1),
+        (None, 0),
     ],
     ids=["a pool", "no pool"],
 )

@@ -135,7 +135,7 @@ def test_a_rule_chooses_what_the_router_chooses(tmp_path, name):
     layers = moe_layers(model)
     with torch.inference_mode(), recorded_routers(model) as answers:
         model(torch.randint(3, 96, (1, 64), generator=torch.Generator().manual_seed(2)))
-    for layer, rule, (answer,) in zip(layers, routing_rules(model), answers, strict=True):
+    for layer, rule, (answer,) in zip(layers, routing_rules(layers, answers[0][0].ids.shape[1]), answers, strict=True):
         k = answer.ids.shape[1]
         state = Residency.empty(torch.tensor([layer.count]), layer.count)
         routing = choose(rule, answer.logits[None], state, least_recently_used, k)

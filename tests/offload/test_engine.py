@@ -176,6 +176,26 @@ def test_many_tokens_leave_the_experts_that_stepping_leaves(store, weights, call
             assert torch.equal(engine.state[layer].resident(), stepped.resident()[0])
 
 
+@given(calls=calls, capacity=capacities)
+def test_no_call_computes_more_than_it_tells_the_kernels(store, weights, calls, capacity):
+    """On a GPU what lies beyond would not be computed."""
+    with engines.OffloadEngine(store, capacity) as engine:
+        run, told = engine._compute, []
+
+        def checked(x, frames, gates, out, pending=None, partial=None, finish=True, most=None):
+            if most is not None:
+                chosen = frames[pending]
+                assert chosen.numel() <= most[0] and len(chosen.unique()) <= most[1]
+                told.append(most)
+            run(x, frames, gates, out, pending, partial, finish, most)
+
+        engine._compute = checked
+        for seed, (layer, tokens) in enumerate(calls):
+            torch.testing.assert_close(*step(engine, weights, layer, seed, tokens))
+            assert bool(told) == (tokens > 1)
+            told.clear()
+
+
 @given(seeds=st.lists(st.integers(0, 99), min_size=1, max_size=12), capacity=capacities)
 def test_decode_is_bit_identical_to_resident_under_eviction(store, weights, seeds, capacity):
     resident = engines.ResidentEngine(store, [EXPERTS] * LAYERS)
@@ -479,7 +499,7 @@ def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, see
                 ids = stay.nonzero().flatten()[:TOP_K].view(1, 1, -1)
                 if ids.numel() == TOP_K:
                     routing = reference.Routing.all_hits(ids)
-                    routing.slots.copy_(engine.state.slot_of[layer, ids])
+                    routing.slots = engine.state.slot_of[layer, ids]
                     x = torch.ones(1, 32)
                     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
                     expected = reference.experts(x, ids[0], routing.weights[0], dense, FORMAT)

@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from cachemoe.offload.link import Link, Pacing, chunk_size
+from cachemoe.offload.carriers import chunk_size
+from cachemoe.offload.link import Link, Pacing
 
 PAGE, CHUNK = 16384, 4096
 
@@ -18,14 +19,15 @@ class Memory:
         failing: pages that cannot be read, as 16 * layer + expert.
         gate: what every chunk waits for.
         seconds: that a chunk takes.
+        chunk: bytes of one.
     """
 
     track, page_bytes = "read", PAGE
 
-    def __init__(self, frames=8, threads=4, failing=(), gate=None, seconds=0.0):
+    def __init__(self, frames=8, threads=4, failing=(), gate=None, seconds=0.0, chunk=PAGE):
         self.frames = torch.zeros(frames, PAGE, dtype=torch.uint8)
         self.threads, self.failing, self.gate, self.seconds = threads, failing, gate, seconds
-        self.carried = []
+        self.chunk_bytes, self.carried, self.drained = chunk, [], 0
 
     def prepare(self, transfer):
         pass
@@ -44,7 +46,7 @@ class Memory:
         pass
 
     def drain(self):
-        pass
+        self.drained += 1
 
     def busy_s(self):
         pass
@@ -64,8 +66,8 @@ def carried_until(carrier, count):
 
 
 def test_each_page_arrives_in_its_frame():
-    carrier = Memory(frames=40)
-    with Link(carrier, chunk_bytes=CHUNK) as link:
+    carrier = Memory(frames=40, chunk=CHUNK)
+    with Link(carrier) as link:
         asked = [link.request(i % 3, i % 5, i) for i in range(40)]
         landed = list(link.landed(asked))
     assert sorted(map(id, landed)) == sorted(map(id, asked))
@@ -74,7 +76,7 @@ def test_each_page_arrives_in_its_frame():
 
 
 def test_a_failed_read_raises_where_the_page_is_awaited():
-    with Link(Memory(frames=9, failing={7}), chunk_bytes=CHUNK) as link:
+    with Link(Memory(frames=9, failing={7}, chunk=CHUNK)) as link:
         asked = [link.request(0, e, e) for e in range(9)]
         with pytest.raises(OSError, match="page 7"):
             list(link.landed(asked))
@@ -113,8 +115,8 @@ def test_an_interrupt_while_changing_the_queues_breaks_the_link():
 
 
 def test_a_demand_overtakes_prefetches_and_waits_for_one_chunk_at_most():
-    carrier = Memory(threads=1, gate=threading.Event())
-    with Link(carrier, chunk_bytes=CHUNK) as link:
+    carrier = Memory(threads=1, gate=threading.Event(), chunk=CHUNK)
+    with Link(carrier) as link:
         ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
         carried_until(carrier, 1)
         demand = link.request(0, 5, 5)
@@ -124,8 +126,8 @@ def test_a_demand_overtakes_prefetches_and_waits_for_one_chunk_at_most():
 
 
 def test_one_thread_is_kept_free_of_prefetches():
-    carrier = Memory(threads=3, gate=threading.Event())
-    with Link(carrier, chunk_bytes=CHUNK) as link:
+    carrier = Memory(threads=3, gate=threading.Event(), chunk=CHUNK)
+    with Link(carrier) as link:
         link.request(0, 1, 1, demand=False)
         carried_until(carrier, 2)
         time.sleep(0.02)
@@ -148,8 +150,8 @@ def test_a_promoted_prefetch_overtakes_the_others():
 
 
 def test_what_has_not_begun_can_be_cancelled_and_what_has_is_moved_whole():
-    carrier = Memory(threads=1, gate=threading.Event())
-    with Link(carrier, chunk_bytes=CHUNK) as link:
+    carrier = Memory(threads=1, gate=threading.Event(), chunk=CHUNK)
+    with Link(carrier) as link:
         ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
         carried_until(carrier, 1)
         assert [link.cancel(transfer) for transfer in ahead] == [False, True]
@@ -200,10 +202,21 @@ def test_bandwidth_is_measured_while_busy():
         assert PAGE / 0.025 < link.bytes_per_second <= PAGE / 0.01
 
 
+def test_closing_waits_for_what_is_only_queued():
+    """A copy to a GPU has landed when it is queued: it would write into memory that is freed."""
+    carrier = Memory()
+    link = Link(carrier)
+    list(link.landed([link.request(0, 1, 0)]))
+    link.close()
+    assert carrier.drained == 1
+    link.close()
+    assert carrier.drained == 1
+
+
 @pytest.mark.parametrize(("rate", "latency"), [(100 * PAGE, 0.0), (1e12, 0.01), (200 * PAGE, 0.005)])
 def test_a_paced_link_is_never_faster_than_told(rate, latency):
     pages = 20
-    with Link(Memory(frames=pages), Pacing(rate, latency), chunk_bytes=CHUNK) as link:
+    with Link(Memory(frames=pages, chunk=CHUNK), Pacing(rate, latency)) as link:
         start = time.perf_counter()
         landed = []
         for _ in link.landed([link.request(0, 1, frame) for frame in range(pages)]):

@@ -209,7 +209,9 @@ def test_advance_is_called_for_each_page(store):
 def fetch_everything(store):
     """What a link over the store brings, page by page of several chunks."""
     pool = ExpertPool(PAGES, LAYOUT.page_format)
-    with Link(ReadCarrier(store, pool), chunk_bytes=4096) as link:
+    carrier = ReadCarrier(store, pool)
+    carrier.chunk_bytes = 4096
+    with Link(carrier) as link:
         assert len(list(link.landed([link.request(*key, frame) for frame, key in enumerate(KEYS)]))) == PAGES
     return pool.pages
 

@@ -215,7 +215,7 @@ def test_without_cuda_torch_is_not_imported():
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu_only("its clock")
+@pytest.mark.gpu_only("its clock, which is another than the host's")
 def test_events_of_a_gpu_fall_between_the_host_s_readings_around_them():
     timeline = Timeline(cuda=True)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]

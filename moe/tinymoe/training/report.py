@@ -20,7 +20,7 @@ from cachemoe.benchmarks.quality import NATS_PER_BIT, Setting, evaluate
 from cachemoe.benchmarks.text import HELD_OUT, held_out_text, load_tokens
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.layers import routing_rules
+from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.models import load_model
 from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy
@@ -79,7 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, model = Checkpoint(arguments.model), load_model(arguments.model)
-    shape, rules = checkpoint.shape, routing_rules(model)
+    shape = checkpoint.shape
+    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     windows = load_tokens(None, shape.vocabulary, TOKENS).view(-1, CONTEXT)
     everything = load_tokens(None, shape.vocabulary, len(held_out_text()) // CONTEXT * CONTEXT).view(-1, CONTEXT)
 
