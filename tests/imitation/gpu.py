@@ -34,7 +34,11 @@ PROPERTIES = SimpleNamespace(
 
 @contextmanager
 def imitated_gpu() -> Iterator[Machine]:
-    """Imitate ``streams.DEVICES`` GPUs while it is open. Not for several threads to open."""
+    """Imitate ``streams.DEVICES`` GPUs while it is open. Not for several threads to open.
+
+    One thing stays: torch's C++ asks only once whether CUDA can be initialised, so that afterwards a tensor on ``cuda``
+    is refused in other words than before.
+    """
     _device_constructors()  # which torch looks up once and remembers: its own, not what is put in their place
     with ExitStack() as stack:
         started = stack.enter_context(started_machine())

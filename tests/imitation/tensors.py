@@ -153,10 +153,15 @@ def _compute(stream: Stream, work: partial, unwritten: bool = False) -> Any:
 
 
 def poison(tensors: Iterable[torch.Tensor]) -> None:
-    """What nothing has been written to may hold anything: NaN, where it can."""
+    """What nothing has been written to may hold anything: NaN, where it can.
+
+    Indices are zeros: work that follows a kernel that is not done yet has to find them in range.
+    """
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.element_size() > 1:
             tensor.fill_(float("nan"))
+        elif tensor.dtype in (torch.int32, torch.int64):
+            tensor.zero_()
 
 
 def _write(stream: Stream, func, work: Callable[[], object], args: tuple, kwargs: dict) -> Any:
