@@ -30,7 +30,16 @@ GRACE_S = 10.0  # after the interrupt at a step's limit, for it to write what it
 # A small part of the table: quality on a quarter of the text, one capacity, one strategy, driven both ways.
 LATENCY = (
     *("--capacity=50%", "--quality-tokens=2048", "--strategy=cache-prior:0.2", "--store=pinned"),
-    *("--prefetch=none", "--prefetch=gate:1", "--drive=host", "--drive=graph"),
+    *("--prefetch=none", "--prefetch=gate:1", "--drive=host"),
+)
+# At the machine's own speed, where a graph can drive too, and paced by the host as a phone and as a GPU's slot.
+TABLES = {"latency": "--drive=graph", "latency-phone": "--profile=phone-ufs4.0", "latency-pcie": "--profile=pcie4"}
+# What is cut at the end of the time is the least needed.
+MICRO = tuple(f"benchmarks/bench_{name}.py" for name in ("route", "fetch", "experts", "tiles", "decode"))
+SANITIZER = "compute-sanitizer"  # of the CUDA toolkit; its steps are there where it is
+SANITIZED = (
+    *(f"tests/kernels/test_{name}.py" for name in ("fetch", "experts", "route")),
+    "tests/offload/test_device_engine.py",
 )
 TAIL = 4000  # characters of output kept of a step that failed
 
@@ -61,15 +70,28 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     # Most of the tests' time is compiling kernels: where pytest-xdist is installed, on several cores.
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()
     ours = "gpu or kernel"
-    correctness, micro, latency = (folder / name for name in ("correctness.xml", "micro.xml", "latency.json"))
+    correctness, micro = folder / "correctness.xml", folder / "micro.xml"
     everything = ("--capability=90",) if rehearse else ("--tiles",)  # without a GPU no other tiles are tried
-    figures, picture, compiled = folder / "micro.json", folder / "latency.png", folder / "compile.json"
+    figures, compiled = folder / "micro.json", folder / "compile.json"
 
     def tested(output: str) -> dict:
         tests = junit(correctness)
         if not rehearse and not tests["passed"]:
             tests["complaint"] = "no GPU test passed"
         return tests
+
+    def table(name: str, more: str) -> Step:
+        figures, picture = folder / f"{name}.json", folder / f"{name}.png"
+        where = f"--json={figures}", f"--plot={picture}"
+        command = (python, "-m", "cachemoe.benchmarks.cli", "latency", *LATENCY, more, *where)
+        return Step(name, command, 4 / len(TABLES), lambda output: read_json(figures))
+
+    def sanitized(tool: str) -> Step:
+        results = folder / f"{tool}.xml"
+        # Memory by itself for each tensor, or what lies beyond one would be another's.
+        command = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", SANITIZER, "--tool", tool, "--error-exitcode=99")
+        tests = (*SANITIZED, "-m", "gpu", f"--junit-xml={results}")
+        return Step(tool, (*command, *pytest, *tests), 1, lambda output: junit(results))
 
     return [
         Step("environment", (python, "-c", describe), 2, lambda output: json.loads(output.strip().splitlines()[-1])),
@@ -81,18 +103,14 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
             lambda output: summarised(read_json(compiled)),
         ),
         Step("correctness", (*pytest, *spread, "tests", "-m", ours, f"--junit-xml={correctness}"), 8, tested),
+        *(table(name, more) for name, more in TABLES.items()),
         Step(
             "microbenchmarks",
-            (*pytest, "benchmarks", "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
+            (*pytest, *MICRO, "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
             10,
             lambda output: {"figures": read_json(figures), "tests": junit(micro) if micro.exists() else None},
         ),
-        Step(
-            "latency",
-            (python, "-m", "cachemoe.benchmarks.cli", "latency", *LATENCY, f"--json={latency}", f"--plot={picture}"),
-            2,
-            lambda output: read_json(latency),
-        ),
+        *(sanitized(tool) for tool in ("memcheck", "racecheck") if shutil.which(SANITIZER) and not rehearse),
     ]
 
 
@@ -122,6 +140,7 @@ def run_gpu(out: Path, seconds: float, only: Sequence[str], rehearse: bool, prog
             "command": "gpu",
             "rehearsal": rehearse,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
             "budget_s": seconds,
         }
         # A rehearsal runs on the CPU even where there is a GPU.
@@ -218,6 +237,20 @@ def _end(running: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(running.pid, signal.SIGKILL)  # its children may outlive it
     running.wait()
+
+
+def commit() -> str | None:
+    """The commit of the sources, with ``+`` where they have been changed since; None where git cannot tell."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        said = subprocess.run(
+            ("git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return said.stdout.strip()
+    return None
 
 
 def summarised(compiled: dict) -> dict:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 
@@ -164,6 +165,32 @@ def test_on_a_gpu_skipping_every_test_is_a_failure(tmp_path, rehearse):
     )
     correctness = next(step for step in gpu_steps(tmp_path, rehearse) if step.name == "correctness")
     assert ("complaint" in correctness.collect("")) is not rehearse
+
+
+def test_what_is_needed_least_comes_last(tmp_path, monkeypatch):
+    names = [step.name for step in gpu_steps(tmp_path, True)]
+    tables = ["latency", "latency-phone", "latency-pcie"]
+    assert names == ["environment", "compile", "correctness", *tables, "microbenchmarks"]
+    (tmp_path / run_gpu.SANITIZER).write_text("#!/bin/sh")
+    (tmp_path / run_gpu.SANITIZER).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert [step.name for step in gpu_steps(tmp_path, False)] == [*names, "memcheck", "racecheck"]
+    for step in gpu_steps(tmp_path, False):
+        for argument in step.command:
+            if argument.startswith(("tests/", "benchmarks/")):
+                assert (run_gpu.ROOT / argument).exists(), argument
+
+
+def test_the_report_names_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
+    assert run_gpu.commit() is None
+    for command in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    first = run_gpu.commit()
+    assert len(first) == 40 and int(first, 16)
+    (tmp_path / "file").write_text("")
+    subprocess.run(["git", "add", "file"], cwd=tmp_path, check=True)
+    assert run_gpu.commit() == f"{first}+"
 
 
 def test_the_microbenchmarks_figures_survive_a_kill_without_junit(tmp_path):
