@@ -43,15 +43,16 @@ def test_no_neighbour_is_smaller_than_the_kernel_takes():
 
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize(
-    "page_format", [PageFormat("bf16", 512, 192), PageFormat("int4", 576, 192, 64, bias=True)], ids=lambda f: f.kind
+    "page_format", [PageFormat("bf16", 256, 96), PageFormat("int4", 320, 64, 64, bias=True)], ids=lambda f: f.kind
 )
 def test_whatever_the_tiles_the_result_is_the_same(page_format, name):
     torch.manual_seed(0)
-    matrices = torch.randn(384, page_format.hidden) * 0.05, torch.randn(page_format.hidden, 192) * 0.1
-    biases = [torch.randn(384), torch.randn(page_format.hidden)] if page_format.bias else []
+    hidden, inner = page_format.hidden, page_format.intermediate
+    matrices = torch.randn(2 * inner, hidden) * 0.05, torch.randn(hidden, inner) * 0.1
+    biases = [torch.randn(2 * inner), torch.randn(hidden)] if page_format.bias else []
     pool = torch.stack([page_format.pack(*matrices, *biases)] * 3).to(DEVICE)
-    x, out = torch.randn(1, page_format.hidden, device=DEVICE), torch.zeros(1, page_format.hidden, device=DEVICE)
-    slots, h = torch.tensor([[2, 0]], device=DEVICE), torch.zeros(2, 192, device=DEVICE)
+    x, out = torch.randn(1, hidden, device=DEVICE), torch.zeros(1, hidden, device=DEVICE)
+    slots, h = torch.tensor([[2, 0]], device=DEVICE), torch.zeros(2, inner, device=DEVICE)
     planned = plan_decode(x, slots, torch.rand(1, 2, device=DEVICE), page_format.views(pool), page_format, out, h)
     planned[0].run()
     written = h if name == "gate_up" else out
