@@ -7,10 +7,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from imitation import imitated_gpu
 
-if not torch.cuda.is_available():  # before any kernel is defined: without a GPU the interpreter runs them
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: without a GPU the interpreter runs them
+    from imitation import imitated_gpu  # which takes private parts of torch: no GPU's tests are to need them
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
