@@ -6,6 +6,8 @@ float32. A pair's result is reduced before the sum over k, in an order that does
 together: hits first and misses later gives the bits that all at once gives.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from cachemoe.kernels import experts_cpu
@@ -53,14 +55,12 @@ def experts(
     """
     out = torch.empty_like(x) if out is None else out
     _check(x, slots, gates, weights, page_format, out, pending, partial, finish)
-    among = weights["gate_up"].shape[0] if among is None else among
-    bounds = among, *(most or (slots.numel(), among))
     if torch.compiler.is_compiling():
         ordered = [weights[name] for name, *_ in page_format.parts]
         run, weights, page_format = torch.ops.cachemoe.experts, ordered, page_format.encoded
     else:
         run = _compute
-    run(x, slots, gates, weights, page_format, out, pending, partial, finish, *bounds)
+    run(x, slots, gates, weights, page_format, out, pending, partial, finish, among, most)
     return out
 
 
@@ -146,16 +146,15 @@ def _run(
     pending: torch.Tensor | None,
     partial: torch.Tensor | None,
     finish: bool,
-    among: int,
-    most_pairs: int,
-    most_slots: int,
+    among: int | None,
+    most: Sequence[int] | None,
 ) -> None:
     page_format = PageFormat.decode(page_format)
     named = dict(zip((name for name, *_ in page_format.parts), weights, strict=True))
-    _compute(x, slots, gates, named, page_format, out, pending, partial, finish, among, most_pairs, most_slots)
+    _compute(x, slots, gates, named, page_format, out, pending, partial, finish, among, most)
 
 
-def _compute(x, slots, gates, weights, page_format, out, pending, partial, finish, among, most_pairs, most_slots):
+def _compute(x, slots, gates, weights, page_format, out, pending, partial, finish, among, most):
     if not x.is_cuda:
         experts_cpu.experts(x, slots, gates, weights, page_format, out, pending, partial, finish)
         return
@@ -167,8 +166,7 @@ def _compute(x, slots, gates, weights, page_format, out, pending, partial, finis
         launches = plan_decode(x, slots, gates, weights, page_format, out, h, pending, partial, finish)
     else:
         pairs = x.new_empty(*slots.shape, x.shape[1], dtype=torch.float32) if partial is None else partial
-        bounds = among, (most_pairs, most_slots)
-        launches = plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, pending, finish, *bounds)
+        launches = plan_prefill(x, slots, gates, weights, page_format, out, h, pairs, pending, finish, among, most)
     for launch in launches:
         launch.run()
 

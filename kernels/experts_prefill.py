@@ -143,7 +143,7 @@ def _combine_kernel(
 
 
 def group_by_slot(
-    slots: torch.Tensor, pending: torch.Tensor | None, count: int, block_m: int, most: tuple[int, int]
+    slots: torch.Tensor, pending: torch.Tensor | None, count: int, block_m: int, most: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pairs by slot, cut into tiles that hold one slot's pairs each; no transfer to the host.
 
@@ -187,7 +187,7 @@ def plan_prefill(
     pending: torch.Tensor | None = None,
     finish: bool = True,
     among: int | None = None,
-    most: tuple[int, int] | None = None,
+    most: Sequence[int] | None = None,
     tiles: Sequence[PrefillTiles] = (),
 ) -> list[Launch]:
     """The launches. Arguments as ``cachemoe.kernels.experts.experts``; of no pairs there is nothing but the sum.

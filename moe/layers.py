@@ -154,8 +154,7 @@ def routing_rules(layers: list[MoeLayer], top_k: int, device: torch.device | str
             raise InputError(
                 f"{type(layer.router).__name__} chooses {chosen} experts, and the model's config says {top_k}"
             )
-        rule = find_rule(layer.router, layer.block, outputs, likely)
-        rules.append(rule if device is None else rule.to(device))
+        rules.append(find_rule(layer.router, layer.block, outputs, likely).to(device or outputs[0].logits.device))
     return rules
 
 

@@ -84,7 +84,7 @@ class RouterOutput:
 def find_rule(
     router: torch.nn.Module, block: torch.nn.Module, outputs: Sequence[RouterOutput], likely: GateScores | None = None
 ) -> RoutingRule:
-    """The rule that gives what the router gave, for every token; for logits on the router's device.
+    """The rule that gives what the router gave, for every token; for logits on the CPU.
 
     Args:
         router: the module; its attributes say how many groups there are, what factor the weights have, and so on.
@@ -95,7 +95,7 @@ def find_rule(
     Raises:
         InputError: if no known rule does.
     """
-    experts = outputs[0].logits.shape[1]
+    experts, outputs = outputs[0].logits.shape[1], [output.to("cpu") for output in outputs]
     for rule in sorted(_candidates(router, block, experts), key=lambda rule: rule.scores != likely):
         if all(_explains(rule, output) for output in outputs):
             return rule
@@ -135,7 +135,6 @@ def _explains(rule: RoutingRule, output: RouterOutput) -> bool:
     same scores; or, since a group of experts can win by as little, by what the rule would choose if rounding had gone
     otherwise. Of a token that is not explained so no more than that is known: the rule is another.
     """
-    rule, output = rule.to("cpu"), output.to("cpu")
     logits, top_k = output.logits.float(), output.ids.shape[1]
     precision = max(ROUNDING.get(tensor.dtype, COARSE) for tensor in (output.logits, output.weights))
     try:
@@ -177,7 +176,7 @@ def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -
     jitter = getattr(router, "router_jitter_noise", None)
     if jitter is not None:
         yield RoutingRule(SOFTMAX, weigh=partial(sparsemixer_weights, jitter=jitter))
-    corrections = [tensor for tensor in _corrections(router, block) if tensor.numel() == experts]
+    corrections = [tensor.float().cpu() for tensor in _corrections(router, block) if tensor.numel() == experts]
     groups = [(1, 1, "best")]
     count, chosen = (_first(router, *names) for names in (("num_group", "n_group"), ("topk_group",)))
     if count and chosen and count > 1:
@@ -189,7 +188,7 @@ def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -
                 for renormalise in (False, True):
                     for scale in scales:
                         scores = GateScores(function, *grouping, renormalise, EPSILON if renormalise else 0.0, scale)
-                        yield RoutingRule(scores, None if correction is None else correction.float())
+                        yield RoutingRule(scores, correction)
 
 
 def _corrections(router: torch.nn.Module, block: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -128,8 +128,7 @@ class Swap:
         with self.lock:
             routing = route(number, logits, seen)
             ids, weights = (each.flatten(0, 1) for each in (routing.ids, routing.weights))
-            if logits.is_cuda and not ids.is_cuda:
-                ids, weights = to_device(logits.device, ids, weights)
+            ids, weights = to_device(logits.device, ids, weights)
             answer = known.output.like(logits, weights, ids)
             answered = answer[known.output.order.index("ids")]
             self._routed[number] = routing, answered, answered if answered.is_cuda else answered.clone()

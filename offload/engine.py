@@ -492,13 +492,10 @@ class _Compute:
         if not x.is_cuda:  # without the checks: all of it is the engine's own
             experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
             return
-        if not frames.is_cuda:
-            upload = [frames, *([] if gates.is_cuda else [gates]), *([] if pending is None else [pending])]
-            frames, *more = to_device(x.device, *upload)
-            gates = gates if gates.is_cuda else more[0]
-            pending = None if pending is None else more[-1]
-        bounds = self._experts, most
-        experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish, *bounds)
+        frames, gates, *some = to_device(x.device, frames, gates, *([] if pending is None else [pending]))
+        pending = some[0] if some else None
+        weights, among = self._pool.weights, self._experts
+        experts(x, frames, gates, weights, self._format, out, pending, partial, finish, among, most)
 
 
 def _carrier(store, pool: ExpertPool):

@@ -1,5 +1,7 @@
 """Several small tensors between host and GPU in one transfer: each by itself would cost a wait or a copy of its own."""
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -23,18 +25,20 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
     """The tensors on a device; the host does not wait.
 
     Args:
-        tensors: on the host, those of larger elements first.
+        tensors: on the host, those of larger elements first, or on the device already: these are returned as they are.
     """
-    if device.type == "cpu":
+    here = [each for each in tensors if each.device.type != device.type]
+    if not here:
         return list(tensors)
     # PyTorch gives pinned memory to nobody else before the copy has read it.
-    return _unpacked(_bytes(tensors).pin_memory().to(device, non_blocking=True), tensors)
+    there = iter(_unpacked(_bytes(here).pin_memory().to(device, non_blocking=True), here))
+    return [each if each.device.type == device.type else next(there) for each in tensors]
 
 
-def _bytes(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def _bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([each.contiguous().flatten().view(torch.uint8) for each in tensors])
 
 
-def _unpacked(packed: torch.Tensor, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def _unpacked(packed: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     parts = packed.split([each.nbytes for each in like])
     return [part.view(each.dtype).view(each.shape) for part, each in zip(parts, like, strict=True)]

@@ -28,57 +28,68 @@ def checkpoint(tiny_checkpoint):
     return Checkpoint(tiny_checkpoint)
 
 
-every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-@every_device
+def decoded(model, checkpoint, kind, tokens, folder, choose_experts):
+    """``[steps, V]`` logits of the tokens after the prefix, by the device-driven engine, and its counters.
+
+    Args:
+        choose_experts: (layer, logits, its caches, where the routing goes) -> ``Routing``.
+    """
+    shape, layout = checkpoint.shape, checkpoint.layout(kind)
+    write_store(folder / "store", layout, checkpoint.pages(layout.page_format))
+    with ExpertStore(folder / "store") as file, PinnedStore(file) as store:
+        engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k, model.device)
+
+        def route_layer(layer, logits, hidden):
+            return choose_experts(layer, logits[None], engine.caches(layer), engine.routing(layer))
+
+        past = static_cache(model, len(tokens))
+        model(tokens[None, :PREFIX], past_key_values=past, use_cache=True)
+        with Swap(model, route_layer, engine.forward):
+            graph = DecodeGraph(model, past)
+            logits = torch.stack([graph.step(token).clone() for token in tokens[PREFIX:]])
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return logits, engine.counters
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @torch.inference_mode()
 def test_exact_routing_decodes_as_the_model_does(checkpoint, tmp_path, device):
     tokens = torch.randint(0, 256, (PREFIX + WARM_UP + 8,), generator=torch.Generator().manual_seed(0)).to(device)
     model, shape = load_model(checkpoint.path).to(device), checkpoint.shape
     expected = model(tokens[None]).logits[0, PREFIX:]
-    layout = checkpoint.layout("bf16")
-    write_store(tmp_path / "store", layout, checkpoint.pages(layout.page_format))
     scores = GateScores()
-    with ExpertStore(tmp_path / "store") as file, PinnedStore(file) as store:
-        engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k, device)
 
-        def route_layer(layer, logits, hidden):
-            caches, out = engine.caches(layer), engine.routing(layer)
-            return route(logits[None], caches, least_recently_used, shape.top_k, CacheBias(), scores, out=out)
+    def choose_experts(layer, logits, caches, out):
+        return route(logits, caches, least_recently_used, shape.top_k, CacheBias(), scores, out=out)
 
-        past = static_cache(model, len(tokens))
-        model(tokens[None, :PREFIX], past_key_values=past, use_cache=True)
-        with Swap(model, route_layer, engine.forward):
-            graph = DecodeGraph(model, past)
-            for token, logits in zip(tokens[PREFIX:], expected, strict=True):
-                torch.testing.assert_close(graph.step(token), logits, rtol=1e-3, atol=1e-3)
-        assert engine.counters.calls == len(expected) * len(shape.layers)
-        assert engine.counters.misses > 0
+    logits, counters = decoded(model, checkpoint, "bf16", tokens, tmp_path, choose_experts)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+    assert counters.calls == len(expected) * len(shape.layers)
+    assert counters.misses > 0
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "device", "tolerance"),
+    [(name, "cpu", 1e-4) for name in GRAPHS]
+    + [pytest.param(name, "cuda", 1e-3, marks=pytest.mark.gpu) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss")],
+)
 @torch.inference_mode()
-def test_every_architecture_decodes_as_the_model_does(name, tmp_path):
+def test_every_architecture_decodes_as_the_model_does(name, device, tolerance, tmp_path):
     """By the rule that its router was found to follow; gpt-oss beyond its window of 16 tokens."""
     save_random(name, tmp_path / "model")
-    checkpoint, model = Checkpoint(tmp_path / "model"), load_model(tmp_path / "model")
-    shape = checkpoint.shape
+    checkpoint, model = Checkpoint(tmp_path / "model"), load_model(tmp_path / "model").to(device)
     tokens = torch.randint(3, VOCABULARY, (PREFIX + WARM_UP + 16,), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(device)
     expected = model(tokens[None]).logits[0, PREFIX:]
-    layout = checkpoint.layout("fp32")
-    write_store(tmp_path / "store", layout, checkpoint.pages(layout.page_format))
-    with ExpertStore(tmp_path / "store") as file, PinnedStore(file) as store:
-        rules = routing_rules(moe_layers(model), shape.top_k)
-        engine = DeviceEngine(store, [shape.top_k + 1] * len(shape.layers), shape.top_k)
+    top_k = checkpoint.shape.top_k
+    rules = routing_rules(moe_layers(model), top_k)
 
-        def route_layer(layer, logits, hidden):
-            caches, out = engine.caches(layer), engine.routing(layer)
-            return choose(rules[layer], logits[None], caches, least_recently_used, shape.top_k, CacheBias(), out)
+    def choose_experts(layer, logits, caches, out):
+        return choose(rules[layer], logits, caches, least_recently_used, top_k, CacheBias(), out)
 
-        past = static_cache(model, len(tokens))
-        model(tokens[None, :PREFIX], past_key_values=past, use_cache=True)
-        with Swap(model, route_layer, engine.forward):
-            graph = DecodeGraph(model, past)
-            for token, logits in zip(tokens[PREFIX:], expected, strict=True):
-                torch.testing.assert_close(graph.step(token), logits, rtol=1e-4, atol=1e-4)
+    logits, _ = decoded(model, checkpoint, "fp32", tokens, tmp_path, choose_experts)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
