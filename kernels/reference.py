@@ -41,9 +41,6 @@ class Routing:
         weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits.
         slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes.
         hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed.
-        waves: ``[B, T]`` int64, 0 for the first token, one more where a token's misses take the slot of an expert that
-            an earlier token of the wave uses. Once a wave's misses are fetched, all to different slots, each of its
-            tokens finds its experts in ``slots``.
         misses: what is to be fetched.
     """
 
@@ -51,13 +48,12 @@ class Routing:
     weights: torch.Tensor
     slots: torch.Tensor
     hits: torch.Tensor
-    waves: torch.Tensor
     misses: Misses
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in order."""
         misses = (self.misses.experts, self.misses.slots, self.misses.count)
-        return (self.ids, self.weights, self.slots, self.hits, self.waves, *misses)
+        return (self.ids, self.weights, self.slots, self.hits, *misses)
 
     def __getitem__(self, caches: slice) -> Routing:
         """The routing of some of the caches, the same memory."""
@@ -77,7 +73,6 @@ class Routing:
             weights=torch.empty(chosen, dtype=torch.float32, device=device),
             slots=integers(*chosen),
             hits=torch.empty(chosen, dtype=torch.bool, device=device),
-            waves=integers(caches, tokens),
             misses=Misses(integers(caches, tokens * top_k), integers(caches, tokens * top_k), integers(caches)),
         )
 
@@ -89,12 +84,11 @@ class Routing:
             ids: ``[B, T, K]`` int64.
             weights: ``[B, T, K]``; None: experts of a token weigh the same.
         """
-        caches, tokens, k = ids.shape
+        caches, _, k = ids.shape
         weights = ids.new_full(ids.shape, 1 / k, dtype=torch.float32) if weights is None else weights.float()
         nothing = torch.empty(caches, 0, dtype=torch.int64)
         misses = Misses(nothing, nothing, torch.zeros(caches, dtype=torch.int64))
-        hits, waves = torch.ones_like(ids, dtype=torch.bool), ids.new_zeros(caches, tokens)
-        return cls(ids, weights, ids, hits, waves, misses)
+        return cls(ids, weights, ids, torch.ones_like(ids, dtype=torch.bool), misses)
 
 
 @dataclass(frozen=True)
@@ -276,16 +270,9 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
 
 def _step(choose: Callable, state, evict: Callable, out: Routing) -> None:
     """Touch and place token after token what ``choose(t)`` ``[B, K]`` says then; fills ``out`` but for the weights."""
-    wave, wave_start = torch.zeros_like(state.clock), state.clock.clone()
     for t in range(out.ids.shape[1]):
-        before = state.clock.clone()
-        chosen = choose(t)
-        out.ids[:, t] = chosen
-        out.slots[:, t], out.hits[:, t], last_left = _touch_and_place(chosen, state, evict)
-        new_wave = last_left > wave_start
-        wave += new_wave
-        wave_start = torch.where(new_wave, before, wave_start)
-        out.waves[:, t] = wave
+        out.ids[:, t] = chosen = choose(t)
+        out.slots[:, t], out.hits[:, t] = _touch_and_place(chosen, state, evict)
     for b, hits in enumerate(out.hits):
         count = int((~hits).sum())
         out.misses.count[b] = count
@@ -368,7 +355,7 @@ def _touch_and_place(chosen, state, evict):
         chosen: ``[B, K]`` int64, highest gate weight first; touched in reverse, so that it leaves last.
 
     Returns:
-        ``[B, K]`` slots and hits, and ``[B]`` the latest ``last_use`` of an expert that left, -1 where none did.
+        ``[B, K]`` slots and hits.
     """
     k = chosen.shape[1]
     slots = state.slot_of.gather(1, chosen)
@@ -390,13 +377,11 @@ def _touch_and_place(chosen, state, evict):
     slots = torch.where(hits, slots, victims.gather(1, nth_miss))
 
     leaving = expert_of.gather(1, slots)
-    left = ~hits & (leaving >= 0)
-    last_left = torch.where(left, state.last_use.gather(1, leaving.clamp(min=0)), -1).amax(1)
     # Of a free slot nobody leaves: the entry is overwritten on the next line but one.
     state.slot_of.scatter_(1, torch.where(leaving < 0, chosen, leaving), -1)
     state.slot_of.scatter_(1, chosen, slots)
     expert_of.scatter_(1, slots, chosen)
-    return slots, hits, last_left
+    return slots, hits
 
 
 def experts(

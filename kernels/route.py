@@ -177,7 +177,7 @@ def _from_op(state, out, evict, top_k, numbers, tensors, *scores_and_correction)
         CacheBias(top_j, window, mass, prior),
         GateScores(*scores),
         correction,
-        Routing(*out[:5], Misses(*out[5:])),
+        Routing(*out[:4], Misses(*out[4:])),
     )
 
 

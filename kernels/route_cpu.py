@@ -42,14 +42,14 @@ def route_cpu(
     negated, order, places, gates, ranges = ranked
     choose = _chooser(negated, order, places, gates, _mean_range(ranges, state), bias, scores, top_k)
     step = _step_one if caches == 1 else _step
-    ids, slots, hits, waves, *misses = step(choose, state, evict, tokens, top_k)
+    ids, slots, hits, *misses = step(choose, state, evict, tokens, top_k)
 
     weights = gates.take(_places(ids, experts))
     if scores.renormalise:
         weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
-    results = (ids, weights, slots, hits, waves, *misses)
+    results = (ids, weights, slots, hits, *misses)
     if out is None:
         *tensors, miss_experts, miss_slots, miss_count = map(torch.from_numpy, results)
         return Routing(*tensors, Misses(miss_experts, miss_slots, miss_count))
@@ -67,8 +67,8 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
     order = (-weights).argsort(-1, kind="stable")
     chosen = np.take_along_axis(ids.numpy(), order, -1)
     step = _step_one if caches == 1 else _step
-    ids, slots, hits, waves, *misses = step(lambda at, _: chosen[at], state, evict, tokens, k)
-    results = ids, np.take_along_axis(weights, order, -1), slots, hits, waves
+    ids, slots, hits, *misses = step(lambda at, _: chosen[at], state, evict, tokens, k)
+    results = ids, np.take_along_axis(weights, order, -1), slots, hits
     return Routing(*map(torch.from_numpy, results), Misses(*map(torch.from_numpy, misses)))
 
 
@@ -252,9 +252,8 @@ def _step_one(choose, state, evict, tokens, k):
     slot_of, expert_of = state.slot_of.numpy()[0], state.expert_of.numpy()[0]
     last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
     capacity, clock = state.capacity.item(), clocks.item()
-    wave, wave_start = 0, clock
     ids, slots = np.empty((1, tokens, k), np.int64), np.empty((1, tokens, k), np.int64)
-    hits, waves, missed, taken = [], [], [], []
+    hits, missed, taken = [], [], []
     for t in range(tokens):
         ids[0, t] = chosen = choose((0, t), slot_of)
         placed = slot_of.take(chosen).tolist()
@@ -270,7 +269,6 @@ def _step_one(choose, state, evict, tokens, k):
             for slot in placed:
                 if 0 <= slot < capacity:
                     keys[slot] = NEVER
-            last_left = -1
             for i, expert in enumerate(chosen.tolist()):
                 if placed[i] < 0:
                     placed[i] = slot = int(keys.argmin())
@@ -278,19 +276,15 @@ def _step_one(choose, state, evict, tokens, k):
                     old = expert_of.item(slot)
                     if old >= 0:
                         slot_of[old] = -1
-                        last_left = max(last_left, last_use.item(old))
                     slot_of[expert], expert_of[slot] = slot, expert
                     missed.append(expert)
                     taken.append(slot)
-            if last_left > wave_start:
-                wave, wave_start = wave + 1, clock
         slots[0, t] = placed
-        waves.append(wave)
         clock += k
     clocks[0] = clock
     count, nothing = len(missed), [-1] * (tokens * k - len(missed))
     misses = np.array([missed + nothing]), np.array([taken + nothing]), np.array([count])
-    return ids, slots, np.array([hits]), np.array([waves]), *misses
+    return ids, slots, np.array([hits]), *misses
 
 
 def _step(choose, state, evict, tokens, k):
@@ -303,10 +297,9 @@ def _step(choose, state, evict, tokens, k):
         *(a.reshape(-1) for a in (slot_of, last_use, uses)),
     )
     ids, slots = np.empty((2, caches, tokens, k), np.int64)
-    hits, waves = np.empty(ids.shape, np.bool_), np.empty((caches, tokens), np.int64)
+    hits = np.empty(ids.shape, np.bool_)
     misses = (*np.full((2, caches, tokens * k), -1), np.zeros(caches, np.int64))
     touches = np.arange(k, 0, -1)
-    wave, wave_start = np.zeros_like(clock), clock.copy()
     for t in range(tokens):
         chosen = choose((slice(None), t), slot_of)
         entries = chosen + first
@@ -317,12 +310,9 @@ def _step(choose, state, evict, tokens, k):
         flat_uses[entries] += 1
         clock += k
         if not hits[:, t].all():
-            last_left = _place(chosen, placed, before, first, state, evict, misses)
-            again = last_left > wave_start
-            wave += again
-            np.copyto(wave_start, before, where=again)
-        slots[:, t], waves[:, t] = placed, wave
-    return ids, slots, hits, waves, *misses
+            _place(chosen, placed, before, first, state, evict, misses)
+        slots[:, t] = placed
+    return ids, slots, hits, *misses
 
 
 def _place(chosen, placed, untouched, first, state, evict, misses):
@@ -332,9 +322,6 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
         chosen, placed: ``[B, K]`` experts and their slots, -1 where absent; filled in.
         untouched: ``[B]`` the clock before the token.
         first: ``[B, 1]`` where each cache begins in a flat array.
-
-    Returns:
-        ``[B]`` the latest ``last_use`` of an expert that left, -1 where none did.
     """
     expert_of, slot_of, last_use = state.expert_of.numpy(), state.slot_of.numpy(), state.last_use.numpy()
     occupants = np.maximum(expert_of, 0) + first
@@ -347,7 +334,6 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
     key[slot >= state.capacity.numpy()[:, None]] = NEVER
     victims = key.argsort(-1, kind="stable")
 
-    last_left = np.full(len(chosen), -1)
     experts, places, count = misses
     nth = [0] * len(chosen)
     for b, k in np.argwhere(placed < 0).tolist():
@@ -355,7 +341,6 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
         old = expert_of[b, slot]
         if old >= 0:
             slot_of[b, old] = -1
-            last_left[b] = max(last_left[b], last_use[b, old])
         slot_of[b, expert] = slot
         expert_of[b, slot] = expert
         placed[b, k] = slot
@@ -363,4 +348,3 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
         places[b, count[b]] = slot
         count[b] += 1
         nth[b] += 1
-    return last_left

@@ -1,6 +1,6 @@
 """Cache-aware routing in Triton: scores, residency bias, top-k, gate weights and the residency update in one launch.
 
-    logits [B, T, E], or hidden states [B, T, H] and the router's weight -> ids, weights, slots, hits, waves, misses
+    logits [B, T, E], or hidden states [B, T, H] and the router's weight -> ids, weights, slots, hits, misses
 
 Grid: one program a cache, which steps through the T tokens with the page table in registers. With the gate fused:
 (B, E), one program an expert's logits, and a cache's last to finish routes. Selection is an iterated maximum of int32
@@ -22,7 +22,7 @@ from cachemoe.kernels.reference import STATE, CacheBias, GateScores, Routing
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 
-OUTPUTS = ("ids", "weights", "slots", "hits", "waves", "miss_experts", "miss_slots", "miss_count")
+OUTPUTS = ("ids", "weights", "slots", "hits", "miss_experts", "miss_slots", "miss_count")
 
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
 HIGHEST = tl.constexpr(2**31 - 1)  # NaN's key
@@ -153,8 +153,8 @@ def _route_kernel(
     slot_of_ptr, expert_of_ptr, capacity_ptr, last_use_ptr, uses_ptr, clock_ptr, tokens_ptr, range_sum_ptr,
     # parameters: numbers, or [B]
     top_j, window, mass, prior, epsilon, scale,
-    # outputs: [B, T, K], [B, T], [B, T * K], [B]
-    ids_ptr, weights_ptr, slots_ptr, hits_ptr, waves_ptr, miss_experts_ptr, miss_slots_ptr, miss_count_ptr,
+    # outputs: [B, T, K], [B, T * K], [B]
+    ids_ptr, weights_ptr, slots_ptr, hits_ptr, miss_experts_ptr, miss_slots_ptr, miss_count_ptr,
     # shapes and constants
     T, H,
     E: tl.constexpr, C: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, C_PAD: tl.constexpr,
@@ -202,7 +202,7 @@ def _route_kernel(
     # Of each expert the touches of this call, and the clock after the last of them, 0 before it, from the call's start:
     # int32 in registers, where last_use and uses are only read for a miss.
     touches, touched = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
-    missed, wave, wave_start, elapsed = 0, 0, 0, 0
+    missed, elapsed = 0, 0
     for t in range(T):
         x = logits.to(tl.float32)
         logits = tl.load(logits_ptr + stride_t + e, real & (t + 1 < T), 0.0)  # the next token's, ahead of time
@@ -275,7 +275,7 @@ def _route_kernel(
             weights = score / (tl.sum(tl.where(used, score, 0.0), 0) + epsilon)
         tl.store(weights_ptr + offsets, weights * scale, used)
 
-        left_wave, misses = 0, tl.sum(missing.to(tl.int32), 0)
+        misses = tl.sum(missing.to(tl.int32), 0)
         # The policy's keys in two halves that int32 compares in order, which takes a warp one instruction each.
         high, low = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
         if misses > free:
@@ -293,7 +293,6 @@ def _route_kernel(
                 least &= high == tl.min(tl.where(least, high, HIGHEST), 0)
                 least &= low == tl.min(tl.where(least, low, HIGHEST), 0)
                 slot = tl.min(tl.where(least, slot_of, C - 1), 0)
-                left_wave |= tl.max(((slot_of == slot) & (touched > wave_start)).to(tl.int32), 0)
             slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
             expert_of = tl.where(c == slot, expert, expert_of)
             listed = cache * T * K + missed
@@ -301,9 +300,6 @@ def _route_kernel(
             tl.store(miss_slots_ptr + listed, slot)
             missed += 1
         tl.store(slots_ptr + offsets, tl.maximum(slot_of, 0), used)
-        wave += left_wave
-        wave_start = tl.where(left_wave > 0, elapsed, wave_start)
-        tl.store(waves_ptr + cache * T + t, wave)
         logits_ptr += stride_t
         elapsed += K
         seen += 1

@@ -21,7 +21,7 @@ from cachemoe.offload.packed import to_device
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
-from cachemoe.offload.residency import Residency, admit, least_recently_used, resized
+from cachemoe.offload.residency import Residency, least_recently_used, resized
 from cachemoe.offload.staging import Staging
 from cachemoe.offload.store import StoreLayout
 from cachemoe.offload.timeline import Timeline
@@ -115,7 +115,6 @@ class OffloadEngine:
             model is on a GPU, its router's logits come to the host, which has to know what to fetch.
         pacing: see ``Link``.
         staging: pages that a prefetcher may have ahead at a time.
-        count_in_flight: whether ``caches`` shows the routing staged pages, and those on their way, as resident.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
         timeline: records what happens when, if given.
 
@@ -132,15 +131,13 @@ class OffloadEngine:
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
         staging: int = 0,
-        count_in_flight: bool = False,
         evict: Callable = least_recently_used,
         timeline: Timeline | None = None,
     ):
         layout = store.layout
         if len(capacity) != layout.layers:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
-        self._guests = staging if count_in_flight else 0
-        self.state = Residency.empty(torch.tensor(capacity), layout.experts).with_slots(max(capacity) + self._guests)
+        self.state = Residency.empty(torch.tensor(capacity), layout.experts)
         self.counters = Counters()
         self.page_format = layout.page_format
         self._evict, self._timeline = evict, timeline
@@ -178,12 +175,7 @@ class OffloadEngine:
 
     def caches(self, layer: int) -> Residency:
         """``[1, ...]``, what the layer's routing is to see, and to update."""
-        state = self.state[layer : layer + 1]
-        if self._guests:
-            capacity = len(self._held[layer])
-            for slot, e in enumerate(self._staging.of_layer(layer), capacity):
-                state.slot_of[0, e], state.expert_of[0, slot] = slot, e
-        return state
+        return self.state[layer : layer + 1]
 
     @torch.no_grad()
     def forward(
@@ -263,9 +255,7 @@ class OffloadEngine:
             self._staging.drop(self.counters)
         self._recover()  # nothing may move to a frame that moves
         self._tables.clear()
-        state = resized(self.state, torch.tensor(capacity, device="cpu"), self._evict).with_slots(
-            max(capacity) + self._guests
-        )
+        state = resized(self.state, torch.tensor(capacity, device="cpu"), self._evict)
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
         held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
         total = sum(capacity) + self._staging_frames
@@ -335,8 +325,6 @@ class OffloadEngine:
     def _decode(self, layer, x, routing, gate_input):
         """One token: its output, and how many of its experts missed."""
         ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
-        if self._guests:
-            slots = self._seat_guests(layer, ids, slots)
         held, frames = self._held[layer], self._frames[layer]
         missing = [k for k, (e, slot) in enumerate(zip(ids, slots, strict=True)) if held[slot] != e]
         loads = {self._load(layer, ids[k], slots[k]): k for k in missing}
@@ -367,7 +355,7 @@ class OffloadEngine:
         ids, held, frames = routing.ids[0], self._held[layer], self._frames[layer]
         needed = list(dict.fromkeys(ids.flatten().tolist()))
         misses = len(set(needed).difference(held))
-        # Of whom the table says that they stay: but guests do not, nor those whose page never came.
+        # Of whom the table says that they stay: but those do not whose page never came.
         here = {e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0}
         final = here.intersection((*held, *needed))
         y, gates = torch.empty_like(x), routing.weights[0]
@@ -436,22 +424,6 @@ class OffloadEngine:
             self._clock.record(self._timeline, what, f"layer {layer}", start, end, layer=layer, **details)
         if not self._clock.deferred or len(self._times) > MOST_TIMES:
             self.synchronize()
-
-    def _seat_guests(self, layer: int, ids: list[int], slots: list[int]) -> list[int]:
-        """Give staged experts that were chosen as residents a slot of the layer's own, and show the guests out.
-
-        Returns:
-            The slots of ``ids``, all of them the layer's own.
-        """
-        capacity, state = len(self._held[layer]), self.state[layer]
-        guests = state.expert_of[capacity:]
-        state.slot_of[guests[guests >= 0]] = -1
-        guests.fill_(-1)
-        seated = list(slots)
-        for k, slot in enumerate(slots):
-            if slot >= capacity:
-                seated[k] = admit(state, ids[k], ids, self._evict)
-        return seated
 
     def _recover(self) -> None:
         """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -19,8 +19,7 @@ class Residency:
     Args:
         slot_of: ``[..., E]`` int64, the page table: the expert's slot, -1 when absent.
         expert_of: ``[..., C]`` int64, its inverse: the slot's expert, -1 when free. C is the largest capacity.
-        capacity: ``[...]`` int64, slots in use. Slots from ``capacity`` on are given to nobody; an expert that the
-            engine has put there is a guest, resident and no victim.
+        capacity: ``[...]`` int64, slots in use. Slots from ``capacity`` on are given to nobody.
         last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
         uses: ``[..., E]`` int64, touches.
         clock: ``[...]`` int64, touches of all experts.
@@ -112,37 +111,6 @@ def eviction_policy(name: str) -> Callable:
     if not isinstance(name, str) or name not in EVICTION_POLICIES:
         raise InputError(f"unknown eviction policy {name!r}: choose among {', '.join(EVICTION_POLICIES)}")
     return EVICTION_POLICIES[name]
-
-
-def admit(state: Residency, expert: int, needed: Sequence[int], evict: Callable) -> int:
-    """Give an absent expert a slot of one cache, that of the expert that leaves if none is free.
-
-    Args:
-        state: of one cache, without leading dimensions; updated in place.
-        expert: who comes.
-        needed: experts that may not leave.
-        evict: eviction policy.
-
-    Returns:
-        The slot: the lowest free one, else that of the smallest key.
-
-    Raises:
-        ValueError: if every slot holds an expert that is needed.
-    """
-    capacity = int(state.capacity)
-    occupants = state.expert_of[:capacity]
-    free = torch.nonzero(occupants < 0)
-    if len(free):
-        slot = int(free[0])
-    else:
-        may_leave = ~torch.isin(occupants, torch.tensor(list(needed)))
-        if not may_leave.any():
-            raise ValueError(f"each of the {capacity} slots holds an expert that is needed")
-        keys = evict(state.last_use, state.uses)[occupants]
-        slot = int(keys.masked_fill(~may_leave, torch.iinfo(torch.int64).max).argmin())
-        state.slot_of[occupants[slot]] = -1
-    state.slot_of[expert], state.expert_of[slot] = slot, expert
-    return slot
 
 
 def resized(state: Residency, capacity: torch.Tensor, evict: Callable) -> Residency:

@@ -97,7 +97,6 @@ class LiteralCache:
     def step(self, chosen):
         """Touch the chosen, lowest gate weight first, and place those absent, highest first. Gives slots and hits."""
         hits = [e in self.slots for e in chosen]
-        self.left = []
         for e in reversed(chosen):
             self.clock += 1
             self.last_use[e] = self.clock
@@ -107,15 +106,13 @@ class LiteralCache:
                 leaving = None
                 if None not in self.slots:
                     leaving = min((other for other in self.slots if other not in chosen), key=self.leaves_first)
-                    self.left.append(leaving)
                 self.slots[self.slots.index(leaving)] = e
         return [self.slots.index(e) for e in chosen], hits
 
 
 def literal_route(logits, cache, k, rule, value, top_j, scores, correction=None):
     """A dict of what ``Routing`` has, as lists."""
-    out = {name: [] for name in ("ids", "weights", "slots", "hits", "waves", "misses")}
-    wave, used = 0, set()
+    out = {name: [] for name in ("ids", "weights", "slots", "hits", "misses")}
     for z in logits:
         gates = gates_of(z, scores.function)
         values, ranked_by = values_of(z, scores, correction)
@@ -123,16 +120,12 @@ def literal_route(logits, cache, k, rule, value, top_j, scores, correction=None)
         chosen = select(ranked_by, cache.slots, k, rule, value, top_j, cache.mean_range(), shares)
         cache.ranges.append(max(values) - min(values))
         token_slots, token_hits = cache.step(chosen)
-        if used.intersection(cache.left):
-            wave, used = wave + 1, set()
-        used.update(chosen)
         weights = [gates[e] for e in chosen]
         total = sum(weights) + scores.epsilon if scores.renormalise else 1.0
         out["ids"].append(chosen)
         out["weights"].append([scores.scale * weight / total for weight in weights])
         out["slots"].append(token_slots)
         out["hits"].append(token_hits)
-        out["waves"].append(wave)
         out["misses"] += [(e, s) for e, s, hit in zip(chosen, token_slots, token_hits, strict=True) if not hit]
     return out
 
@@ -224,7 +217,7 @@ RENORMALISED = GateScores(renormalise=True)
 
 
 def assert_as_written(routing, expected):
-    for name in ("ids", "slots", "hits", "waves"):
+    for name in ("ids", "slots", "hits"):
         assert getattr(routing, name)[0].tolist() == expected[name], name
     torch.testing.assert_close(routing.weights[0], torch.tensor(expected["weights"]), rtol=1e-5, atol=1e-7)
     experts, slots, (count,) = (
@@ -275,7 +268,7 @@ def test_route_follows_the_papers_rules_over_a_long_sequence(eviction, rule, val
     expected = literal_route(exact, cache, 4, rule, value, 1, SOFTMAX)
     routing = route(logits, empty(6, 16), EVICTION_POLICIES[eviction], 4, bias_of(rule, value, 1))
     for t in range(400):  # pytest takes minutes to explain how two long lists differ
-        for name in ("ids", "slots", "hits", "waves"):
+        for name in ("ids", "slots", "hits"):
             assert getattr(routing, name)[0, t].tolist() == expected[name][t], f"{name} of token {t}"
 
 
@@ -361,41 +354,25 @@ def test_scores_that_cannot_be_are_refused(wrong, message):
         route(torch.zeros(1, 1, 12), empty(4, 12), EVICTION_POLICIES["lru"], 3, scores=GateScores(**wrong))
 
 
-# ---------------------------------------------------------------------------------------------- waves and misses
+# --------------------------------------------------------------------------------------------------------- misses
 
 
 @each_eviction
 @given(st.data(), SEEDS)
-def test_a_waves_misses_fetched_together_serve_all_of_its_tokens(eviction, data, seed):
+def test_misses_fetched_in_order_serve_every_token(eviction, data, seed):
     n, k, top_j, capacity = data.draw(shapes())
     rule, value = data.draw(rules(n))
     state, bias = empty(capacity, n), bias_of(rule, value, top_j)
     for call in range(2):  # the second begins with what the first left
         pages = state.expert_of[0].tolist()
         routing = route(normal_logits(seed + call, 1, 12, n), state, EVICTION_POLICIES[eviction], k, bias)
-        waves, missing = routing.waves[0].tolist(), (~routing.hits[0]).sum(1).tolist()
         misses = iter(zip(routing.misses.experts[0].tolist(), routing.misses.slots[0].tolist(), strict=True))
-        assert waves[0] == 0
-        assert all(later - wave in (0, 1) for wave, later in pairwise(waves))
-        for wave in range(waves[-1] + 1):
-            tokens = [t for t in range(12) if waves[t] == wave]
-            fetched = [next(misses) for t in tokens for _ in range(missing[t])]
-            assert len({slot for _, slot in fetched}) == len(fetched)
-            for e, slot in fetched:
+        for t, hits in enumerate(routing.hits[0].tolist()):
+            for _ in range(hits.count(False)):
+                e, slot = next(misses)
                 pages[slot] = e
-            for t in tokens:
-                assert [pages[slot] for slot in routing.slots[0, t].tolist()] == routing.ids[0, t].tolist()
+            assert [pages[slot] for slot in routing.slots[0, t].tolist()] == routing.ids[0, t].tolist()
         assert pages == state.expert_of[0].tolist()
-
-
-def test_a_wave_ends_where_a_slot_in_use_is_taken():
-    logits = torch.tensor([[[2.0, 1, 0, 0], [0, 2, 0, 1], [1, 0, 2, 0]]])  # 0 and 1, then 1 and 3, then 2 and 0
-    routing = route(logits, empty(3, 4), EVICTION_POLICIES["lru"], 2)
-    assert routing.ids[0].tolist() == [[0, 1], [1, 3], [2, 0]]
-    assert routing.waves[0].tolist() == [0, 0, 1]  # expert 2 takes 3's slot, which the second token uses
-    assert routing.misses.experts[0].tolist() == [0, 1, 3, 2, -1, -1]
-    assert routing.misses.slots[0].tolist() == [0, 1, 2, 2, -1, -1]
-    assert routing.misses.count.tolist() == [4]
 
 
 # ----------------------------------------------------------------------------------------------------- properties

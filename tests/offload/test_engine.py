@@ -330,16 +330,14 @@ def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prio
     capacity=capacities,
     seed=st.integers(0, 99),
     faults=st.lists(st.sampled_from(["none", "none", "slow", "fail"]), max_size=60),
-    count_in_flight=st.booleans(),
     new_capacity=st.none() | capacities,
     lost=st.sets(st.integers(0, 20), max_size=3),
 )
 def test_anything_that_happens_gives_the_exact_output_or_an_exception(
-    store, weights, calls, capacity, seed, faults, count_in_flight, new_capacity, lost
+    store, weights, calls, capacity, seed, faults, new_capacity, lost
 ):
     bias = reference.CacheBias(top_j=1, prior=0.4)
-    options = {"count_in_flight": count_in_flight}
-    with foreseeing(FaultyStore(store, faults), capacity, Guess(seed), **options) as engine:
+    with foreseeing(FaultyStore(store, faults), capacity, Guess(seed)) as engine:
         for call, tokens in enumerate(calls):
             if call == len(calls) // 2 and new_capacity:
                 engine.resize(new_capacity)
@@ -445,29 +443,6 @@ def test_what_was_prefetched_is_not_read_again(store, weights):
         assert engine.counters.prefetch_hits == asked
         assert engine.counters.misses - misses >= asked
         assert engine.counters.pages_read == engine.counters.misses
-
-
-def test_pages_on_their_way_count_as_resident_if_asked(store, weights):
-    """With lambda = 1 and J = 0 the router takes what is resident: the guests among them."""
-
-    bias = reference.CacheBias(window=EXPERTS)
-    for count_in_flight in (False, True):
-        capacity = [TOP_K, TOP_K]
-        with foreseeing(store, capacity, Foretells([4, 5, 6]), count_in_flight=count_in_flight) as engine:
-            step(engine, weights, 0, 7, 1)
-            step(engine, weights, 1, 8, 1)
-            before = engine.state[1].resident().clone()
-            step(engine, weights, 0, 0, 1)
-            y, expected = step(engine, weights, 1, 1, 1, bias)
-            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
-            assert_consistent(engine)
-            if count_in_flight:
-                shown = before.clone()
-                shown[[4, 5, 6]] = True
-                best = [e for e in logits_of(1, 1)[0, 0].argsort(descending=True).tolist() if shown[e]][:TOP_K]
-                assert all(engine.state[1].resident()[best])
-            else:
-                assert torch.equal(engine.state[1].resident(), before)
 
 
 @given(
