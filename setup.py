@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-PACKAGES = ("kernels", "moe", "offload", "benchmarks")
+PACKAGES = ("kernels", "moe", "moe.policies", "offload", "benchmarks")
 
 HF = ["transformers>=5.17"]
 BENCH = ["pytest-benchmark>=5", "matplotlib>=3.9"]
@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.11",
     # cachemoe itself has the few names that most users want, and its folder is one of moe's.
     packages=["cachemoe", *(f"cachemoe.{name}" for name in PACKAGES)],
-    package_dir={"cachemoe": "moe/public", **{f"cachemoe.{name}": name for name in PACKAGES}},
+    package_dir={"cachemoe": "moe/public", **{f"cachemoe.{name}": name.replace(".", "/") for name in PACKAGES}},
     # One level deep on purpose: tinymoe/training stays in the repository.
     package_data={
         "cachemoe.kernels": ["*.c"],

@@ -13,8 +13,9 @@ from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts_cpu import side_by_side
-from cachemoe.kernels.reference import CacheBias, Routing
+from cachemoe.kernels.reference import Routing
 from cachemoe.kernels.route_cpu import peek
+from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.prefetch import NextLayerGate
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
@@ -43,8 +44,8 @@ def engines(tmp_path_factory):
             engine.state.expert_of[:] = engine.state.slot_of[:] = torch.arange(EXPERTS)
             engine.fill()
         routers = torch.randn(LAYERS, EXPERTS, PAGE_FORMAT.hidden, generator=torch.Generator().manual_seed(0))
-        states, bias = [full.state[layer : layer + 1] for layer in range(LAYERS)], CacheBias(top_j=2, prior=0.2)
-        full.prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer], TOP_K, bias))
+        states, policy = [full.state[layer : layer + 1] for layer in range(LAYERS)], policy_of(CachePrior(0.2))
+        full.prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer], TOP_K, policy))
         yield {"cachemoe": plain, "cachemoe, everything on": full}
 
 

@@ -12,7 +12,7 @@ from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.route import route
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.offload.residency import Residency, least_recently_used
 
 REPETITIONS = range(3)
@@ -71,11 +71,9 @@ def test_route(measure, device, compiled, name, strategy, repetition, implementa
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(TOKENS, 1, 1, geometry.experts, generator=generator, device=device)
     if implementation == "cachemoe":
-        state, bias = (
-            half_resident(geometry, device),
-            cache_bias([Strategy.parse(strategy, geometry.experts, k, TOP_J)]),
-        )
-        calls = [partial(route, token, state, least_recently_used, k, bias) for token in logits]
+        state = half_resident(geometry, device)
+        policy = policy_of(Strategy.parse(strategy, geometry.experts, k, TOP_J)).to(device)
+        calls = [partial(route, token, state, least_recently_used, k, policy) for token in logits]
     else:
         select = compiled if implementation.endswith("compiled") else eager_selection
         resident = torch.arange(geometry.experts, device=device) % 2 == 0

@@ -11,8 +11,10 @@ from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch_gpu import plan_fetch
 from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing
+from cachemoe.kernels.policy import KNOBS, Policy
+from cachemoe.kernels.reference import SOFTMAX, GateScores, Routing
 from cachemoe.kernels.route_gpu import plan_route
+from cachemoe.moe.policies import RULES
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
 PREFILL_TOKENS = (128, 512, 2048)
@@ -91,31 +93,27 @@ def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
 
 
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
-    """One token and many, from logits and from hidden states, by every strategy; many caches at once as simulated."""
+    """One token and many, from logits and from hidden states, by every strategy."""
     experts, top_k = router.experts, router.top_k
-    biases = {
-        "original": NO_BIAS,
-        "max-rank": CacheBias(2, window=8),
-        "cumsum": CacheBias(2, mass=0.5),
-        "cache-prior": CacheBias(2, prior=0.5),
-        "any": CacheBias(2, *(_empty(3, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32))),
-    }
+    knobs = _empty(1, len(KNOBS), dtype=torch.float32)
+    # Rules without a key are one policy, the first's.
+    policies = {rule.key: (name, Policy(rule.key, rule.key and knobs)) for name, rule in reversed(RULES.items())}
+    policies = dict(policies.values())
     correction = _empty(experts, dtype=torch.float32) if router.corrected else None
-    # Policies differ in a key alone: the others are compiled with one strategy.
-    ways = [("lru", name, bias) for name, bias in biases.items()]
-    ways += [(policy, "cache-prior", biases["cache-prior"]) for policy in EVICTION_POLICIES if policy != "lru"]
-    for policy, strategy, bias in ways:
-        evict = EVICTION_POLICIES[policy]
-        caches = 3 if strategy == "any" else 1
-        state = Residency.empty(torch.full((caches,), max(experts // 2, top_k)), experts).to("meta")
+    # Eviction policies differ in a key alone: the others are compiled with one routing.
+    ways = [("lru", strategy) for strategy in policies]
+    ways += [(eviction, "cache-prior") for eviction in EVICTION_POLICIES if eviction != "lru"]
+    for eviction, strategy in ways:
+        policy, evict = policies[strategy], EVICTION_POLICIES[eviction]
+        state = Residency.empty(torch.full((1,), max(experts // 2, top_k)), experts).to("meta")
         for tokens in (1, 512):
-            logits, out = _empty(caches, tokens, experts), Routing.empty(caches, tokens, top_k, "meta")
-            arguments = (logits, state, evict, top_k, bias, router.scores, correction, out)
-            yield f"{strategy}, {policy}, T = {tokens}", plan_route(*arguments)
+            logits, out = _empty(1, tokens, experts), Routing.empty(1, tokens, top_k, "meta")
+            arguments = (logits, state, evict, top_k, policy, router.scores, correction, out)
+            yield f"{strategy}, {eviction}, T = {tokens}", plan_route(*arguments)
             if tokens == 1:
-                hidden, weight = _empty(caches, 1, 2048), _empty(experts, 2048)
-                gate = (hidden, weight, _empty(caches, dtype=torch.int32))
-                yield f"{strategy}, {policy}, gate fused", plan_route(*arguments, gate)
+                hidden, weight = _empty(1, 1, 2048), _empty(experts, 2048)
+                gate = (hidden, weight, _empty(1, dtype=torch.int32))
+                yield f"{strategy}, {eviction}, gate fused", plan_route(*arguments, gate)
 
 
 def _fetch() -> Iterator[tuple[str, Launch]]:

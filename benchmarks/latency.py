@@ -17,7 +17,7 @@ from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.routers import RoutingRule, choose
-from cachemoe.moe.strategies import EXACT, Strategy, cache_bias
+from cachemoe.moe.strategies import EXACT, Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
@@ -146,14 +146,14 @@ def _decode_segment(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
     engine, strategy = row.engine, row.setting.strategy
-    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
+    k, policy = strategy.experts_used(shape.top_k), policy_of(strategy)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
     def route_layer(layer, logits, hidden):
-        return choose(rules[layer], logits[None].cpu(), states[layer], plan.evict, k, bias)
+        return choose(rules[layer], logits[None].cpu(), states[layer], plan.evict, k, policy)
 
     def route_timed(layer, logits, hidden):
         nonlocal route_s
@@ -185,7 +185,7 @@ def _decode_segment(
             engine,
             swap.routers,
             lambda layer, logits: peek(
-                logits.cpu(), states[layer], k, bias, rules[layer].scores, rules[layer].correction
+                logits.cpu(), states[layer], k, policy, rules[layer].scores, rules[layer].correction
             ),
             shape.top_k,
             plan.ahead,
@@ -218,15 +218,15 @@ def _decode_in_a_graph(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
     engine, strategy = row.engine, row.setting.strategy
-    k, bias = strategy.experts_used(shape.top_k), cache_bias([strategy])
+    k, policy = strategy.experts_used(shape.top_k), policy_of(strategy).to(model.device)
     payload_input, rules = _payload_input(engine, model.device), [rule.to(model.device) for rule in rules]
 
     def route_prefix(layer, logits, hidden):
-        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias)
+        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, policy)
 
     def route_token(layer, logits, hidden):
         out = engine.routing(layer)
-        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, bias, out)
+        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, policy, out)
 
     def route_and_move(layer, logits, hidden):
         routing = route_token(layer, logits, hidden)

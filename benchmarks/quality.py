@@ -12,7 +12,7 @@ import torch
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.routers import choose
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency
 from cachemoe.offload.simulate import belady_misses
@@ -113,10 +113,10 @@ def evaluate(
     for k, members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
-        bias = cache_bias([settings[i].strategy for i in members])
+        policy = policy_of(*(settings[i].strategy for i in members))
         for row, i in enumerate(members):
             qualities[i] = Quality(state[:, row])
-        batches.append((k, [qualities[i] for i in members], state, bias))
+        batches.append((k, [qualities[i] for i in members], state, policy))
 
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     original_ids = []
@@ -125,12 +125,12 @@ def evaluate(
             reference = _log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
-        for k, rows, state, bias in batches:
+        for k, rows, state, policy in batches:
             misses = torch.zeros(len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, k=k, rows=rows, state=state, bias=bias, misses=misses):
+            def route_layer(layer, logits, hidden, k=k, rows=rows, state=state, policy=policy, misses=misses):
                 logits = logits.unflatten(0, (len(rows), -1)).cpu()
-                routing = choose(rules[layer], logits, state[layer], evict, k, bias)
+                routing = choose(rules[layer], logits, state[layer], evict, k, policy)
                 misses += routing.misses.count
                 return routing
 
@@ -145,10 +145,14 @@ def evaluate(
 
 
 def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[tuple[int, list[int]]]:
-    """K used, and the settings that go through the model together: as many as their output leaves room for."""
+    """K used, and settings of one name that go through the model together: as many as their output leaves room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
-    for k in {s.strategy.experts_used(shape.top_k): None for s in settings}:
-        members = [i for i, s in enumerate(settings) if s.strategy.experts_used(shape.top_k) == k]
+
+    def kind(setting):
+        return setting.strategy.experts_used(shape.top_k), setting.strategy.name
+
+    for k, name in dict.fromkeys(map(kind, settings)):
+        members = [i for i, s in enumerate(settings) if kind(s) == (k, name)]
         yield from ((k, members[start : start + most]) for start in range(0, len(members), most))
 
 

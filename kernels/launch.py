@@ -26,6 +26,7 @@ class Launch:
         streams_pages: the claim that it reads pages 16 bytes a thread, to which the compiled code is held.
         pipelined: the claim that loads run ahead of the loop that needs them, likewise.
         max_registers: of a thread; named, it keeps the assembler from spilling a few to fit more programs at a time.
+        fuses: whether the compiler may round a product and a sum of it once, where other implementations round twice.
     """
 
     kernel: Any
@@ -37,6 +38,7 @@ class Launch:
     streams_pages: bool = False
     pipelined: bool = False
     max_registers: int | None = None
+    fuses: bool = True
 
     def run(self) -> None:
         """Queue the launch on the current stream of the tensors' device, or interpret it on the CPU's tensors."""
@@ -55,5 +57,10 @@ class Launch:
         return self.kernel.warmup(grid=self.grid, **self._keywords())
 
     def _keywords(self) -> dict[str, Any]:
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+            "enable_fp_fusion": self.fuses,
+        }
         return {**self.arguments, **self.constants, **options}

@@ -12,6 +12,7 @@ import torch
 
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.policy import ORIGINAL, Policy
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "relu")
 GROUP_SCORES = ("best", "best-two")
@@ -92,28 +93,6 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class CacheBias:
-    """How much residency sways the selection; one number for all B caches, or ``[B]`` each. All zero: not at all.
-
-    Args:
-        top_j: J, the best-ranked experts that are always kept; all K where K is less.
-        window: M, residents among the M best-ranked come before all others (max-rank, the paper's algorithm 1).
-        mass: p, as ``window``, with M the fewest best-ranked experts whose scores are p of the sum of all (cumsum, its
-            algorithm 2). p = 0 is no window.
-        prior: lambda, residents are ranked by selection value + lambda * the layer's mean range (cache-prior). Not
-            together with ``window`` or ``mass`` in one cache.
-    """
-
-    top_j: int | torch.Tensor = 0
-    window: int | torch.Tensor = 0
-    mass: float | torch.Tensor = 0.0
-    prior: float | torch.Tensor = 0.0
-
-
-NO_BIAS = CacheBias()
-
-
-@dataclass(frozen=True)
 class GateScores:
     """How a model scores its experts, and which groups of them a token may choose from.
 
@@ -174,7 +153,7 @@ def route(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias = NO_BIAS,
+    policy: Policy = ORIGINAL,
     scores: GateScores = SOFTMAX,
     correction: torch.Tensor | None = None,
 ) -> Routing:
@@ -189,7 +168,7 @@ def route(
         evict: eviction policy, (last_use, uses) -> int64 keys; of the residents that the token does not need the
             smallest leaves, the lower slot among equals.
         top_k: K.
-        bias: the routing strategy, see ``CacheBias``.
+        policy: see ``Policy``.
         scores: how the model scores and groups its experts.
         correction: ``[E]`` or ``[B, E]`` float32 that only the selection sees (DeepSeek-V3).
 
@@ -213,24 +192,28 @@ def route(
 
     mean_range = _mean_range(values, state)
 
-    def per_cache(value, dtype):
-        return torch.as_tensor(value, device=logits.device, dtype=dtype).reshape(-1, 1, 1)  # against [B, T, E]
-
-    always = rank < per_cache(bias.top_j, torch.int64).clamp(max=top_k)
-    prior = per_cache(bias.prior, torch.float32)
-    by_value = (prior > 0).expand_as(rank)  # cache-prior ranks by value, the others by position
-    base = torch.where(by_value, values, -rank.float())
-    boost = torch.where(by_value, prior * mean_range[..., None], 0.0)
-    window = torch.maximum(per_cache(bias.window, torch.int64), _mass_window(gates, order, bias, scores, per_cache))
-    promoted = (rank < window) & allowed & ~by_value
+    if policy.key is not None:
+        j, a = policy.knobs.T[:, :, None]
+        always = rank < j[:, None].clamp(max=top_k)
+        # Of each token; what changes from step to step comes in ``choose``.
+        seen = {
+            "value": values,
+            "rank": rank.float(),
+            "span": mean_range[..., None],
+            "a": a[:, None].expand(-1, tokens, -1),
+        }
+        if "before" in policy.words:
+            seen["before"] = _before(gates, order, scores)
 
     def choose(t):
-        resident = state.resident()
-        tier = torch.full_like(rank[:, t], 3)
-        tier[allowed[:, t]] = 2
-        tier[promoted[:, t] & resident] = 1
-        tier[always[:, t]] = 0
-        chosen = _order(tier, torch.where(resident, base[:, t] + boost[:, t], base[:, t]), descending=True)[:, :top_k]
+        chosen = order[:, t, :top_k]
+        if policy.key is not None:
+            known = {name: each[:, t] for name, each in seen.items()} | {"have": state.resident().int()}
+            key = policy.key(*(known[word] for word in policy.words)).float().expand(caches, experts)
+            tier = torch.full_like(rank[:, t], 2)
+            tier[allowed[:, t]] = 1
+            tier[always[:, t]] = 0
+            chosen = _order(tier, key, descending=True)[:, :top_k]
         # Highest gate weight first: the chosen experts in the order of their unbiased rank.
         return order[:, t].gather(1, rank[:, t].gather(1, chosen).sort(-1).values)
 
@@ -282,14 +265,14 @@ def _step(choose: Callable, state, evict: Callable, out: Routing) -> None:
 
 
 @torch.no_grad()
-def route_hidden(hidden, router, state, evict, top_k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+def route_hidden(hidden, router, state, evict, top_k, policy=ORIGINAL, scores=SOFTMAX, correction=None):
     """``route`` from hidden states ``[B, T, H]`` and the router's weight ``[E, H]`` or ``[B, E, H]``.
 
     Returns:
         The logits ``[B, T, E]`` in the hidden states' dtype, accumulated in float32, and their ``Routing``.
     """
     logits = (hidden.float() @ router.float().mT).to(hidden.dtype)
-    return logits, route(logits, state, evict, top_k, bias, scores, correction)
+    return logits, route(logits, state, evict, top_k, policy, scores, correction)
 
 
 def gate_scores(logits: torch.Tensor, scores: GateScores) -> torch.Tensor:
@@ -337,15 +320,13 @@ def _mean_range(values, state):
     return (range_sum[:, :-1] / seen.clamp(min=1)).float()
 
 
-def _mass_window(gates, order, bias, scores, per_cache):
-    """``[B, T, 1]`` int64: the fewest best-ranked experts whose scores are ``bias.mass`` of the sum of all."""
-    mass = per_cache(bias.mass, torch.float32)
+def _before(gates, order, scores):
+    """``[B, T, E]`` float32: of each expert the share of the scores that the better-ranked have."""
     if scores.function != "softmax":
         gates = gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     before = gates.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0
-    # All experts sum to 1 whatever float32 says: p = 1 is a window of all.
-    return ((before < mass) | (mass >= 1)).sum(-1, keepdim=True)
+    return torch.empty_like(before).scatter_(-1, order, before)
 
 
 def _touch_and_place(chosen, state, evict):

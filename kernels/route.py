@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import torch
 
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, STATE, CacheBias, GateScores, Misses, Routing
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
+from cachemoe.kernels.reference import SOFTMAX, STATE, GateScores, Misses, Routing
 from cachemoe.kernels.route_cpu import route_cpu
 
 FUSED_TOKENS = 4  # beyond, reading the router's weight once a token costs more than a launch of its own
@@ -22,7 +23,7 @@ def route(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias = NO_BIAS,
+    policy: Policy = ORIGINAL,
     scores: GateScores = SOFTMAX,
     correction: torch.Tensor | None = None,
     out: Routing | None = None,
@@ -35,9 +36,10 @@ def route(
     Args:
         logits: ``[B, T, E]`` float32, float16 or bfloat16.
         state: ``Residency`` of B caches, contiguous and on the logits' device; updated in place.
-        evict: eviction policy, as in :mod:`cachemoe.offload.residency`; for ``torch.compile`` one of a module's own.
+        evict: eviction policy, as in :mod:`cachemoe.offload.residency`; for ``torch.compile`` one of a module's own, as
+            the policy's functions.
         top_k: K.
-        bias: the routing strategy: numbers, or ``[B]`` tensors on the logits' device.
+        policy: its knobs on the logits' device.
         scores: how the model scores and groups its experts.
         correction: ``[E]`` or ``[B, E]`` float32 that only the selection sees (DeepSeek-V3).
         out: contiguous, to be filled in; None for a new one.
@@ -49,11 +51,11 @@ def route(
         ValueError: if ``scores`` does not fit E and K, if the state is not contiguous or, on the CPU, if a capacity is
             below K.
     """
-    _check(logits.shape, state, top_k, scores, correction, out)
+    _check(logits.shape, state, top_k, policy, scores, correction, out)
     if not torch.compiler.is_compiling():
-        return _route(logits, state, evict, top_k, bias, scores, correction, out)
+        return _route(logits, state, evict, top_k, policy, scores, correction, out)
     out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
-    _route_op(logits, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
+    _route_op(logits, *_op_arguments(state, evict, top_k, policy, scores, correction, out))
     return out
 
 
@@ -63,7 +65,7 @@ def route_hidden(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias = NO_BIAS,
+    policy: Policy = ORIGINAL,
     scores: GateScores = SOFTMAX,
     correction: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
@@ -87,19 +89,23 @@ def route_hidden(
         ValueError: as ``route``, or if what must be contiguous is not.
     """
     experts = router.shape[-2]
-    _check((*hidden.shape[:2], experts), state, top_k, scores, correction, out)
+    _check((*hidden.shape[:2], experts), state, top_k, policy, scores, correction, out)
     if logits is None:
         logits = hidden.new_empty((*hidden.shape[:2], experts))
     if not (hidden.is_contiguous() and router.is_contiguous() and logits.is_contiguous()):
         raise ValueError("the hidden states, the router's weight and the logits must be contiguous")
     if not torch.compiler.is_compiling():
-        return logits, _route_hidden(hidden, router, logits, ticket, state, evict, top_k, bias, scores, correction, out)
+        return logits, _route_hidden(
+            hidden, router, logits, ticket, state, evict, top_k, policy, scores, correction, out
+        )
     out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
-    _route_hidden_op(hidden, router, logits, ticket, *_op_arguments(state, evict, top_k, bias, scores, correction, out))
+    _route_hidden_op(
+        hidden, router, logits, ticket, *_op_arguments(state, evict, top_k, policy, scores, correction, out)
+    )
     return logits, out
 
 
-def _check(shape, state, top_k, scores, correction, out):
+def _check(shape, state, top_k, policy, scores, correction, out):
     """What both implementations rely on and can be told without waiting for a GPU."""
     caches, tokens, experts = shape
     scores.check(experts, top_k)
@@ -110,6 +116,8 @@ def _check(shape, state, top_k, scores, correction, out):
     for name in STATE:
         if not getattr(state, name).is_contiguous():
             raise ValueError("route writes to the state's memory: its tensors must be contiguous")
+    if policy.knobs is not None and not (policy.knobs.shape == (caches, len(KNOBS)) and policy.knobs.is_contiguous()):
+        raise ValueError(f"the knobs must be contiguous and {(caches, len(KNOBS))}, not {tuple(policy.knobs.shape)}")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()
     ):
@@ -119,25 +127,25 @@ def _check(shape, state, top_k, scores, correction, out):
             raise ValueError(f"out must be contiguous and of {(caches, tokens, top_k)}, not {tuple(out.ids.shape)}")
 
 
-def _route(logits, state, evict, top_k, bias, scores, correction, out):
+def _route(logits, state, evict, top_k, policy, scores, correction, out):
     if not logits.is_cuda:
-        return route_cpu(logits, state, evict, top_k, bias, scores, correction, out)
+        return route_cpu(logits, state, evict, top_k, policy, scores, correction, out)
     out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    _plan(logits, state, evict, top_k, bias, scores, correction, out).run()
+    _plan(logits, state, evict, top_k, policy, scores, correction, out).run()
     return out
 
 
 @torch.no_grad()
-def _route_hidden(hidden, router, logits, ticket, state, evict, top_k, bias, scores, correction, out):
+def _route_hidden(hidden, router, logits, ticket, state, evict, top_k, policy, scores, correction, out):
     if not hidden.is_cuda or hidden.shape[1] > FUSED_TOKENS:
         logits.copy_(hidden.to(logits.dtype) @ router.to(logits.dtype).mT)
-        return _route(logits, state, evict, top_k, bias, scores, correction, out)
+        return _route(logits, state, evict, top_k, policy, scores, correction, out)
     out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
     if ticket is None:
         ticket = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)
-    _plan(logits, state, evict, top_k, bias, scores, correction, out, (hidden, router, ticket)).run()
+    _plan(logits, state, evict, top_k, policy, scores, correction, out, (hidden, router, ticket)).run()
     return out
 
 
@@ -147,34 +155,37 @@ def _plan(*arguments):
     return plan_route(*arguments)
 
 
-def _op_arguments(state, evict, top_k, bias, scores, correction, out):
+def _op_arguments(state, evict, top_k, policy, scores, correction, out):
     """What ``_from_op`` turns back: an operator takes tensors, numbers and strings, and lists of them."""
-    parameters = (bias.top_j, bias.window, bias.mass, bias.prior)
     return (
         [getattr(state, name) for name in STATE],
         list(out.tensors()),
-        f"{evict.__module__}:{evict.__name__}",
+        _named(evict),
         top_k,
-        [0.0 if isinstance(value, torch.Tensor) else float(value) for value in parameters],
-        [value if isinstance(value, torch.Tensor) else None for value in parameters],
+        None if policy.key is None else _named(policy.key),
+        policy.knobs,
         *(scores.function, scores.groups, scores.top_groups, scores.group_score),
         *(scores.renormalise, scores.epsilon, scores.scale),
         correction,
     )
 
 
-def _from_op(state, out, evict, top_k, numbers, tensors, *scores_and_correction):
-    module, name = evict.split(":")
-    top_j, window, mass, prior = (
-        number if tensor is None else tensor for number, tensor in zip(numbers, tensors, strict=True)
-    )
-    top_j, window = (value if isinstance(value, torch.Tensor) else int(value) for value in (top_j, window))
+def _named(function: Callable) -> str:
+    return f"{function.__module__}:{function.__name__}"
+
+
+def _function(named: str) -> Callable:
+    module, name = named.split(":")
+    return getattr(import_module(module), name)
+
+
+def _from_op(state, out, evict, top_k, key, knobs, *scores_and_correction):
     *scores, correction = scores_and_correction
     return (
         SimpleNamespace(**dict(zip(STATE, state, strict=True))),
-        getattr(import_module(module), name),
+        _function(evict),
         top_k,
-        CacheBias(top_j, window, mass, prior),
+        Policy(key and _function(key), knobs),
         GateScores(*scores),
         correction,
         Routing(*out[:4], Misses(*out[4:])),
@@ -188,8 +199,8 @@ def _route_op(
     out: list[torch.Tensor],
     evict: str,
     top_k: int,
-    numbers: list[float],
-    tensors: list[torch.Tensor | None],
+    key: str | None,
+    knobs: torch.Tensor | None,
     function: str,
     groups: int,
     top_groups: int,
@@ -200,7 +211,7 @@ def _route_op(
     correction: torch.Tensor | None,
 ) -> None:
     scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route(logits, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction))
+    _route(logits, *_from_op(state, out, evict, top_k, key, knobs, *scores, correction))
 
 
 @torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "ticket", "state", "out"))
@@ -213,8 +224,8 @@ def _route_hidden_op(
     out: list[torch.Tensor],
     evict: str,
     top_k: int,
-    numbers: list[float],
-    tensors: list[torch.Tensor | None],
+    key: str | None,
+    knobs: torch.Tensor | None,
     function: str,
     groups: int,
     top_groups: int,
@@ -225,9 +236,7 @@ def _route_hidden_op(
     correction: torch.Tensor | None,
 ) -> None:
     scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route_hidden(
-        hidden, router, logits, ticket, *_from_op(state, out, evict, top_k, numbers, tensors, *scores, correction)
-    )
+    _route_hidden(hidden, router, logits, ticket, *_from_op(state, out, evict, top_k, key, knobs, *scores, correction))
 
 
 @_route_op.register_fake

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from cachemoe.kernels import reference
-from cachemoe.kernels.reference import CacheBias, GateScores, Misses, Routing
+from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.reference import GateScores, Misses, Routing
 
 LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -21,7 +22,7 @@ def route_cpu(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias,
+    policy: Policy,
     scores: GateScores,
     correction: torch.Tensor | None,
     out: Routing | None,
@@ -32,7 +33,7 @@ def route_cpu(
     caches, tokens, experts = logits.shape
     ranked = _rank(logits, scores, correction)
     if ranked is None:
-        routing = reference.route(logits, state, evict, top_k, bias, scores, correction)
+        routing = reference.route(logits, state, evict, top_k, policy, scores, correction)
         if out is None:
             return routing
         for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
@@ -40,7 +41,7 @@ def route_cpu(
         return out
 
     negated, order, places, gates, ranges = ranked
-    choose = _chooser(negated, order, places, gates, _mean_range(ranges, state), bias, scores, top_k)
+    choose = _chooser(negated, order, places, gates, _mean_range(ranges, state), policy, scores, top_k)
     step = _step_one if caches == 1 else _step
     ids, slots, hits, *misses = step(choose, state, evict, tokens, top_k)
 
@@ -76,7 +77,7 @@ def peek(
     logits: torch.Tensor,
     state,
     top_k: int,
-    bias: CacheBias = reference.NO_BIAS,
+    policy: Policy = ORIGINAL,
     scores: GateScores = reference.SOFTMAX,
     correction: torch.Tensor | None = None,
 ) -> list[int]:
@@ -85,20 +86,20 @@ def peek(
     Args:
         logits: ``[E]``.
         state: of one cache (B = 1).
-        top_k, bias, scores, correction: as for ``route``.
+        top_k, policy, scores, correction: as for ``route``.
 
     Returns:
         K experts, the highest selection value first.
     """
-    needs_gates = correction is not None or not isinstance(bias.mass, float) or bias.mass > 0 or scores.groups > 1
+    needs_gates = correction is not None or scores.groups > 1 or "before" in policy.words
     ranked = _rank(logits[None, None], scores, correction, needs_gates)
     if ranked is None:
         anyone = (lambda last_use, uses: last_use), top_k
-        routing = reference.route(logits[None, None], state.clone(), *anyone, bias, scores, correction)
+        routing = reference.route(logits[None, None], state.clone(), *anyone, policy, scores, correction)
         return routing.ids.flatten().tolist()
     negated, order, places, gates, _ = ranked
     mean_range = [[state.range_sum.item() / max(state.tokens.item(), 1)]]
-    choose = _chooser(negated, order, places, gates, mean_range, bias, scores, top_k)
+    choose = _chooser(negated, order, places, gates, mean_range, policy, scores, top_k)
     return choose((0, 0), state.slot_of.numpy()[0]).tolist()
 
 
@@ -155,77 +156,47 @@ def _mean_range(ranges, state):
     return sums[:, :-1] / past
 
 
-def _per_cache(value):
-    """A parameter of ``CacheBias``: a number, or an array against ``[B, T, E]``; None for 0, which asks for nothing."""
-    if isinstance(value, torch.Tensor):
-        if value.numel() > 1:
-            return value.numpy().reshape(-1, 1, 1)
-        value = value.item()
-    return value or None
-
-
-def _chooser(negated, order, places, gates, mean_range, bias, scores, k):
-    """The strategy as a function: from a token's index into ``[B, T, E]``, of one cache or of all, and ``slot_of``
+def _chooser(negated, order, places, gates, mean_range, policy, scores, k):
+    """The policy as a function: from a token's index into ``[B, T, E]``, of one cache or of all, and ``slot_of``
     ``[..., E]`` to the chosen experts ``[..., K]``, the highest selection value first."""
-    top_j, window, mass, prior = map(_per_cache, (bias.top_j, bias.window, bias.mass, bias.prior))
-    windowed = window is not None or mass is not None
-    if not windowed and prior is None:
+    if policy.key is None:
         return lambda at, slot_of: order[at][..., :k]
-    kept = _best(0 if top_j is None else top_j, (*order.shape[:2], k))
-    if windowed:
-        pick = by_window = _by_window(order, places, gates, window, mass, kept, scores, k)
-    if prior is not None:
-        boost = np.float32(prior) * np.array(mean_range, np.float32)[..., None]
-        pick = by_value = _by_value(negated, order, places, boost, kept, k)
-    if windowed and isinstance(prior, np.ndarray):
-
-        def pick(at, slot_of):
-            return np.where(prior[:, 0] > 0, by_value(at, slot_of), by_window(at, slot_of))
+    words = policy.words
+    rank = np.empty(order.shape, np.int64)
+    rank.put(places, np.arange(order.shape[2]))
+    seen = {}
+    if "value" in words:
+        seen["value"] = -negated
+    if "rank" in words:
+        seen["rank"] = rank.astype(np.float32)
+    if "before" in words:
+        seen["before"] = _before(gates, places, scores)
+    if "span" in words:
+        seen["span"] = np.array(mean_range, np.float32)[..., None]
+    knobs = policy.knobs.numpy()
+    if len(order) == 1:
+        j, known = min(int(knobs[0, 0]), k), {"a": knobs[0, 1]}
+        kept = order[..., :j]
+    else:
+        known = {"a": knobs[:, 1:]}
+        kept = rank < np.minimum(knobs[:, None, :1], k)
+    closed = None if scores.top_groups == scores.groups else np.isinf(negated)  # groups not to choose from
 
     def choose(at, slot_of):
-        ranks = pick(at, slot_of)
+        for word in seen:
+            known[word] = seen[word][at]
+        known["have"] = (slot_of >= 0).view(np.int8)
+        smallest = -policy.key(*[known[word] for word in words])
+        if smallest.dtype != np.float32:
+            smallest = smallest.astype(np.float32)
+        if closed is not None:
+            smallest[closed[at]] = np.inf
+        smallest[kept[at]] = -np.inf
+        ranks = _take(rank[at], smallest.argsort(-1, kind="stable")[..., :k])
         ranks.sort(-1)
         return _take(order[at], ranks)
 
     return choose
-
-
-def _by_window(order, places, gates, window, mass, kept, scores, k):
-    """Pick the ranks of those kept (``kept`` indexes ``[B, T, K]`` by rank), then of the residents within the window,
-    then of the others."""
-    within = np.zeros(order.shape, np.bool_) if mass is None else _mass_window(gates, places, np.float32(mass), scores)
-    if window is not None:
-        within[_best(window, order.shape)] = True
-    within[..., order.shape[2] // scores.groups * scores.top_groups :] = False  # not of the groups to choose from
-    always = np.zeros((*order.shape[:2], k), np.bool_)
-    always[kept] = True
-
-    def pick(at, slot_of):
-        first = (_take(slot_of, order[at]) >= 0) & within[at]
-        first[..., :k] |= always[at]  # they rank above what else comes first
-        return (~first).argsort(-1, kind="stable")[..., :k]
-
-    return pick
-
-
-def _by_value(negated, order, places, boost, kept, k):
-    """Pick the ranks of those kept, as ``_by_window``, then of the others by selection value, a resident's higher by
-    ``boost`` ``[B, T, 1]``."""
-    key, rank = negated.copy(), order.argsort(-1)
-    key.put(places[..., :k][kept], -np.inf)  # no key is NaN
-
-    def pick(at, slot_of):
-        smallest = (key[at] - boost[at] * (slot_of >= 0)).argsort(-1, kind="stable")[..., :k]
-        return _take(rank[at], smallest)
-
-    return pick
-
-
-def _best(count, shape):
-    """Index of the ``count`` best, a number or ``[B, 1, 1]``, in an array of that shape by rank."""
-    if isinstance(count, int):
-        return ..., slice(count)
-    return np.broadcast_to(np.arange(shape[2]) < count, shape)
 
 
 def _take(values, positions):
@@ -233,14 +204,14 @@ def _take(values, positions):
     return values.take(positions) if values.ndim == 1 else values[np.arange(len(values))[:, None], positions]
 
 
-def _mass_window(gates, places, mass, scores):
-    """``[B, T, E]`` bool, by rank: the fewest best-ranked experts whose scores are ``mass`` of the sum of all."""
+def _before(gates, places, scores):
+    """``[B, T, E]``: of each expert the share of the scores that the better-ranked have."""
     if scores.function != "softmax":
         gates = gates / np.maximum(gates.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
-    before = np.zeros(gates.shape, np.float32)
     # As torch sums: in float64, each partial sum rounded.
-    before[..., 1:] = gates.take(places).astype(np.float64).cumsum(-1)[..., :-1]
-    return (before < mass) | (mass >= 1)
+    upto, before = gates.take(places).cumsum(-1, np.float64), np.zeros(gates.shape, np.float32)
+    before.put(places[..., 1:], upto[..., :-1])
+    return before
 
 
 def _step_one(choose, state, evict, tokens, k):

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.reference import STATE, CacheBias, GateScores, Routing
+from cachemoe.kernels.policy import KEY_WORDS, KNOBS, Policy
+from cachemoe.kernels.reference import STATE, GateScores, Routing
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 
@@ -26,6 +27,9 @@ OUTPUTS = ("ids", "weights", "slots", "hits", "miss_experts", "miss_slots", "mis
 
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
 HIGHEST = tl.constexpr(2**31 - 1)  # NaN's key
+
+# Which words a policy's key names: a bit each, in their order.
+VALUE, RANK, BEFORE, HAVE, SPAN, A = (tl.constexpr(1 << i) for i in range(len(KEY_WORDS)))
 
 
 @triton.jit
@@ -117,11 +121,22 @@ def _ranks(
 
 
 @triton.jit
-def _parameter(value, cache, PER_CACHE: tl.constexpr, DTYPE: tl.constexpr):
-    """A parameter of ``CacheBias``: a number, or one a cache."""
-    if PER_CACHE:
-        value = tl.load(value + cache).to(DTYPE)
-    return value
+def _named(WORDS: tl.constexpr, value, rank, before, have, span, a):
+    """Those that a key names, in order."""
+    named = ()
+    if VALUE & WORDS:
+        named = named + (value,)  # noqa: RUF005 (the compiler knows no other way)
+    if RANK & WORDS:
+        named = named + (rank,)  # noqa: RUF005
+    if BEFORE & WORDS:
+        named = named + (before,)  # noqa: RUF005
+    if HAVE & WORDS:
+        named = named + (have,)  # noqa: RUF005
+    if SPAN & WORDS:
+        named = named + (span,)  # noqa: RUF005
+    if A & WORDS:
+        named = named + (a,)  # noqa: RUF005
+    return named
 
 
 @triton.jit
@@ -151,8 +166,8 @@ def _route_kernel(
     hidden_ptr, router_ptr, router_stride, ticket_ptr,
     # state: [B, E], [B, C] and [B]
     slot_of_ptr, expert_of_ptr, capacity_ptr, last_use_ptr, uses_ptr, clock_ptr, tokens_ptr, range_sum_ptr,
-    # parameters: numbers, or [B]
-    top_j, window, mass, prior, epsilon, scale,
+    # [B, KNOBS] and numbers
+    knobs_ptr, epsilon, scale,
     # outputs: [B, T, K], [B, T * K], [B]
     ids_ptr, weights_ptr, slots_ptr, hits_ptr, miss_experts_ptr, miss_slots_ptr, miss_count_ptr,
     # shapes and constants
@@ -161,9 +176,7 @@ def _route_kernel(
     EVICT: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr,
     GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
-    WINDOW: tl.constexpr, MASS: tl.constexpr, PRIOR: tl.constexpr, CHUNK: tl.constexpr,
-    TOP_J_PER_CACHE: tl.constexpr, WINDOW_PER_CACHE: tl.constexpr, MASS_PER_CACHE: tl.constexpr,
-    PRIOR_PER_CACHE: tl.constexpr, BLOCK_H: tl.constexpr,
+    KEY: tl.constexpr, WORDS: tl.constexpr, KNOBS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     cache = tl.program_id(0).to(tl.int64)
     if router_ptr is not None:
@@ -176,7 +189,7 @@ def _route_kernel(
         correction_ptr += cache * correction_stride
     GROUP: tl.constexpr = E // GROUPS
     GROUPED: tl.constexpr = TOP_GROUPS < GROUPS
-    BIASED: tl.constexpr = WINDOW or MASS or PRIOR
+    KEYED: tl.constexpr = KEY is not None
     # Said not to be contiguous: each load would choose a layout of its own, and every step would change between them.
     e, c = tl.max_contiguous(tl.arange(0, E_PAD), 1), tl.max_contiguous(tl.arange(0, C_PAD), 1)
     real = e < E
@@ -187,14 +200,9 @@ def _route_kernel(
     clock = tl.load(clock_ptr + cache)
     seen = tl.load(tokens_ptr + cache)
     range_sum = tl.load(range_sum_ptr + cache)
-    if BIASED:
-        j = _parameter(top_j, cache, TOP_J_PER_CACHE, tl.int32)
-    if WINDOW:
-        m = _parameter(window, cache, WINDOW_PER_CACHE, tl.int32)
-    if MASS:
-        p = _parameter(mass, cache, MASS_PER_CACHE, tl.float32)
-    if PRIOR:
-        strength = _parameter(prior, cache, PRIOR_PER_CACHE, tl.float32)
+    if KEYED:
+        j = tl.load(knobs_ptr + cache * KNOBS).to(tl.int32)
+        a = tl.load(knobs_ptr + cache * KNOBS + 1)
     if correction_ptr is not None:
         correction = tl.load(correction_ptr + e, real, 0.0)
 
@@ -225,37 +233,31 @@ def _route_kernel(
             key = tl.where(((groups >> (e // GROUP)) & 1) == 1, key, LOWEST)
 
         biased = key
-        if WINDOW or MASS:
-            whole = 1.0
-            if MASS:
-                if FUNCTION != "softmax":
-                    whole = tl.maximum(tl.sum(tl.where(real, score, 0.0), 0), 1.1754943508222875e-38)
-            rank, before = _ranks(
-                logits_ptr, correction_ptr, key, e, top, total, whole, groups,
-                E, E_PAD, GROUP, FUNCTION, GROUPED, MASS, CHUNK,
-            )  # fmt: skip
-            within = e < 0
-            if WINDOW:
-                within |= rank < m
-            if MASS:
-                within |= (before < p) | (e < tl.where(p >= 1.0, E, 0))
-            biased = E_PAD - rank + tl.where(within & (slot_of >= 0), E_PAD, 0)
-        if PRIOR:
-            # float64 products of float32 are exact: one rounding, and nothing for the compiler to fuse.
-            mean_range = (range_sum / tl.maximum(seen, 1).to(tl.float64)).to(tl.float32)
-            boost = (strength.to(tl.float64) * mean_range.to(tl.float64)).to(tl.float32)
-            biased = tl.where(strength > 0.0, _key(tl.where(slot_of >= 0, value + boost, value)), biased)
-        if BIASED:
-            biased = tl.where(key == LOWEST, LOWEST, biased)
+        if KEYED:
+            rank, before, span = e, x, 0.0  # where the key names them not
+            if (RANK | BEFORE) & WORDS:
+                whole = 1.0
+                if BEFORE & WORDS:
+                    if FUNCTION != "softmax":
+                        whole = tl.maximum(tl.sum(tl.where(real, score, 0.0), 0), 1.1754943508222875e-38)
+                rank, before = _ranks(
+                    logits_ptr, correction_ptr, key, e, top, total, whole, groups,
+                    E, E_PAD, GROUP, FUNCTION, GROUPED, BEFORE & WORDS, CHUNK,
+                )  # fmt: skip
+            if SPAN & WORDS:
+                span = (range_sum / tl.maximum(seen, 1).to(tl.float64)).to(tl.float32)
+            have = (slot_of >= 0).to(tl.int32)
+            biased = KEY(*_named(WORDS, value, rank.to(tl.float32), before, have, span, a))
+            biased = tl.where(key == LOWEST, LOWEST, _key(biased.to(tl.float32)))
 
         place = tl.full([E_PAD], K, tl.int32)  # of the chosen their place in the token's order, K for the others
         for k in range(K):
             candidates = key
-            if BIASED:
+            if KEYED:
                 candidates = tl.where(k < j, key, biased)
             chosen = _highest(tl.where(place < K, LOWEST, candidates), e, E_PAD)
             place = tl.where(e == chosen, k, place)
-        if BIASED:
+        if KEYED:
             # The best j are in their places; the others are in the order of the bias.
             left = (place < K) & (place >= j)
             for k in range(tl.minimum(j, K), K):
@@ -322,9 +324,9 @@ def _route_kernel(
 
 
 @cache
-def _jitted(evict: Callable):
-    """The policy as the kernel calls it; the interpreter calls plain functions, and jitted ones only if they use tl."""
-    return evict if triton.knobs.runtime.interpret else triton.jit(evict)
+def _jitted(function: Callable):
+    """A policy's function for the kernel: the interpreter calls plain ones, and jitted ones only if they use tl."""
+    return function if triton.knobs.runtime.interpret else triton.jit(function)
 
 
 def warps_of(experts: int) -> int:
@@ -337,7 +339,7 @@ def plan_route(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias,
+    policy: Policy,
     scores: GateScores,
     correction: torch.Tensor | None,
     out: Routing,
@@ -350,7 +352,7 @@ def plan_route(
             that the launch counts in and leaves at zero; all contiguous. Then ``logits``, contiguous, is an output.
 
     Raises:
-        ValueError: for more experts, experts a token or groups than the kernel takes, or a bias of another shape.
+        ValueError: for more experts, experts a token or groups than the kernel takes.
     """
     caches, tokens, experts = logits.shape
     if experts > MAX_EXPERTS or top_k > MAX_TOP_K or scores.groups > MAX_GROUPS:
@@ -358,12 +360,6 @@ def plan_route(
             f"the kernel takes up to {MAX_EXPERTS} experts, {MAX_TOP_K} a token and {MAX_GROUPS} groups, "
             f"not {experts}, {top_k} and {scores.groups}"
         )
-    parameters = {"top_j": bias.top_j, "window": bias.window, "mass": bias.mass, "prior": bias.prior}
-    for name, value in parameters.items():
-        if isinstance(value, torch.Tensor) and (value.shape != (caches,) or not value.is_contiguous()):
-            raise ValueError(f"{name} must be a number or a contiguous tensor of {caches}, not {tuple(value.shape)}")
-        if not isinstance(value, torch.Tensor) and name in ("mass", "prior"):
-            parameters[name] = float(value)
     slots, num_warps, padded = state.expert_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
     hidden, router, ticket = gate or (None, None, None)
     arguments = {
@@ -377,7 +373,7 @@ def plan_route(
         "router_stride": 0 if router is None or router.dim() == 2 else router.stride(0),
         "ticket_ptr": ticket,
         **{f"{name}_ptr": getattr(state, name) for name in STATE},
-        **parameters,
+        "knobs_ptr": policy.knobs,
         "epsilon": float(scores.epsilon),
         "scale": float(scores.scale),
         **{f"{name}_ptr": tensor for name, tensor in zip(OUTPUTS, out.tensors(), strict=True)},
@@ -398,10 +394,9 @@ def plan_route(
         "BEST_TWO": scores.group_score == "best-two",
         "GROUPS_PAD": triton.next_power_of_2(scores.groups),
         "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
-        "WINDOW": _in_use(bias.window),
-        "MASS": _in_use(bias.mass),
-        "PRIOR": _in_use(bias.prior),
-        **{f"{name.upper()}_PER_CACHE": isinstance(v, torch.Tensor) for name, v in parameters.items()},
+        "KEY": policy.key and _jitted(policy.key),
+        "WORDS": sum(1 << KEY_WORDS.index(word) for word in policy.words),
+        "KNOBS": len(KNOBS),
         "CHUNK": max(1, 512 * num_warps // padded),  # larger tiles of ranks spill
         "BLOCK_H": 1024,
     }
@@ -412,8 +407,5 @@ def plan_route(
         constants,
         max_registers=255,  # a program a cache: there are no others to make room for
         num_warps=num_warps,
+        fuses=policy.key is None,  # a fused multiply and add would round a key otherwise than elsewhere
     )
-
-
-def _in_use(parameter: float | torch.Tensor) -> bool:
-    return isinstance(parameter, torch.Tensor) or parameter != 0

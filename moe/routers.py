@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, CacheBias, GateScores, Routing, gate_scores
+from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.reference import SOFTMAX, GateScores, Routing, gate_scores
 from cachemoe.kernels.route import route
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import Residency, least_recently_used
@@ -111,7 +112,7 @@ def choose(
     state,
     evict: Callable,
     top_k: int,
-    bias: CacheBias = NO_BIAS,
+    policy: Policy = ORIGINAL,
     out: Routing | None = None,
 ) -> Routing:
     """``route`` by a model's rule.
@@ -119,9 +120,9 @@ def choose(
     Args:
         rule: for the logits' device.
         logits: ``[B, T, E]``, where the state is.
-        state, evict, top_k, bias, out: as for ``route``.
+        state, evict, top_k, policy, out: as for ``route``.
     """
-    routing = route(logits, state, evict, top_k, bias, rule.scores, rule.correction, out)
+    routing = route(logits, state, evict, top_k, policy, rule.scores, rule.correction, out)
     if rule.weigh is not None:
         weights = rule.weigh(logits.float().flatten(0, 1), routing.ids.flatten(0, 1))
         routing.weights.copy_(weights.view_as(routing.weights))

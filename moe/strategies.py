@@ -1,32 +1,23 @@
 """Routing strategies by name: what a user types, checked, and turned into what ``route`` takes.
 
 ``original`` · ``pruning:K'`` · ``max-rank:M`` · ``cumsum:p`` · ``cache-prior:lambda``, after Skliar et al. (arXiv
-2412.00099); the rules themselves are in :mod:`cachemoe.kernels.reference`.
+2412.00099); the rules themselves are in :mod:`cachemoe.moe.policies`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 
-from cachemoe.kernels.reference import CacheBias
+from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.moe.policies import RULES
+from cachemoe.moe.policies.rule import Rule
 from cachemoe.offload.errors import InputError
 
 TOP_J = 2  # the paper's choice for models of many small experts
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
 PRECISION_CHANGED = "precision changed"
-
-# name -> (the parameter as written in the paper, how to read it, its range for E experts and K used, the field of
-# CacheBias that it sets if any)
-RULES = {
-    "original": (None, None, None, None),
-    "pruning": ("K'", int, lambda experts, top_k: (1, top_k - 1), None),
-    "max-rank": ("M", int, lambda experts, top_k: (1, experts), "window"),
-    "cumsum": ("p", float, lambda experts, top_k: (0.001, 1.0), "mass"),
-    "cache-prior": ("lambda", float, lambda experts, top_k: (0.0, 1.0), "prior"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,17 +45,17 @@ class Strategy:
         name, colon, value_text = text.partition(":")
         if name not in RULES:
             raise InputError(f"unknown strategy {name!r}: choose among {', '.join(RULES)}")
-        parameter, number, bounds, field = RULES[name]
-        if parameter is None:
+        rule = RULES[name]
+        if (parameter := rule.parameter) is None:
             if colon:
                 raise InputError(f"{name} takes no value, and {text!r} gives one")
             return cls(name)
         try:
-            value = number(value_text)
+            value = parameter.number(value_text)
         except ValueError as error:
-            high = max(bounds(experts, top_k)[1], 1)
-            raise InputError(f"{name} needs its {parameter}, as in {name}:{high}, not {text!r}") from error
-        strategy = cls(name, value, top_j) if field else cls(name, value)
+            high = max(parameter.bounds(experts, top_k)[1], 1)
+            raise InputError(f"{name} needs its {parameter.symbol}, as in {name}:{high}, not {text!r}") from error
+        strategy = cls(name, value, top_j) if rule.key else cls(name, value)
         strategy.check(experts, top_k)
         return strategy
 
@@ -78,14 +69,15 @@ class Strategy:
             raise InputError(f"unknown strategy {self.name!r}: choose among {', '.join(RULES)}")
         if self.name == "pruning" and top_k == 1:
             raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
-        parameter, number, bounds, _ = RULES[self.name]
-        if parameter is not None:
-            low, high = bounds(experts, top_k)
-            if not isinstance(self.value, Real) or (number is int and self.value != self.value // 1):
-                what = "a whole number" if number is int else "a number"
-                raise InputError(f"{parameter} of {self.name} must be {what}, not {self.value!r}")
+        if (parameter := self.rule.parameter) is not None:
+            low, high = parameter.bounds(experts, top_k)
+            if not isinstance(self.value, Real) or (parameter.number is int and self.value != self.value // 1):
+                what = "a whole number" if parameter.number is int else "a number"
+                raise InputError(f"{parameter.symbol} of {self.name} must be {what}, not {self.value!r}")
             if not low <= self.value <= high:
-                raise InputError(f"{parameter} of {self.name} must lie between {low} and {high}, not {self.value}")
+                raise InputError(
+                    f"{parameter.symbol} of {self.name} must lie between {low} and {high}, not {self.value}"
+                )
         elif self.value is not None:
             raise InputError(f"{self.name} takes no value, and {self.value!r} is one")
         if not isinstance(self.top_j, Integral) or self.top_j < 0:
@@ -95,13 +87,17 @@ class Strategy:
         return self.name if self.value is None else f"{self.name}:{str(self.value).removesuffix('.0')}"
 
     @property
+    def rule(self) -> Rule:
+        return RULES[self.name]
+
+    @property
     def label(self) -> str:
         """``exact`` if the strategy can only choose what the model would, else ``routing changed``."""
-        return EXACT if self.name == "original" or (self.name == "cache-prior" and self.value == 0) else ROUTING_CHANGED
+        return EXACT if self.rule.is_exact(self.value) else ROUTING_CHANGED
 
     def experts_used(self, top_k: int) -> int:
         """K, or the fewer that pruning leaves."""
-        return int(self.value) if self.name == "pruning" else top_k
+        return self.rule.experts_used(self.value, top_k)
 
 
 def Original() -> Strategy:
@@ -147,12 +143,14 @@ def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strateg
     return routing
 
 
-def cache_bias(strategies: Sequence[Strategy]) -> CacheBias:
-    """The strategies of B caches as one ``CacheBias``, of numbers where all B agree."""
-    values = {"top_j": [s.top_j for s in strategies]}
-    for *_, field in RULES.values():
-        if field and any(RULES[s.name][-1] == field for s in strategies):
-            values[field] = [s.value if RULES[s.name][-1] == field else 0 for s in strategies]
-    return CacheBias(
-        **{field: each[0] if len(set(each)) == 1 else torch.tensor(each) for field, each in values.items()}
-    )
+def policy_of(*strategies: Strategy) -> Policy:
+    """The policy of B caches, one strategy each; all of one name, each with its own numbers.
+
+    Raises:
+        ValueError: for strategies of different names.
+    """
+    if len({s.name for s in strategies}) > 1:
+        raise ValueError(f"one policy routes all caches, not {', '.join(sorted({s.name for s in strategies}))}")
+    if (key := strategies[0].rule.key) is None:
+        return ORIGINAL
+    return Policy(key, torch.tensor([[s.top_j, s.value] for s in strategies], dtype=torch.float32, device="cpu"))

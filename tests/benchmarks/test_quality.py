@@ -7,7 +7,7 @@ from cachemoe.benchmarks.quality import Setting, evaluate
 from cachemoe.kernels.reference import GateScores, route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.models import load_model
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency, least_recently_used
 
@@ -40,13 +40,13 @@ def evaluation(model, shape):
 def decode(model, shape, setting):
     """Negative log-likelihood, misses and residency, one token at a time through the key-value cache."""
     state = Residency.empty(torch.full((len(shape.layers),), setting.capacity), shape.experts)
-    bias, k = cache_bias([setting.strategy]), setting.strategy.experts_used(shape.top_k)
+    policy, k = policy_of(setting.strategy), setting.strategy.experts_used(shape.top_k)
     scores = GateScores()
     nats, misses = 0.0, 0
 
     def route_layer(layer, logits, hidden):
         nonlocal misses
-        routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, bias, scores)
+        routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, policy, scores)
         misses += int((~routing.hits).sum())
         return routing
 

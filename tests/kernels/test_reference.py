@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
-from cachemoe.kernels.reference import SOFTMAX, CacheBias, GateScores, experts, route
+from cachemoe.kernels.reference import SOFTMAX, GateScores, experts, route
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Strategy, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency
 
 # ---------------------------------------------------------------------------------------------- the literal rules
@@ -147,22 +149,24 @@ def coarse_logits(tokens, n):
     return st.lists(token, min_size=1, max_size=tokens)
 
 
-def rules(n):
+def rules_by_name(n):
     # Powers of two, for which the float32 arithmetic of cache-prior is exact wherever two scores tie.
     lambdas = st.sampled_from([Fraction(0), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1)])
-    return st.one_of(
-        st.just(("original", None)),
-        st.tuples(st.just("max-rank"), st.integers(1, n)),
-        st.tuples(st.just("cumsum"), st.floats(0.05, 0.99)),
-        st.tuples(st.just("cache-prior"), lambdas),
-    )
+    values = {
+        "original": st.none(),
+        "max-rank": st.integers(1, n),
+        "cumsum": st.floats(0.05, 0.99),
+        "cache-prior": lambdas,
+    }
+    return {name: st.tuples(st.just(name), value) for name, value in values.items()}
 
 
-def bias_of(rule, value, top_j):
-    field = {"max-rank": "window", "cumsum": "mass", "cache-prior": "prior"}.get(rule)
-    if field is None:
-        return CacheBias()
-    return CacheBias(top_j=top_j, **{field: value if rule == "max-rank" else float(value)})
+def rules(n):
+    return st.one_of(*rules_by_name(n).values())
+
+
+def policy_for(rule, value, top_j):
+    return policy_of(Strategy(rule, value and float(value), top_j))
 
 
 def away_from_boundary(logits, rule, p, scores=SOFTMAX, correction=None):
@@ -246,9 +250,9 @@ def test_route_follows_the_papers_rules(eviction, data):
     assume(away_from_boundary(logits, rule, value))
     cache, state = LiteralCache(capacity, eviction), empty(capacity, n)
 
-    scores, bias = GateScores(renormalise=renormalise), bias_of(rule, value, top_j)
+    scores, policy = GateScores(renormalise=renormalise), policy_for(rule, value, top_j)
     expected = literal_route(logits, cache, k, rule, value, top_j, scores)
-    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, bias, scores)
+    routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, policy, scores)
 
     assert_as_written(routing, expected)
     assert state.expert_of[0].tolist() == [-1 if e is None else e for e in cache.slots]
@@ -266,7 +270,7 @@ def test_route_follows_the_papers_rules_over_a_long_sequence(eviction, rule, val
     cache = LiteralCache(6, eviction)
     exact = [[Fraction(x) for x in z] for z in logits[0].tolist()]
     expected = literal_route(exact, cache, 4, rule, value, 1, SOFTMAX)
-    routing = route(logits, empty(6, 16), EVICTION_POLICIES[eviction], 4, bias_of(rule, value, 1))
+    routing = route(logits, empty(6, 16), EVICTION_POLICIES[eviction], 4, policy_for(rule, value, 1))
     for t in range(400):  # pytest takes minutes to explain how two long lists differ
         for name in ("ids", "slots", "hits"):
             assert getattr(routing, name)[0, t].tolist() == expected[name][t], f"{name} of token {t}"
@@ -274,10 +278,10 @@ def test_route_follows_the_papers_rules_over_a_long_sequence(eviction, rule, val
 
 def test_cache_prior_averages_the_logit_range_over_past_tokens_only():
     logits = torch.tensor([[[4.0, 3.0, 1.0, 0.0]]])  # expert 3 comes before expert 1 where delta is above 3
-    bias = CacheBias(top_j=1, prior=1.0)
+    policy = policy_of(CachePrior(1.0, 1))
     for past, expected in (([], [0, 1]), ([2.0], [0, 1]), ([6.0, 0.5], [0, 3]), ([4.0], [0, 3]), ([8.0, 0, 0], [0, 1])):
         state = holding([3], 4, past)
-        assert route(logits, state, EVICTION_POLICIES["lru"], 2, bias).ids[0, 0].tolist() == expected
+        assert route(logits, state, EVICTION_POLICIES["lru"], 2, policy).ids[0, 0].tolist() == expected
 
 
 @each_eviction
@@ -305,9 +309,9 @@ def test_route_follows_the_models_rules_of_scores_and_groups(eviction, data):
 
     cache, state = LiteralCache(capacity, eviction), empty(capacity, n)
     expected = literal_route(written, cache, k, rule, value, top_j, scores, correction)
-    bias = bias_of(rule, value, top_j)
+    policy = policy_for(rule, value, top_j)
     tensor = None if correction is None else torch.tensor(correction)
-    routing = route(logits, state, EVICTION_POLICIES[eviction], k, bias, scores, tensor)
+    routing = route(logits, state, EVICTION_POLICIES[eviction], k, policy, scores, tensor)
     assert_as_written(routing, expected)
     assert state.range_sum.item() == pytest.approx(sum(cache.ranges), rel=1e-5)
 
@@ -362,10 +366,10 @@ def test_scores_that_cannot_be_are_refused(wrong, message):
 def test_misses_fetched_in_order_serve_every_token(eviction, data, seed):
     n, k, top_j, capacity = data.draw(shapes())
     rule, value = data.draw(rules(n))
-    state, bias = empty(capacity, n), bias_of(rule, value, top_j)
+    state, policy = empty(capacity, n), policy_for(rule, value, top_j)
     for call in range(2):  # the second begins with what the first left
         pages = state.expert_of[0].tolist()
-        routing = route(normal_logits(seed + call, 1, 12, n), state, EVICTION_POLICIES[eviction], k, bias)
+        routing = route(normal_logits(seed + call, 1, 12, n), state, EVICTION_POLICIES[eviction], k, policy)
         misses = iter(zip(routing.misses.experts[0].tolist(), routing.misses.slots[0].tolist(), strict=True))
         for t, hits in enumerate(routing.hits[0].tolist()):
             for _ in range(hits.count(False)):
@@ -383,14 +387,16 @@ def test_experts_are_distinct_and_the_best_j_are_kept(data):
     n, k, top_j, capacity = data.draw(shapes())
     logits = data.draw(coarse_logits(8, n))
     rule, value = data.draw(rules(n))
-    routing = route(as_tensor(logits), empty(capacity, n), EVICTION_POLICIES["lru"], k, bias_of(rule, value, top_j))
+    routing = route(as_tensor(logits), empty(capacity, n), EVICTION_POLICIES["lru"], k, policy_for(rule, value, top_j))
     for z, ids in zip(logits, routing.ids[0].tolist(), strict=True):
         assert len(set(ids)) == k
         assert ids[:top_j] == by_logit(z)[:top_j]
 
 
 def test_the_best_are_kept_where_j_is_above_k():
-    routing = route(torch.tensor([[[1.0, 2.0, 0.0]]]), empty(2, 3), EVICTION_POLICIES["lru"], 1, CacheBias(top_j=2))
+    routing = route(
+        torch.tensor([[[1.0, 2.0, 0.0]]]), empty(2, 3), EVICTION_POLICIES["lru"], 1, policy_of(CachePrior(0.0, 2))
+    )
     assert routing.ids[0].tolist() == [[1]]
 
 
@@ -400,9 +406,9 @@ def test_no_bias_is_the_original_routing(data, seed):
     logits = normal_logits(seed, 1, 8, n)
     lru, expected_state = EVICTION_POLICIES["lru"], empty(capacity, n)
     expected = route(logits, expected_state, lru, k)
-    for nothing in ({"prior": 0.0}, {"window": 0}, {"window": k}, {"mass": 0.0}):
+    for nothing in (CachePrior(0.0, top_j), MaxRank(0, top_j), MaxRank(k, top_j), CumSum(0.0, top_j)):
         state = empty(capacity, n)
-        assert_same_routing(route(logits, state, lru, k, CacheBias(top_j=top_j, **nothing)), expected)
+        assert_same_routing(route(logits, state, lru, k, policy_of(nothing)), expected)
         assert_same_state(state, expected_state)
 
 
@@ -412,9 +418,9 @@ def test_becoming_resident_never_removes_an_expert_from_the_selection(data, seed
     rule, value = data.draw(rules(n))
     resident = data.draw(st.sets(st.integers(0, n - 1)))
     e = data.draw(st.integers(0, n - 1))
-    logits, bias, lru = normal_logits(seed, 1, 1, n), bias_of(rule, value, top_j), EVICTION_POLICIES["lru"]
-    absent = route(logits, holding(resident - {e}, n, [3.0]), lru, k, bias).ids[0, 0].tolist()
-    present = route(logits, holding(resident | {e}, n, [3.0]), lru, k, bias).ids[0, 0].tolist()
+    logits, policy, lru = normal_logits(seed, 1, 1, n), policy_for(rule, value, top_j), EVICTION_POLICIES["lru"]
+    absent = route(logits, holding(resident - {e}, n, [3.0]), lru, k, policy).ids[0, 0].tolist()
+    present = route(logits, holding(resident | {e}, n, [3.0]), lru, k, policy).ids[0, 0].tolist()
     assert e not in absent or e in present
     assert set(present) - {e} <= set(absent)
 
@@ -424,8 +430,10 @@ def test_gate_weights_are_unbiased_and_descend(data, seed, renormalise):
     n, k, top_j, capacity = data.draw(shapes())
     rule, value = data.draw(rules(n))
     logits = normal_logits(seed, 1, 8, n)
-    bias = bias_of(rule, value, top_j)
-    routing = route(logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, bias, GateScores(renormalise=renormalise))
+    policy = policy_for(rule, value, top_j)
+    routing = route(
+        logits, empty(capacity, n), EVICTION_POLICIES["lru"], k, policy, GateScores(renormalise=renormalise)
+    )
     rows = zip(logits[0].tolist(), routing.ids[0].tolist(), routing.weights[0].tolist(), strict=True)
     for z, ids, weights in rows:
         gates = [softmax(z)[e] for e in ids]
@@ -437,8 +445,10 @@ def test_gate_weights_are_unbiased_and_descend(data, seed, renormalise):
 @given(st.integers(2, 10), st.data())
 def test_ties_go_to_the_lower_id(n, data):
     k = data.draw(st.integers(1, n))
-    bias = data.draw(st.sampled_from([CacheBias(), CacheBias(window=n), CacheBias(mass=0.5), CacheBias(prior=0.5)]))
-    routing = route(torch.zeros(1, 2, n), empty(n, n), EVICTION_POLICIES["lru"], k, bias)
+    policy = data.draw(
+        st.sampled_from([ORIGINAL, policy_of(MaxRank(n, 0)), policy_of(CumSum(0.5, 0)), policy_of(CachePrior(0.5, 0))])
+    )
+    routing = route(torch.zeros(1, 2, n), empty(n, n), EVICTION_POLICIES["lru"], k, policy)
     assert routing.ids[0].tolist() == [list(range(k))] * 2
 
 
@@ -452,14 +462,14 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(eviction, data, seed):
     tokens = data.draw(st.integers(1, 24))
     (rule, value), evict = data.draw(rules(n)), EVICTION_POLICIES[eviction]
     cuts = sorted(data.draw(st.sets(st.integers(1, tokens))) | {0, tokens})
-    logits, bias = normal_logits(seed, 1, tokens, n), bias_of(rule, value, top_j)
+    logits, policy = normal_logits(seed, 1, tokens, n), policy_for(rule, value, top_j)
 
     whole_state = empty(capacity, n)
-    whole = route(logits, whole_state, evict, k, bias, RENORMALISED)
+    whole = route(logits, whole_state, evict, k, policy, RENORMALISED)
     for bounds in (cuts, range(tokens + 1)):
         state = empty(capacity, n)
         for start, end in pairwise(bounds):
-            part = route(logits[:, start:end], state, evict, k, bias, RENORMALISED)
+            part = route(logits[:, start:end], state, evict, k, policy, RENORMALISED)
             for name in ("ids", "weights", "slots", "hits"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
         assert_same_state(state, whole_state)
@@ -468,19 +478,20 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(eviction, data, seed):
 @each_eviction
 @given(st.data(), SEEDS)
 def test_caches_side_by_side_equal_each_alone(eviction, data, seed):
-    n, k, top_j, _ = data.draw(shapes())
-    members = data.draw(st.lists(st.tuples(st.integers(k, n), rules(n)), min_size=1, max_size=5))
+    n, k, _, _ = data.draw(shapes())
+    rule = data.draw(st.sampled_from(list(rules_by_name(n).values())))
+    member = st.tuples(st.integers(k, n), rule, st.integers(0, k))
+    members = data.draw(st.lists(member, min_size=1, max_size=5))
     evict = EVICTION_POLICIES[eviction]
-    capacities = [capacity for capacity, _ in members]
-    biases = [bias_of(rule, value, top_j) for _, (rule, value) in members]
+    capacities = [capacity for capacity, *_ in members]
+    strategies = [Strategy(rule, value and float(value), top_j) for _, (rule, value), top_j in members]
     logits = normal_logits(seed, len(members), 12, n)
 
     state = Residency.empty(torch.tensor(capacities), n)
-    together = CacheBias(*(torch.tensor([getattr(b, f.name) for b in biases]) for f in fields(CacheBias)))
-    routing = route(logits, state, evict, k, together)
-    for b, (capacity, bias) in enumerate(zip(capacities, biases, strict=True)):
+    routing = route(logits, state, evict, k, policy_of(*strategies))
+    for b, (capacity, strategy) in enumerate(zip(capacities, strategies, strict=True)):
         alone = empty(capacity, n)
-        part = route(logits[b : b + 1], alone, evict, k, bias)
+        part = route(logits[b : b + 1], alone, evict, k, policy_of(strategy))
         for name in ("ids", "weights", "slots", "hits"):
             assert torch.equal(getattr(part, name)[0], getattr(routing, name)[b]), name
         for field in fields(Residency):
@@ -498,7 +509,7 @@ def test_the_page_table_stays_sound(eviction, data, seed):
     state = Residency.empty(torch.tensor([capacity, wider]), n)
     for t in range(12):
         logits = normal_logits(seed + t, 1, 1, n).expand(2, 1, n)
-        routing = route(logits, state, evict, k, bias_of(rule, value, top_j))
+        routing = route(logits, state, evict, k, policy_for(rule, value, top_j))
         for b, limit in enumerate((capacity, wider)):
             slot_of, expert_of = state.slot_of[b].tolist(), state.expert_of[b].tolist()
             ids, slots = routing.ids[b, 0].tolist(), routing.slots[b, 0].tolist()

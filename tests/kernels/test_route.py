@@ -1,6 +1,5 @@
 """route on each backend, the kernel and the CPU's implementation, against the reference: every field, every integer."""
 
-from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -9,10 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cachemoe.kernels import reference
-from cachemoe.kernels.reference import NO_BIAS, SOFTMAX, STATE, CacheBias, GateScores, Routing
+from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.reference import SOFTMAX, STATE, GateScores, Routing
 from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
 from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
+from cachemoe.moe.policies import RULES
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
@@ -31,10 +33,8 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def on(device, value):
-    """A ``CacheBias`` or a tensor or nothing, with its tensors on a device."""
-    if isinstance(value, CacheBias):
-        return CacheBias(*(on(device, getattr(value, field.name)) for field in fields(CacheBias)))
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    """A policy or a tensor or nothing, with its tensors on a device."""
+    return None if value is None else value.to(device)
 
 
 def poisoned(caches, tokens, k, device="cpu"):
@@ -50,17 +50,17 @@ def copied(out, result):
     return out
 
 
-def run(backend, logits, state, evict, k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+def run(backend, logits, state, evict, k, policy=ORIGINAL, scores=SOFTMAX, correction=None):
     """Route on a backend, into poisoned outputs; ``state`` is the CPU's."""
     caches, tokens, _ = logits.shape
     out = poisoned(caches, tokens, k)
     if backend == "cpu":
-        assert route(logits, state, evict, k, bias, scores, correction, out) is out
+        assert route(logits, state, evict, k, policy, scores, correction, out) is out
     elif backend == "interpreter":
-        plan_route(logits, state, evict, k, bias, scores, correction, out).run()
+        plan_route(logits, state, evict, k, policy, scores, correction, out).run()
     else:
         there, result = state.to("cuda"), poisoned(caches, tokens, k, "cuda")
-        route(logits.cuda(), there, evict, k, on("cuda", bias), scores, on("cuda", correction), result)
+        route(logits.cuda(), there, evict, k, on("cuda", policy), scores, on("cuda", correction), result)
         copied(out, result)
         for name in STATE:
             getattr(state, name).copy_(getattr(there, name))
@@ -85,11 +85,11 @@ def assert_same_state(state, expected, exact=True):
             assert torch.equal(a, b), name
 
 
-def assert_as_reference(backend, logits, state, evict, k, bias=NO_BIAS, scores=SOFTMAX, correction=None):
+def assert_as_reference(backend, logits, state, evict, k, policy=ORIGINAL, scores=SOFTMAX, correction=None):
     """And returns the routing; ``state`` is stepped."""
     stepped = state.clone()
-    expected = reference.route(logits, stepped, evict, k, bias, scores, correction)
-    routing = run(backend, logits, state, evict, k, bias, scores, correction)
+    expected = reference.route(logits, stepped, evict, k, policy, scores, correction)
+    routing = run(backend, logits, state, evict, k, policy, scores, correction)
     assert_same_routing(routing, expected)
     assert_same_state(state, stepped, exact=correction is None)
     return routing
@@ -117,12 +117,17 @@ def clear_cut(logits, scores, correction, mass):
 
 # ------------------------------------------------------------------------------------------- against the reference
 
+MASS = 0.7
 STRATEGIES = {
-    "original": NO_BIAS,
-    "max-rank": CacheBias(top_j=1, window=5),
-    "cumsum": CacheBias(top_j=1, mass=0.7),
-    "cache-prior": CacheBias(top_j=1, prior=0.5),
+    "original": ORIGINAL,
+    "max-rank": policy_of(MaxRank(5, 1)),
+    "cumsum": policy_of(CumSum(MASS, 1)),
+    "cache-prior": policy_of(CachePrior(0.5, 1)),
 }
+
+
+def test_every_rule_with_a_key_is_here():
+    assert {rule.name for rule in RULES.values() if rule.key} < set(STRATEGIES)
 
 
 @every_backend
@@ -145,12 +150,12 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     logits = normal_logits(seed, 1, tokens, n)
     if coarse and correction is None and scores.group_score == "best":
         logits = logits.round()  # with ties
-    bias = STRATEGIES[strategy]
-    assume(clear_cut(logits, scores, correction, bias.mass))
+    policy = STRATEGIES[strategy]
+    assume(clear_cut(logits, scores, correction, MASS if strategy == "cumsum" else None))
     state = Residency.empty(torch.tensor([data.draw(st.integers(k, n))]), n)
     warm = normal_logits(seed + 2, 1, 6, n)
     reference.route(warm, state, EVICTION_POLICIES[eviction], k)
-    assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], k, bias, scores, correction)
+    assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], k, policy, scores, correction)
 
 
 @every_backend
@@ -158,12 +163,12 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     "tokens, n, k, capacity",
     [(1, 1, 1, 1), (4, 7, 7, 7), (3, 16, 16, 16), (3, 61, 1, 1), (2, 127, 8, 9), (300, 5, 1, 2), (2, 512, 10, 40)],
 )
-@pytest.mark.parametrize("bias", [CacheBias(2, prior=0.3), CacheBias(1, window=9)], ids=["prior", "window"])
-def test_awkward_shapes(backend, tokens, n, k, capacity, bias):
-    if backend == "interpreter" and tokens == 300 and bias.window:
+@pytest.mark.parametrize("policy", [policy_of(CachePrior(0.3, 2)), policy_of(MaxRank(9, 1))], ids=["prior", "window"])
+def test_awkward_shapes(backend, tokens, n, k, capacity, policy):
+    if backend == "interpreter" and tokens == 300 and "rank" in policy.words:
         pytest.skip("one long sequence is enough for the interpreter")
     state = Residency.empty(torch.tensor([capacity]), n)
-    assert_as_reference(backend, normal_logits(1, 1, tokens, n), state, LRU, k, bias)
+    assert_as_reference(backend, normal_logits(1, 1, tokens, n), state, LRU, k, policy)
 
 
 @every_backend
@@ -172,7 +177,7 @@ def test_logits_of_each_dtype(backend, dtype):
     if backend == "interpreter" and dtype == torch.bfloat16:
         pytest.skip("the interpreter has no bfloat16")
     state = Residency.empty(torch.tensor([4]), 9)
-    assert_as_reference(backend, normal_logits(2, 1, 4, 9).to(dtype), state, LRU, 3, CacheBias(1, prior=0.4))
+    assert_as_reference(backend, normal_logits(2, 1, 4, 9).to(dtype), state, LRU, 3, policy_of(CachePrior(0.4, 1)))
 
 
 def most_recently_used(last_use, uses):
@@ -185,10 +190,10 @@ def most_recently_used(last_use, uses):
 @pytest.mark.parametrize("clock", [2**31 - 20, 2**32 - 20, 2**40])
 def test_a_clock_that_has_run_for_years(backend, evict, clock):
     state = Residency.empty(torch.tensor([5]), 12)
-    reference.route(normal_logits(1, 1, 6, 12), state, evict, 3, NO_BIAS)
+    reference.route(normal_logits(1, 1, 6, 12), state, evict, 3, ORIGINAL)
     state.last_use += clock * (state.last_use > 0)
     state.clock += clock
-    routing = assert_as_reference(backend, normal_logits(2, 1, 20, 12), state, evict, 3, CacheBias(1, prior=0.1))
+    routing = assert_as_reference(backend, normal_logits(2, 1, 20, 12), state, evict, 3, policy_of(CachePrior(0.1, 1)))
     assert int(routing.misses.count) > 12 and int(state.clock) > clock + 20
 
 
@@ -196,45 +201,50 @@ def test_a_clock_that_has_run_for_years(backend, evict, clock):
 def test_rows_of_a_larger_tensor(backend):
     logits = normal_logits(3, 3, 2, 12)[..., 2:11].transpose(0, 1)  # [2, 3, 9], strided
     state = Residency.empty(torch.tensor([4, 6]), 9)
-    assert_as_reference(backend, logits, state, LRU, 3, CacheBias(1, prior=0.4))
+    assert_as_reference(backend, logits, state, LRU, 3, policy_of(CachePrior(0.4, 1), CachePrior(0.9, 0)))
 
 
 @every_backend
 @pytest.mark.parametrize("eviction", EVICTION_POLICIES)
-def test_caches_side_by_side_with_their_own_parameters(backend, eviction):
-    bias = CacheBias(
-        top_j=torch.tensor([0, 1, 2, 5]),
-        window=torch.tensor([0, 6, 0, 0]),
-        mass=torch.tensor([0.0, 0.0, 0.6, 0.0]),
-        prior=torch.tensor([0.3, 0.0, 0.0, 0.9]),
-    )
+@pytest.mark.parametrize(
+    "strategies",
+    [
+        [CachePrior(0.3, 0), CachePrior(0.0, 1), CachePrior(1.0, 2), CachePrior(0.9, 5)],
+        [MaxRank(1, 0), MaxRank(6, 1), MaxRank(10, 2), MaxRank(4, 5)],
+        [CumSum(0.6, 0), CumSum(0.6, 1), CumSum(1.0, 2), CumSum(0.6, 5)],
+    ],
+    ids=lambda strategies: strategies[0].name,
+)
+def test_caches_side_by_side_with_their_own_knobs(backend, eviction, strategies):
+    policy = policy_of(*strategies)
     state = Residency.empty(torch.tensor([3, 4, 7, 10]), 10)
     for seed in range(2):
         logits = normal_logits(10 + seed, 4, 3, 10)
         assert clear_cut(logits, SOFTMAX, None, 0.6)
-        assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], 3, bias)
+        assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], 3, policy)
 
 
 @every_backend
 def test_a_correction_for_each_cache(backend):
     correction = normal_logits(5, 2, 16) / 10
     state = Residency.empty(torch.tensor([6, 9]), 16)
-    assert_as_reference(backend, normal_logits(4, 2, 3, 16), state, LRU, 4, CacheBias(1, prior=0.3), V3, correction)
+    policy = policy_of(CachePrior(0.3, 1), CachePrior(0.6, 2))
+    assert_as_reference(backend, normal_logits(4, 2, 3, 16), state, LRU, 4, policy, V3, correction)
 
 
 @every_backend
-@pytest.mark.parametrize("bias", STRATEGIES.values(), ids=STRATEGIES)
-def test_a_router_gone_astray_still_chooses_distinct_experts(backend, bias):
+@pytest.mark.parametrize("policy", STRATEGIES.values(), ids=STRATEGIES)
+def test_a_router_gone_astray_still_chooses_distinct_experts(backend, policy):
     logits = normal_logits(6, 1, 5, 8)
     logits[0, 0] = torch.nan
     logits[0, 1, [1, 4, 6]] = torch.nan
     logits[0, 2, :7] = -torch.inf
     logits[0, 3, [0, 3]] = torch.inf
     logits[0, 4] = torch.tensor([0.0, -0.0] * 4)
-    routing = assert_as_reference(backend, logits, Residency.empty(torch.tensor([4]), 8), LRU, 3, bias)
+    routing = assert_as_reference(backend, logits, Residency.empty(torch.tensor([4]), 8), LRU, 3, policy)
     for token in routing.ids[0].tolist():
         assert len({e for e in token if 0 <= e < 8}) == 3
-    if bias is NO_BIAS:
+    if policy is ORIGINAL:
         assert routing.ids[0, 1].tolist() == [1, 4, 6]  # NaN before all, the lower id before the higher
         assert routing.ids[0, 4].tolist() == [0, 1, 2]
 
@@ -245,13 +255,13 @@ def test_a_router_gone_astray_still_chooses_distinct_experts(backend, bias):
 @every_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sequence_cut_anywhere_gives_the_same_bits(backend, strategy):
-    logits, bias = normal_logits(7, 1, 7, 11), STRATEGIES[strategy]
+    logits, policy = normal_logits(7, 1, 7, 11), STRATEGIES[strategy]
     whole_state = Residency.empty(torch.tensor([5]), 11)
-    whole = run(backend, logits, whole_state, LRU, 3, bias, GateScores(renormalise=True))
+    whole = run(backend, logits, whole_state, LRU, 3, policy, GateScores(renormalise=True))
     for cuts in ([0, 3, 7], range(8)):
         state, missed = Residency.empty(torch.tensor([5]), 11), []
         for start, end in pairwise(cuts):
-            part = run(backend, logits[:, start:end], state, LRU, 3, bias, GateScores(renormalise=True))
+            part = run(backend, logits[:, start:end], state, LRU, 3, policy, GateScores(renormalise=True))
             for name in ("ids", "weights", "slots", "hits"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
             missed += part.misses.experts[0, : part.misses.count[0]].tolist()
@@ -261,9 +271,9 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(backend, strategy):
 
 @every_backend
 def test_the_same_call_twice_gives_the_same_bits(backend):
-    logits, bias = normal_logits(8, 2, 4, 16), CacheBias(1, prior=torch.tensor([0.2, 0.6]))
+    logits, policy = normal_logits(8, 2, 4, 16), policy_of(CachePrior(0.2, 1), CachePrior(0.6, 1))
     first, second = (
-        run(backend, logits, Residency.empty(torch.tensor([5, 8]), 16), LRU, 4, bias, V2) for _ in range(2)
+        run(backend, logits, Residency.empty(torch.tensor([5, 8]), 16), LRU, 4, policy, V2) for _ in range(2)
     )
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         assert torch.equal(a, b)
@@ -277,33 +287,34 @@ def test_the_same_call_twice_gives_the_same_bits(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens, n, hidden", [(1, 5, 33), (3, 8, 1100), (FUSED_TOKENS + 1, 6, 20)])
 def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n, hidden):
-    caches, k, bias = 2, 2, CacheBias(1, prior=0.4)
+    caches, k, policy = 2, 2, policy_of(CachePrior(0.4, 1), CachePrior(0.1, 0))
     x = normal_logits(20, caches, tokens, hidden).to(dtype)
     router = (normal_logits(21, *([n] if shared else [caches, n]), hidden) / hidden**0.5).to(dtype)
     state = Residency.empty(torch.tensor([3, 4]), n)
     stepped, out = state.clone(), poisoned(caches, tokens, k)
     logits = torch.full((caches, tokens, n), torch.nan, dtype=dtype)
     if backend == "cpu":
-        result = route_hidden(x, router, state, LRU, k, bias, logits=logits, out=out)
+        result = route_hidden(x, router, state, LRU, k, policy, logits=logits, out=out)
         assert result[0] is logits
         assert result[1] is out
     elif backend == "interpreter":
         tickets = torch.zeros(caches, dtype=torch.int32)
-        plan_route(logits, state, LRU, k, bias, SOFTMAX, None, out, (x, router, tickets)).run()
+        plan_route(logits, state, LRU, k, policy, SOFTMAX, None, out, (x, router, tickets)).run()
         assert not tickets.any()
     else:
         there = state.to("cuda")
         ticket = torch.zeros(caches, dtype=torch.int32, device="cuda")
         for again in (state.to("cuda"), there):  # twice: the second finds the ticket that the first left
-            there_logits, result = route_hidden(x.cuda(), router.cuda(), again, LRU, k, bias, ticket=ticket)
+            given = x.cuda(), router.cuda(), again, LRU, k, on("cuda", policy)
+            there_logits, result = route_hidden(*given, ticket=ticket)
         assert not ticket.any()
         logits.copy_(there_logits)
         copied(out, result)
         for name in STATE:
             getattr(state, name).copy_(getattr(there, name))
-    expected, _ = reference.route_hidden(x, router, stepped.clone(), LRU, k, bias)
+    expected, _ = reference.route_hidden(x, router, stepped.clone(), LRU, k, policy)
     torch.testing.assert_close(logits, expected, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
-    assert_same_routing(out, reference.route(logits, stepped, LRU, k, bias))
+    assert_same_routing(out, reference.route(logits, stepped, LRU, k, policy))
     assert_same_state(state, stepped)
 
 
@@ -313,11 +324,11 @@ def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n,
 def test_a_launch_is_planned_without_memory():
     state = Residency.empty(torch.full((3,), 30), 60).to("meta")
     logits, out = torch.empty(3, 5, 60, device="meta"), Routing.empty(3, 5, 4, "meta")
-    launch = plan_route(logits, state, LRU, 4, NO_BIAS, SOFTMAX, None, out)
+    launch = plan_route(logits, state, LRU, 4, ORIGINAL, SOFTMAX, None, out)
     assert (launch.grid, launch.num_warps) == ((3,), 1)
     assert launch.constants["E_PAD"] == 64
     gate = (torch.empty(3, 5, 32, device="meta"), torch.empty(60, 32, device="meta"), torch.empty(3, device="meta"))
-    assert plan_route(logits, state, LRU, 4, NO_BIAS, SOFTMAX, None, out, gate).grid == (3, 60)
+    assert plan_route(logits, state, LRU, 4, ORIGINAL, SOFTMAX, None, out, gate).grid == (3, 60)
 
 
 def test_one_warp_as_long_as_the_state_fits_its_registers():
@@ -328,12 +339,22 @@ def test_one_warp_as_long_as_the_state_fits_its_registers():
 def test_the_kernel_refuses_what_it_does_not_take(experts, k, groups):
     state, out = Residency.empty(torch.tensor([20]), experts), Routing.empty(1, 1, k)
     with pytest.raises(ValueError, match="the kernel takes up to"):
-        plan_route(torch.zeros(1, 1, experts), state, LRU, k, NO_BIAS, GateScores(groups=groups), None, out)
+        plan_route(torch.zeros(1, 1, experts), state, LRU, k, ORIGINAL, GateScores(groups=groups), None, out)
 
 
 def test_the_cpu_takes_more():
     state = Residency.empty(torch.tensor([600]), 700)
-    assert_as_reference("cpu", normal_logits(9, 1, 2, 700), state, LRU, 20, CacheBias(2, prior=0.3))
+    assert_as_reference("cpu", normal_logits(9, 1, 2, 700), state, LRU, 20, policy_of(CachePrior(0.3, 2)))
+
+
+def test_a_key_that_cannot_be_is_refused():
+    knobs = torch.zeros(1, 2)
+    for key in (lambda value, span, have: value, lambda logit: logit):
+        with pytest.raises(ValueError, match="a key's parameters are some of value, rank, before, have, span, a"):
+            Policy(key, knobs)
+    for wrong in (None, torch.zeros(2), torch.zeros(1, 3), knobs.double()):
+        with pytest.raises(ValueError, match=r"a key needs knobs \[B, 2\] float32"):
+            Policy(lambda value: value, wrong)
 
 
 def test_what_route_refuses():
@@ -352,8 +373,8 @@ def test_what_route_refuses():
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
-    with pytest.raises(ValueError, match="prior must be a number"):
-        plan_route(logits, state, LRU, 2, CacheBias(prior=torch.zeros(3)), SOFTMAX, None, Routing.empty(1, 1, 2))
+    with pytest.raises(ValueError, match=r"the knobs must be contiguous and \(1, 2\), not \(2, 2\)"):
+        route(logits, state, LRU, 2, policy_of(CachePrior(0.1), CachePrior(0.2)))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
     with pytest.raises(ValueError, match="cannot be split"):
@@ -365,7 +386,7 @@ def test_a_tiny_lambda_changes_nothing_and_one_changes_much(backend):
     logits, chosen = normal_logits(7, 1, 40, 12), {}
     for prior in (0.0, 1e-7, 1.0):
         state = Residency.empty(torch.tensor([4]), 12)
-        routing = run(backend, logits, state, LRU, 3, CacheBias(top_j=1, prior=prior))
+        routing = run(backend, logits, state, LRU, 3, policy_of(CachePrior(prior, 1)))
         chosen[prior] = routing.ids, int(routing.misses.count)
     assert torch.equal(chosen[1e-7][0], chosen[0.0][0])
     assert not torch.equal(chosen[1.0][0], chosen[0.0][0])
@@ -397,14 +418,14 @@ def test_peeking_tells_what_route_then_chooses(strategy, scores, bad):
 )
 def test_route_compiles_into_one_graph(device):
     def step(logits, state):
-        bias, scores = CacheBias(1, prior=torch.full_like(logits[:, 0, 0], 0.3)), GateScores(renormalise=True)
-        routing = route(2 * logits, state[0:2], least_frequently_used, 3, bias, scores)
+        routing = route(2 * logits, state[0:2], least_frequently_used, 3, policy, GateScores(renormalise=True))
         return routing.ids + 1, 2 * routing.weights, routing.misses.count, state.clock + 1
 
     def step_hidden(hidden, state):
         logits, routing = route_hidden(hidden, router, state[2:3], least_recently_used, 2)
         return logits, routing.slots
 
+    policy = on(device, policy_of(CachePrior(0.3, 1), CachePrior(0.7, 0)))
     router = normal_logits(31, 12, 16).to(device)
     for function, given_input in ((step, normal_logits(30, 2, 4, 12)), (step_hidden, normal_logits(32, 1, 2, 16))):
         state = Residency.empty(torch.tensor([5, 7, 6]), 12).to(device)
@@ -419,21 +440,21 @@ def test_route_compiles_into_one_graph(device):
 @pytest.mark.gpu
 def test_a_cuda_graph_replays_decode():
     state = Residency.empty(torch.tensor([8]), 32)
-    there, bias = state.to("cuda"), CacheBias(2, prior=0.4)
+    there, policy = state.to("cuda"), policy_of(CachePrior(0.4, 2)).to("cuda")
     hidden = torch.zeros(1, 1, 64, device="cuda")
     router = normal_logits(41, 32, 64).cuda() / 8
     out, logits = Routing.empty(1, 1, 4, "cuda"), torch.empty(1, 1, 32, device="cuda")
     fresh = there.clone()
-    route_hidden(hidden, router, fresh, LRU, 4, bias, logits=logits, out=out)  # compiles
+    route_hidden(hidden, router, fresh, LRU, 4, policy, logits=logits, out=out)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        route_hidden(hidden, router, there, LRU, 4, bias, logits=logits, out=out)
+        route_hidden(hidden, router, there, LRU, 4, policy, logits=logits, out=out)
     for name in STATE:
         getattr(there, name).copy_(getattr(state, name))
     for seed in range(20):
         hidden.copy_(normal_logits(seed, 1, 1, 64))
         graph.replay()
-        expected = reference.route(logits.cpu(), state, LRU, 4, bias)
+        expected = reference.route(logits.cpu(), state, LRU, 4, on("cpu", policy))
         assert_same_routing(copied(Routing.empty(1, 1, 4), out), expected)
     assert_same_state(there.to("cpu"), state)
 

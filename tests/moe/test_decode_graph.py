@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, save_random
 
-from cachemoe.kernels.reference import CacheBias, GateScores
+from cachemoe.kernels.policy import ORIGINAL
+from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
@@ -64,7 +65,7 @@ def test_exact_routing_decodes_as_the_model_does(checkpoint, tmp_path, device):
     scores = GateScores()
 
     def choose_experts(layer, logits, caches, out):
-        return route(logits, caches, least_recently_used, shape.top_k, CacheBias(), scores, out=out)
+        return route(logits, caches, least_recently_used, shape.top_k, ORIGINAL, scores, out=out)
 
     logits, counters = decoded(model, checkpoint, "bf16", tokens, tmp_path, choose_experts)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
@@ -89,7 +90,7 @@ def test_every_architecture_decodes_as_the_model_does(name, device, tolerance, t
     rules = routing_rules(moe_layers(model), top_k)
 
     def choose_experts(layer, logits, caches, out):
-        return choose(rules[layer], logits, caches, least_recently_used, top_k, CacheBias(), out)
+        return choose(rules[layer], logits, caches, least_recently_used, top_k, ORIGINAL, out)
 
     logits, _ = decoded(model, checkpoint, "fp32", tokens, tmp_path, choose_experts)
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.moe.strategies import CachePrior, MaxRank, Pruning, Strategy, cache_bias, checked
+from cachemoe.kernels.policy import ORIGINAL
+from cachemoe.moe.strategies import CachePrior, MaxRank, Pruning, Strategy, checked, policy_of
 from cachemoe.offload.errors import InputError
 
 EXPERTS, TOP_K = 60, 4
@@ -125,15 +126,9 @@ def test_what_is_printed_can_be_read_again_to_the_last_digit():
     assert parse(str(strategy)) == strategy
 
 
-def test_cache_bias_of_a_mixed_list():
-    texts = ("original", "max-rank:8", "cumsum:0.5", "cache-prior:0.25", "pruning:2", "max-rank:60", "cache-prior:1")
-    bias = cache_bias([parse(text) for text in texts])
-    assert bias.top_j == 2
-    assert bias.window.tolist() == [0, 8, 0, 0, 0, 60, 0]
-    assert bias.mass.tolist() == [0, 0, 0.5, 0, 0, 0, 0]
-    assert bias.prior.tolist() == [0, 0, 0, 0.25, 0, 0, 1]
-
-
-def test_cache_bias_of_one():
-    bias = cache_bias([parse("original")])
-    assert (bias.window, bias.mass, bias.prior) == (0, 0, 0)
+def test_the_policy_of_caches_has_a_row_of_knobs_for_each():
+    policy = policy_of(parse("cache-prior:0.25"), CachePrior(1.0, 0))
+    assert policy.knobs.tolist() == [[2, 0.25], [0, 1]]
+    assert policy_of(parse("original")) is policy_of(parse("pruning:2")) is ORIGINAL
+    with pytest.raises(ValueError, match="one policy routes all caches, not cache-prior, max-rank"):
+        policy_of(parse("max-rank:8"), parse("cache-prior:1"))

@@ -7,7 +7,7 @@ from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.models import load_model
-from cachemoe.moe.strategies import Strategy, cache_bias
+from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
@@ -44,13 +44,13 @@ class Router:
 
     def __init__(self, shape, state, strategy="original", top_j=1):
         self.shape, self.state = shape, state
-        self.bias = cache_bias([Strategy.parse(strategy, shape.experts, shape.top_k, top_j)])
+        self.policy = policy_of(Strategy.parse(strategy, shape.experts, shape.top_k, top_j))
         self.ids = [[] for _ in shape.layers]
 
     def __call__(self, layer, logits, hidden):
         state = self.state[layer : layer + 1]
         scores = GateScores()
-        routing = route(logits[None], state, least_recently_used, self.shape.top_k, self.bias, scores)
+        routing = route(logits[None], state, least_recently_used, self.shape.top_k, self.policy, scores)
         self.ids[layer].append(routing.ids[0])
         return routing
 

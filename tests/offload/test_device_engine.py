@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.kernels.reference import CacheBias
+from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
+from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.pinned import PinnedStore
@@ -50,8 +51,8 @@ def inputs(seed, device):
     return logits.to(device), x.to(device)
 
 
-def step(engine, layer, logits, x, bias, evict, out=None):
-    routing = route(logits, engine.caches(layer), evict, TOP_K, bias, out=out)
+def step(engine, layer, logits, x, policy, evict, out=None):
+    routing = route(logits, engine.caches(layer), evict, TOP_K, policy, out=out)
     return engine.forward(layer, x, routing)
 
 
@@ -66,14 +67,16 @@ def step(engine, layer, logits, x, bias, evict, out=None):
     eviction=st.sampled_from(sorted(EVICTION_POLICIES)),
 )
 def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity, prior, eviction):
-    bias, evict = CacheBias(1, prior=prior), EVICTION_POLICIES[eviction]
+    policy, evict = policy_of(CachePrior(prior, 1)), EVICTION_POLICIES[eviction]
     with PinnedStore(file) as store, OffloadEngine(store, capacity, evict=evict) as host:
         driven = DeviceEngine(store, capacity, TOP_K, device, read_through)
         for token in range(tokens):
             for layer in range(LAYERS):
                 logits, x = (each[layer] for each in inputs(token, "cpu"))
-                expected = step(host, layer, logits, x, bias, evict)
-                y = step(driven, layer, logits.to(device), x.to(device), bias, evict, driven.routing(layer)).cpu()
+                expected = step(host, layer, logits, x, policy, evict)
+                y = step(
+                    driven, layer, logits.to(device), x.to(device), policy.to(device), evict, driven.routing(layer)
+                ).cpu()
                 error = (y.float() - expected.float()).abs().max()
                 assert error <= TOLERANCE[device] * expected.float().abs().max()
         assert torch.equal(driven.state.slot_of.cpu(), host.state.slot_of)  # and waits for a GPU
@@ -107,7 +110,7 @@ def test_counters_can_begin_anew(store):
     logits, x = inputs(0, "cpu")
     for _ in range(2):
         for layer in range(LAYERS):
-            step(driven, layer, logits[layer], x[layer], CacheBias(), least_recently_used, driven.routing(layer))
+            step(driven, layer, logits[layer], x[layer], ORIGINAL, least_recently_used, driven.routing(layer))
         misses = driven.counters.misses
         driven.reset_counters()
     assert misses == 0  # the second time the same experts
@@ -117,7 +120,7 @@ def test_counters_can_begin_anew(store):
 @pytest.mark.gpu
 @pytest.mark.parametrize("read_through", [False, True])
 def test_a_graph_of_all_layers_replays_other_routing_as_eager_does(store, read_through):
-    bias, capacity = CacheBias(1, prior=0.3), [4, 5, 6]
+    policy, capacity = policy_of(CachePrior(0.3, 1)).to("cuda"), [4, 5, 6]
     graphed, eager = (DeviceEngine(store, capacity, TOP_K, "cuda", read_through) for _ in range(2))
     logits, x = inputs(0, "cuda")
     results = torch.empty_like(x)
@@ -125,11 +128,11 @@ def test_a_graph_of_all_layers_replays_other_routing_as_eager_does(store, read_t
     def token():
         for layer in range(LAYERS):
             results[layer] = step(
-                graphed, layer, logits[layer], x[layer], bias, least_recently_used, graphed.routing(layer)
+                graphed, layer, logits[layer], x[layer], policy, least_recently_used, graphed.routing(layer)
             )
 
     for layer in range(LAYERS):  # compiles
-        step(eager, layer, logits[layer], x[layer], bias, least_recently_used, eager.routing(layer))
+        step(eager, layer, logits[layer], x[layer], policy, least_recently_used, eager.routing(layer))
     fresh = DeviceEngine(store, capacity, TOP_K, "cuda", read_through)
     eager.state, graphed.state = fresh.state.clone(), graphed.state
     torch.cuda.synchronize()
@@ -144,7 +147,7 @@ def test_a_graph_of_all_layers_replays_other_routing_as_eager_does(store, read_t
         graph.replay()
         for layer in range(LAYERS):
             expected = step(
-                eager, layer, new_logits[layer], new_x[layer], bias, least_recently_used, eager.routing(layer)
+                eager, layer, new_logits[layer], new_x[layer], policy, least_recently_used, eager.routing(layer)
             )
             assert torch.equal(results[layer], expected)
         assert torch.equal(graphed.state.slot_of, eager.state.slot_of)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels import reference
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
+from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload import engine as engines
 from cachemoe.offload import pool, staging, waves
 from cachemoe.offload.errors import InputError
@@ -69,12 +71,12 @@ def logits_of(seed, tokens):
     return torch.randn(1, tokens, EXPERTS, generator=torch.Generator().manual_seed(seed))
 
 
-def step(engine, weights, layer, seed, tokens, bias=reference.CacheBias()):  # noqa: B008 (immutable)
+def step(engine, weights, layer, seed, tokens, policy=ORIGINAL):
     """Route and run one call; returns the engine's output and the reference's."""
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
     offloads = isinstance(engine, engines.OffloadEngine)
     state = engine.caches(layer) if offloads else engine.state[layer : layer + 1]
-    routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, bias)
+    routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, policy)
     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
     expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
     return engine.forward(layer, x, routing), expected
@@ -157,7 +159,7 @@ capacities = st.lists(st.integers(TOP_K, EXPERTS), min_size=LAYERS, max_size=LAY
 def test_outputs_are_the_references(store, weights, calls, capacity, prior):
     with engines.OffloadEngine(store, capacity) as engine:
         for seed, (layer, tokens) in enumerate(calls):
-            y, expected = step(engine, weights, layer, seed, tokens, reference.CacheBias(top_j=1, prior=prior))
+            y, expected = step(engine, weights, layer, seed, tokens, policy_of(CachePrior(prior, 1)))
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             assert_consistent(engine)
         counters = engine.counters
@@ -304,14 +306,14 @@ decode = st.integers(1, 30)
 
 @given(tokens=decode, capacity=capacities, seed=st.integers(0, 99), prior=st.sampled_from([0.0, 0.4]))
 def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prior):
-    bias = reference.CacheBias(top_j=1, prior=prior)
+    policy = policy_of(CachePrior(prior, 1))
     with (
         engines.OffloadEngine(store, capacity) as plain,
         foreseeing(store, capacity, Guess(seed)) as ahead,
     ):
         for call in range(tokens * LAYERS):
-            expected, _ = step(plain, weights, call % LAYERS, call, 1, bias)
-            y, _ = step(ahead, weights, call % LAYERS, call, 1, bias)
+            expected, _ = step(plain, weights, call % LAYERS, call, 1, policy)
+            y, _ = step(ahead, weights, call % LAYERS, call, 1, policy)
             assert torch.equal(y, expected)
             assert torch.equal(ahead.state.slot_of, plain.state.slot_of)
             assert_consistent(ahead)
@@ -336,7 +338,7 @@ def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prio
 def test_anything_that_happens_gives_the_exact_output_or_an_exception(
     store, weights, calls, capacity, seed, faults, new_capacity, lost
 ):
-    bias = reference.CacheBias(top_j=1, prior=0.4)
+    policy = policy_of(CachePrior(0.4, 1))
     with foreseeing(FaultyStore(store, faults), capacity, Guess(seed)) as engine:
         for call, tokens in enumerate(calls):
             if call == len(calls) // 2 and new_capacity:
@@ -344,10 +346,10 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
                 assert_consistent(engine)
             if call in lost:  # routed, and then something else went wrong before the experts ran
                 state = engine.caches(call % LAYERS)
-                reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K, bias)
+                reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K, policy)
                 continue
             try:
-                y, expected = step(engine, weights, call % LAYERS, call, tokens, bias)
+                y, expected = step(engine, weights, call % LAYERS, call, tokens, policy)
             except OSError as error:
                 assert str(error) == "injected"
             else:
@@ -551,7 +553,7 @@ def test_shutting_down_with_pages_under_way_leaves_nothing(store, weights, leave
 
 def test_a_soak_keeps_counters_consistent_and_memory_flat(store, weights):
     draw = random.Random(0)
-    bias = reference.CacheBias(top_j=1, prior=0.3)
+    policy = policy_of(CachePrior(0.3, 1))
     logits = torch.randn(997, 1, 1, EXPERTS, generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
     with foreseeing(store, [TOP_K, 4], Guess(1)) as engine:
@@ -560,7 +562,7 @@ def test_a_soak_keeps_counters_consistent_and_memory_flat(store, weights):
                 engine.resize([draw.randint(TOP_K, EXPERTS) for _ in range(LAYERS)])
             for layer in range(LAYERS):
                 routing = route(
-                    logits[(token * LAYERS + layer) % 997], engine.caches(layer), least_recently_used, TOP_K, bias
+                    logits[(token * LAYERS + layer) % 997], engine.caches(layer), least_recently_used, TOP_K, policy
                 )
                 engine.forward(layer, x, routing)
             if token == 200:

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels.reference import CacheBias
 from cachemoe.kernels.route import route
 from cachemoe.kernels.route_cpu import peek
+from cachemoe.moe.strategies import MaxRank, policy_of
 from cachemoe.offload.prefetch import Frequency, NextLayerGate, Oracle, PreviousToken, lands_in_time
 from cachemoe.offload.residency import Residency, least_recently_used
 
@@ -32,16 +32,16 @@ def test_the_gate_predicts_with_the_biased_strategy():
     states = Residency.empty(torch.full((LAYERS,), 3), EXPERTS)
     for layer in range(LAYERS):
         states.slot_of[layer, :3], states.expert_of[layer] = torch.arange(3), torch.arange(3)
-    bias = CacheBias(window=EXPERTS)
+    policy = policy_of(MaxRank(EXPERTS, 0))
     routers = torch.randn(LAYERS, EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
-    prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer : layer + 1], 2, bias))
+    prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer : layer + 1], 2, policy))
     for seed in range(5):
         x = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(seed))
         ((layer, experts),) = prefetcher.predict(1, x)
         state = states[layer : layer + 1].clone()
         assert (
             experts
-            == route((routers[2] @ x[0])[None, None], state, least_recently_used, 2, bias).ids.flatten().tolist()
+            == route((routers[2] @ x[0])[None, None], state, least_recently_used, 2, policy).ids.flatten().tolist()
         )
         assert max(experts) < 3
 
