@@ -11,13 +11,13 @@ import torch
 from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
 from cachemoe.kernels.reference import STATE
-from cachemoe.kernels.route_cpu import peek
 from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
-from cachemoe.moe.routers import RoutingRule, choose
-from cachemoe.moe.strategies import EXACT, Strategy, policy_of
+from cachemoe.moe.routers import RoutingRule
+from cachemoe.moe.strategies import EXACT, Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
@@ -145,15 +145,14 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
 def _decode_segment(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
-    engine, strategy = row.engine, row.setting.strategy
-    k, policy = strategy.experts_used(shape.top_k), policy_of(strategy)
+    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
     def route_layer(layer, logits, hidden):
-        return choose(rules[layer], logits[None].cpu(), states[layer], plan.evict, k, policy)
+        return chooser.route(layer, logits[None].cpu(), states[layer])
 
     def route_timed(layer, logits, hidden):
         nonlocal route_s
@@ -184,9 +183,7 @@ def _decode_segment(
             row.prefetch,
             engine,
             swap.routers,
-            lambda layer, logits: peek(
-                logits.cpu(), states[layer], k, policy, rules[layer].scores, rules[layer].correction
-            ),
+            lambda layer, logits: chooser.peek(layer, logits.cpu(), states[layer]),
             shape.top_k,
             plan.ahead,
             trace,
@@ -217,16 +214,14 @@ def _decode_segment(
 def _decode_in_a_graph(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
-    engine, strategy = row.engine, row.setting.strategy
-    k, policy = strategy.experts_used(shape.top_k), policy_of(strategy).to(model.device)
-    payload_input, rules = _payload_input(engine, model.device), [rule.to(model.device) for rule in rules]
+    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict, model.device)
+    payload_input = _payload_input(engine, model.device)
 
     def route_prefix(layer, logits, hidden):
-        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, policy)
+        return chooser.route(layer, logits[None], engine.caches(layer))
 
     def route_token(layer, logits, hidden):
-        out = engine.routing(layer)
-        return choose(rules[layer], logits[None], engine.caches(layer), plan.evict, k, policy, out)
+        return chooser.route(layer, logits[None], engine.caches(layer), engine.routing(layer))
 
     def route_and_move(layer, logits, hidden):
         routing = route_token(layer, logits, hidden)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
-from cachemoe.moe.routers import choose
-from cachemoe.moe.strategies import Strategy, policy_of
+from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import Residency
 from cachemoe.offload.simulate import belady_misses
@@ -109,28 +109,28 @@ def evaluate(
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
+    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     batches = []
-    for k, members in _batches(settings, shape, windows.shape[1]):
+    for members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
-        policy = policy_of(*(settings[i].strategy for i in members))
+        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict)
         for row, i in enumerate(members):
             qualities[i] = Quality(state[:, row])
-        batches.append((k, [qualities[i] for i in members], state, policy))
+        batches.append(([qualities[i] for i in members], state, chooser))
 
-    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     original_ids = []
     for window in windows:
         with recorded_routers(model) as answers:
             reference = _log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
-        for k, rows, state, policy in batches:
+        for rows, state, chooser in batches:
             misses = torch.zeros(len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, k=k, rows=rows, state=state, policy=policy, misses=misses):
+            def route_layer(layer, logits, hidden, rows=rows, state=state, chooser=chooser, misses=misses):
                 logits = logits.unflatten(0, (len(rows), -1)).cpu()
-                routing = choose(rules[layer], logits, state[layer], evict, k, policy)
+                routing = chooser.route(layer, logits, state[layer])
                 misses += routing.misses.count
                 return routing
 
@@ -144,16 +144,16 @@ def evaluate(
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
 
 
-def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[tuple[int, list[int]]]:
-    """K used, and settings of one name that go through the model together: as many as their output leaves room for."""
+def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[list[int]]:
+    """The settings that go through the model together: of one name and K, as many as their output leaves room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
 
     def kind(setting):
         return setting.strategy.experts_used(shape.top_k), setting.strategy.name
 
-    for k, name in dict.fromkeys(map(kind, settings)):
-        members = [i for i, s in enumerate(settings) if kind(s) == (k, name)]
-        yield from ((k, members[start : start + most]) for start in range(0, len(members), most))
+    for each in dict.fromkeys(map(kind, settings)):
+        members = [i for i, s in enumerate(settings) if kind(s) == each]
+        yield from (members[start : start + most] for start in range(0, len(members), most))
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

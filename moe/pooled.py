@@ -11,16 +11,16 @@ from threading import Lock
 import torch
 
 from cachemoe.kernels import route_cpu
-from cachemoe.kernels.policy import Policy
 from cachemoe.kernels.reference import Routing
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_count, moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
-from cachemoe.moe.routers import RoutingRule, choose
+from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, checked, policy_of
+from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
@@ -183,7 +183,7 @@ class PooledExperts:
     def _router(self, routing: Strategy) -> Callable[..., Routing]:
         """What routes by that strategy. Routers are asked each time: they may have been changed since."""
         rules, self._rules = self._rules or routing_rules(self._swap.layers, self.shape.top_k, "cpu"), None
-        return partial(self._route, rules, routing, policy_of(routing))
+        return partial(self._route, Chooser(rules, self.shape.top_k, [routing], self._evict))
 
     def _state(self, layer: int) -> Residency:
         """``[1, ...]``, the engine's: another after it was resized."""
@@ -193,18 +193,9 @@ class PooledExperts:
             self._seen = state
         return self._states[layer]
 
-    def _route(
-        self,
-        rules: list[RoutingRule],
-        routing: Strategy,
-        policy: Policy,
-        layer: int,
-        logits: torch.Tensor,
-        hidden: torch.Tensor,
-    ) -> Routing:
-        k, state = routing.experts_used(self.shape.top_k), self._state(layer)
+    def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
         (logits,) = to_host(logits)
-        return choose(rules[layer], logits[None], state, self._evict, k, policy)
+        return chooser.route(layer, logits[None], self._state(layer))
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         if self.engine.holds_all(layer):
