@@ -54,7 +54,7 @@ def half_resident(geometry, device) -> Residency:
 
 @pytest.fixture(scope="module", autouse=True)
 def say_what_the_baseline_lacks(session):
-    session.notes.append("Eager selection is softmax, bias, top-k and gather alone: it keeps no residency, route does.")
+    session.note("Eager selection is softmax, bias, top-k and gather alone: it keeps no residency, route does.")
 
 
 @pytest.fixture(scope="module")

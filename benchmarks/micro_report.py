@@ -6,10 +6,10 @@ from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED
+from cachemoe.benchmarks.micro import IN_TURN, MATMUL, MEMORY, PINNED
 from cachemoe.benchmarks.timing import QUEUED
 
-BOUNDS = {MEMORY: "memory", PINNED: "link", MATMUL: "matmul"}
+BOUNDS = {MEMORY: "memory", PINNED: "link", MATMUL: "matmul", IN_TURN: "memory + link"}
 HEADINGS = ("", "us", "least", "most", "GB/s", "%")
 
 
@@ -64,10 +64,14 @@ def micro_notes(report: dict) -> list[str]:
         f"bfloat16 matmul {speeds[MATMUL] / 1e12:.2f} TFLOP/s"
         + (f", pinned memory to the device {speeds[PINNED] / 1e9:.1f} GB/s." if PINNED in speeds else "."),
         "Times are the median of the repetitions' medians, with the least and the greatest; every implementation of a "
-        "table ran once, then all again. The bound, which % is of, is the bytes of weights, or the matmuls' operations "
-        "where those take longer, at the speeds above. Calls of one token take turns over more experts than a cache "
-        "holds.",
+        "table ran once, then all again, those that torch compiles after everything else. The bound, which % is of, is "
+        "the bytes of weights, or the matmuls' operations where those take longer, at the speeds above. Calls of one "
+        "token take turns over more experts than a cache holds.",
     ]
+    if any(row["bound_by"] == IN_TURN for row in report["rows"]):
+        said.append(
+            "memory + link: the sum of both times, as if hits and misses took turns; both at once may be faster."
+        )
     if any(row["timing"] == QUEUED for row in report["rows"]):
         said.append("*: waits for the GPU, so no graph can hold it; queued call by call, launches included.")
     return said + report["notes"]

@@ -35,7 +35,7 @@ LATENCY = (
 # At the machine's own speed, where a graph can drive too, and paced by the host as a phone and as a GPU's slot.
 TABLES = {"latency": "--drive=graph", "latency-phone": "--profile=phone-ufs4.0", "latency-pcie": "--profile=pcie4"}
 # What is cut at the end of the time is the least needed.
-MICRO = tuple(f"benchmarks/bench_{name}.py" for name in ("route", "fetch", "experts", "tiles", "decode"))
+MICRO = tuple(f"benchmarks/bench_{name}.py" for name in ("step", "route", "fetch", "experts", "tiles", "decode"))
 SANITIZER = "compute-sanitizer"  # of the CUDA toolkit; its steps are there where it is
 SANITIZED = (
     *(f"tests/kernels/test_{name}.py" for name in ("fetch", "experts", "route")),

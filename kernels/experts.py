@@ -12,7 +12,7 @@ import torch
 
 from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.experts_tiles import DECODE_PAIRS
-from cachemoe.kernels.fetch import check_gpu_can_read
+from cachemoe.kernels.fetch import check_gpu_can_read, fetch
 from cachemoe.kernels.formats import PageFormat
 
 
@@ -185,7 +185,7 @@ def _run_through(
     weights = page_format.views(pool)
     if not x.is_cuda:
         missing = pages >= 0
-        pool[slots[missing]] = store[pages[missing]]
+        fetch(store, pool, pages[missing], slots[missing], missing.sum().view(1))
         experts_cpu.experts(x, slots, gates, weights, page_format, out)
         return
     check_gpu_can_read(store)

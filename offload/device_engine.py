@@ -89,20 +89,23 @@ class DeviceEngine:
             raise ValueError(
                 f"the device-driven engine runs one token at a time, not {x.shape[0]}: decode them in turn"
             )
-        slots, gates, misses = routing.slots[0], routing.weights[0], routing.misses
-        pool, stored = self._slots[layer], self._stored[layer]
-        if self._read_through:
-            pages = torch.where(routing.hits[0], -1, routing.ids[0])
-            y = experts_read_through(x, slots, gates, pool, stored, pages, self.page_format)
-        else:
-            fetch(stored, pool, misses.experts[0], misses.slots[0], misses.count)
-            y = experts(x, slots, gates, self._weights[layer], self.page_format)
+        y = self.compute(layer, x, routing)
         if layer == len(self._slots) - 1:
             self._missed += self._routing.misses.count
             self._tokens += 1
             self._missed_seen.copy_(self._missed, non_blocking=True)
             self._tokens_seen.copy_(self._tokens, non_blocking=True)
         return y
+
+    def compute(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """``forward`` without its check and its counters, from a routing anywhere: what a layer costs by itself."""
+        slots, gates, misses = routing.slots[0], routing.weights[0], routing.misses
+        pool, stored = self._slots[layer], self._stored[layer]
+        if self._read_through:
+            pages = torch.where(routing.hits[0], -1, routing.ids[0])
+            return experts_read_through(x, slots, gates, pool, stored, pages, self.page_format)
+        fetch(stored, pool, misses.experts[0], misses.slots[0], misses.count)
+        return experts(x, slots, gates, self._weights[layer], self.page_format)
 
     @property
     def counters(self) -> Counters:

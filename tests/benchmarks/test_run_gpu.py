@@ -181,6 +181,19 @@ def test_what_is_needed_least_comes_last(tmp_path, monkeypatch):
                 assert (run_gpu.ROOT / argument).exists(), argument
 
 
+def test_more_minutes_are_more_for_every_step(monkeypatch, tmp_path):
+    def limits(minutes):
+        report, steps = {}, [step(each.name, "", share=each.share) for each in gpu_steps(tmp_path, True)]
+        monkeypatch.setattr(run_gpu, "monotonic", lambda: 0.0)  # steps that take no time
+        monkeypatch.setattr(run_gpu, "run_step", lambda step, limit, environment, entry: entry.update(limit=limit))
+        run_steps(steps, 60.0 * minutes, {}, report, lambda: None, silent)
+        return [entry["limit"] for entry in report["steps"]]
+
+    short, long = limits(9), limits(90)
+    assert long == pytest.approx([10 * limit for limit in short])
+    assert short[-1] == 9 * 60.0  # what the others leave is the last one's
+
+
 def test_the_report_names_its_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
     assert run_gpu.commit() is None
