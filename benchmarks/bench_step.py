@@ -18,8 +18,10 @@ from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.timing import Round, plan_round
 from cachemoe.benchmarks.workload import WORKING_SET, check, fill
 from cachemoe.kernels.experts import experts
-from cachemoe.kernels.reference import CacheBias, GateScores, Routing
+from cachemoe.kernels.policy import Policy
+from cachemoe.kernels.reference import GateScores, Routing
 from cachemoe.kernels.route import route
+from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import StoreLayout
@@ -29,7 +31,7 @@ GEOMETRY = "qwen3-30b-a3b"
 KINDS = ("bf16", "int4")
 MISSES = (0, 1, 2)
 WAYS = {"cachemoe, fetched": False, "cachemoe, read through": True}
-BIAS, SCORES = CacheBias(top_j=2, prior=0.2), GateScores(renormalise=True)
+STRATEGY, SCORES = CachePrior(0.2), GateScores(renormalise=True)
 WANTED = 4.0  # added to the logits of the experts that a token wants: no resident comes before them
 
 
@@ -91,10 +93,13 @@ class Steps:
 
     def _make(self, engine: DeviceEngine, misses: int) -> tuple[Round, list[Routing]]:
         k, hidden = self.geometry.top_k, self.geometry.hidden
+        policy = policy_of(STRATEGY).to(self.device)
         x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).bfloat16().to(self.device)
         tokens = logits_of(wanted(self.geometry.experts, k, misses), self.geometry.experts).to(self.device)
-        turns = [(layer, logits, Routing.empty(1, 1, k, self.device)) for logits in tokens for layer in self._layers]
-        calls = [partial(step, engine, layer, logits, x, routing) for layer, logits, routing in turns]
+        turns = [
+            (layer, logits, policy, Routing.empty(1, 1, k, self.device)) for logits in tokens for layer in self._layers
+        ]
+        calls = [partial(step, engine, x, *turn) for turn in turns]
         self._check(calls[0](), x, turns[0][-1])
         timed = plan_round(calls, self.device, capturable=True)
         for turn in turns * 2:  # once until every step misses as often as it will, once to note it
@@ -108,15 +113,17 @@ class Steps:
         check(y, experts(x.cpu(), routing.ids[0].cpu(), routing.weights[0].cpu(), weights, self.page_format))
 
 
-def choose(engine: DeviceEngine, layer: int, logits: torch.Tensor, routing: Routing) -> None:
+def choose(engine: DeviceEngine, layer: int, logits: torch.Tensor, policy: Policy, routing: Routing) -> None:
     """Route one token in one layer."""
     top_k = routing.ids.shape[-1]
-    route(logits, engine.caches(layer), least_recently_used, top_k, BIAS, SCORES, out=routing)
+    route(logits, engine.caches(layer), least_recently_used, top_k, policy, SCORES, out=routing)
 
 
-def step(engine: DeviceEngine, layer: int, logits: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+def step(
+    engine: DeviceEngine, x: torch.Tensor, layer: int, logits: torch.Tensor, policy: Policy, routing: Routing
+) -> torch.Tensor:
     """One token through one layer, ``[1, H]``; fills the routing."""
-    choose(engine, layer, logits, routing)
+    choose(engine, layer, logits, policy, routing)
     return engine.compute(layer, x, routing)
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from cachemoe.benchmarks import bench_fetch, bench_step, timing
-from cachemoe.benchmarks.bench_step import BIAS, MISSES, SCORES, Steps, logits_of, wanted
+from cachemoe.benchmarks.bench_step import MISSES, SCORES, STRATEGY, Steps, logits_of, wanted
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
 from cachemoe.kernels.route import route
+from cachemoe.moe.strategies import policy_of
 from cachemoe.offload.residency import Residency, least_recently_used
 
 CUDA = torch.device("cuda")
@@ -20,7 +21,7 @@ def test_every_token_misses_as_often_as_it_should(misses):
     logits = logits_of(ids, geometry.experts).view(1, len(ids), -1)
     state = Residency.empty(torch.tensor([geometry.experts * 3 // 4]), geometry.experts)
     for _ in range(2):
-        routing = route(logits, state, least_recently_used, geometry.top_k, BIAS, SCORES)
+        routing = route(logits, state, least_recently_used, geometry.top_k, policy_of(STRATEGY), SCORES)
         assert torch.equal(routing.ids[0].sort(-1).values, ids.sort(-1).values)
     assert routing.hits[0].logical_not().sum(-1).eq(misses).all()
     used = ids.unique()
@@ -39,8 +40,8 @@ def small(monkeypatch):
 def test_a_replay_misses_as_often_and_computes_what_the_cpu_does(small, monkeypatch, way):
     outputs, step = [], bench_step.step
 
-    def noted(engine, layer, logits, x, routing):
-        y = step(engine, layer, logits, x, routing)
+    def noted(engine, x, layer, logits, policy, routing):
+        y = step(engine, x, layer, logits, policy, routing)
         outputs.append((y, x, routing))
         return y
 
