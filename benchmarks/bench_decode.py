@@ -13,8 +13,8 @@ from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts_cpu import side_by_side
-from cachemoe.kernels.reference import Routing
 from cachemoe.kernels.route_cpu import peek
+from cachemoe.kernels.state import Routing
 from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.prefetch import NextLayerGate

@@ -12,8 +12,9 @@ from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.micro import Subject, Work
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import Strategy, policy_of
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 REPETITIONS = range(3)
 TOKENS = 200  # distinct tokens taken in turns

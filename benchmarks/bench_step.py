@@ -19,8 +19,8 @@ from cachemoe.benchmarks.timing import Round, plan_round
 from cachemoe.benchmarks.workload import WORKING_SET, check, fill
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.policy import Policy
-from cachemoe.kernels.reference import GateScores, Routing
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import GateScores, Routing
 from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.residency import least_recently_used

@@ -30,6 +30,7 @@ from cachemoe.benchmarks.ratios import ratio_table, ratios
 from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.benchmarks.text import load_tokens
 from cachemoe.kernels import experts_cpu
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.load import load
@@ -41,7 +42,7 @@ from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import Original
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 CACHEMOE, MAPPED, ACCELERATE = "cachemoe", "mmap", "accelerate"
 BESIDE = (

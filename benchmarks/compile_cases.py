@@ -12,10 +12,10 @@ from cachemoe.kernels.fetch_gpu import plan_fetch
 from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.policy import KNOBS, Policy
-from cachemoe.kernels.reference import SOFTMAX, GateScores, Routing
 from cachemoe.kernels.route_gpu import plan_route
+from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
-from cachemoe.offload.residency import EVICTION_POLICIES, Residency
+from cachemoe.offload.residency import EVICTION_POLICIES
 
 PREFILL_TOKENS = (128, 512, 2048)
 

@@ -10,7 +10,7 @@ import torch
 
 from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
-from cachemoe.kernels.reference import STATE
+from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
@@ -22,7 +22,6 @@ from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
-from cachemoe.offload.residency import Residency
 from cachemoe.offload.timeline import Timeline
 
 RESIDENT = "resident"

@@ -17,7 +17,7 @@ from time import perf_counter
 import torch
 
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import READERS, chunk_size
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
-from cachemoe.offload.residency import Residency
 from cachemoe.offload.simulate import belady_misses
 
 MOST_BYTES = 1 << 30  # of a batch's logits in float32

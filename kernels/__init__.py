@@ -1,1 +1,1 @@
-"""Device code: one file per kernel, its reference in :mod:`cachemoe.kernels.reference`. No policy, no I/O."""
+"""Device code: one file per kernel, its plain reference in a ``reference_*`` beside it. No policy, no I/O."""

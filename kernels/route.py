@@ -1,6 +1,6 @@
 """Cache-aware routing: the Triton kernel on a GPU, numpy on the CPU, and one operator over both for ``torch.compile``.
 
-The specification is :func:`cachemoe.kernels.reference.route`.
+The specification is :func:`cachemoe.kernels.reference_route.route`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import torch
 
 from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
-from cachemoe.kernels.reference import SOFTMAX, STATE, GateScores, Misses, Routing
 from cachemoe.kernels.route_cpu import route_cpu
+from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Misses, Routing
 
 FUSED_TOKENS = 4  # beyond, reading the router's weight once a token costs more than a launch of its own
 
@@ -45,7 +45,7 @@ def route(
         out: contiguous, to be filled in; None for a new one.
 
     Returns:
-        The ``Routing``, as :func:`cachemoe.kernels.reference.route` specifies it.
+        The ``Routing``, as :func:`cachemoe.kernels.reference_route.route` specifies it.
 
     Raises:
         ValueError: if ``scores`` does not fit E and K, if the state is not contiguous or, on the CPU, if a capacity is

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cachemoe.kernels import reference
+from cachemoe.kernels import reference_route
 from cachemoe.kernels.policy import ORIGINAL, Policy
-from cachemoe.kernels.reference import GateScores, Misses, Routing
+from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
 
 LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -27,13 +27,13 @@ def route_cpu(
     correction: torch.Tensor | None,
     out: Routing | None,
 ) -> Routing:
-    """As :func:`cachemoe.kernels.reference.route`; the tensors of ``state`` and ``out`` are contiguous."""
+    """As :func:`cachemoe.kernels.reference_route.route`; the tensors of ``state`` and ``out`` are contiguous."""
     if (least := min(state.capacity.tolist())) < top_k:
         raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
     caches, tokens, experts = logits.shape
     ranked = _rank(logits, scores, correction)
     if ranked is None:
-        routing = reference.route(logits, state, evict, top_k, policy, scores, correction)
+        routing = reference_route.route(logits, state, evict, top_k, policy, scores, correction)
         if out is None:
             return routing
         for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
@@ -60,7 +60,7 @@ def route_cpu(
 
 
 def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing:
-    """As :func:`cachemoe.kernels.reference.place`; the tensors of ``state`` are contiguous."""
+    """As :func:`cachemoe.kernels.reference_route.place`; the tensors of ``state`` are contiguous."""
     caches, tokens, k = ids.shape
     if (least := min(state.capacity.tolist())) < k:
         raise ValueError(f"{least} slots cannot hold the {k} experts of one token")
@@ -78,7 +78,7 @@ def peek(
     state,
     top_k: int,
     policy: Policy = ORIGINAL,
-    scores: GateScores = reference.SOFTMAX,
+    scores: GateScores = SOFTMAX,
     correction: torch.Tensor | None = None,
 ) -> list[int]:
     """What ``route`` would choose for one token, with nothing updated: a prediction for a layer that is still to come.
@@ -95,7 +95,7 @@ def peek(
     ranked = _rank(logits[None, None], scores, correction, needs_gates)
     if ranked is None:
         anyone = (lambda last_use, uses: last_use), top_k
-        routing = reference.route(logits[None, None], state.clone(), *anyone, policy, scores, correction)
+        routing = reference_route.route(logits[None, None], state.clone(), *anyone, policy, scores, correction)
         return routing.ids.flatten().tolist()
     negated, order, places, gates, _ = ranked
     mean_range = [[state.range_sum.item() / max(state.tokens.item(), 1)]]
@@ -110,7 +110,7 @@ def _rank(logits, scores, correction, needs_gates=True):
     if logits.requires_grad:
         logits = logits.detach()
     logits = logits.float()
-    gates = reference.gate_scores(logits, scores) if needs_gates else logits
+    gates = reference_route.gate_scores(logits, scores) if needs_gates else logits
     corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
     negated = -(logits if correction is None else corrected).numpy()
     order = negated.argsort(-1, kind="stable")
@@ -120,7 +120,7 @@ def _rank(logits, scores, correction, needs_gates=True):
     if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):
         return None
     if scores.top_groups < scores.groups:
-        candidates = reference.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
+        candidates = reference_route.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
         negated = np.where(candidates, negated, np.float32(np.inf))
         order = negated.argsort(-1, kind="stable")
         places = _places(order, experts)

@@ -5,7 +5,7 @@
 Grid: one program a cache, which steps through the T tokens with the page table in registers. With the gate fused:
 (B, E), one program an expert's logits, and a cache's last to finish routes. Selection is an iterated maximum of int32
 keys that sort as the float32 values do, one warp-wide instruction each; ties go to the lower id. The specification is
-:func:`cachemoe.kernels.reference.route`.
+:func:`cachemoe.kernels.reference_route.route`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton.language as tl
 
 from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.policy import KEY_WORDS, KNOBS, Policy
-from cachemoe.kernels.reference import STATE, GateScores, Routing
+from cachemoe.kernels.state import STATE, GateScores, Routing
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cachemoe.kernels.reference import Routing
 from cachemoe.kernels.route_cpu import peek
+from cachemoe.kernels.state import Routing
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import Strategy, policy_of
 

@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 
 from cachemoe.kernels import route_cpu
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.state import Residency, Routing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
@@ -27,7 +27,6 @@ from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
-from cachemoe.offload.residency import Residency
 from cachemoe.offload.store import StoreLayout
 
 

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 
 from cachemoe.kernels.policy import ORIGINAL, Policy
-from cachemoe.kernels.reference import SOFTMAX, GateScores, Routing, gate_scores
+from cachemoe.kernels.reference_route import gate_scores
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5}  # relative, of what a router computes; in 16 bits ``COARSE``
 COARSE = 2e-2

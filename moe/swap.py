@@ -8,7 +8,7 @@ from types import MethodType
 
 import torch
 
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.state import Routing
 from cachemoe.moe.doors import NoBackward, refuse_transforms
 from cachemoe.moe.layers import Probe, moe_layers, probe
 from cachemoe.moe.routers import RouterOutput

@@ -10,11 +10,10 @@ import torch
 
 from cachemoe.kernels.experts import experts, experts_read_through
 from cachemoe.kernels.fetch import fetch
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.pool import ExpertPool
-from cachemoe.offload.residency import Residency
 
 
 class DeviceEngine:

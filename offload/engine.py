@@ -12,7 +12,7 @@ import torch
 
 from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.experts import experts
-from cachemoe.kernels.reference import Routing
+from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
 from cachemoe.offload.clock import HostClock, StreamClock
 from cachemoe.offload.counters import Counters
@@ -21,7 +21,7 @@ from cachemoe.offload.packed import to_device
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
-from cachemoe.offload.residency import Residency, least_recently_used, resized
+from cachemoe.offload.residency import least_recently_used, resized
 from cachemoe.offload.staging import Staging
 from cachemoe.offload.store import StoreLayout
 from cachemoe.offload.timeline import Timeline

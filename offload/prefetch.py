@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from cachemoe.offload.residency import Residency
+from cachemoe.kernels.state import Residency
 
 Prediction = tuple[int, list[int]]
 """A layer, and the experts that it is expected to choose, likeliest first."""

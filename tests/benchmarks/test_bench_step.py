@@ -7,8 +7,9 @@ from cachemoe.benchmarks import bench_fetch, bench_step, timing
 from cachemoe.benchmarks.bench_step import MISSES, SCORES, STRATEGY, Steps, logits_of, wanted
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import policy_of
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 CUDA = torch.device("cuda")
 TINY = Geometry("tiny", 64, 32, experts=4, top_k=2, layers=1)

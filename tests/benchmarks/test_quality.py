@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.quality import Setting, evaluate
-from cachemoe.kernels.reference import GateScores, route
+from cachemoe.kernels.reference_route import route
+from cachemoe.kernels.state import GateScores, Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.models import load_model
 from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 CONTEXT, TOP_J = 24, 1
 TEXT = b"Quality is measured stepped, with the caches evolving from window to window, as in decode."

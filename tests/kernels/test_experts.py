@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels import quantized_cpu, reference
+from cachemoe.kernels import quantized_cpu, reference_experts
 from cachemoe.kernels.experts import experts, experts_read_through
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.experts_decode import plan_decode
@@ -86,7 +86,7 @@ class Case:
             for name in weights
             if not name.endswith("scales")
         }
-        return reference.experts(self.x, self.slots, self.gates, dense, self.page_format)
+        return reference_experts.experts(self.x, self.slots, self.gates, dense, self.page_format)
 
     def arguments(self):
         return self.x, self.slots, self.gates, self.weights, self.page_format

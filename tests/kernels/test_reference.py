@@ -14,9 +14,11 @@ from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
-from cachemoe.kernels.reference import SOFTMAX, GateScores, experts, route
+from cachemoe.kernels.reference_experts import experts
+from cachemoe.kernels.reference_route import route
+from cachemoe.kernels.state import SOFTMAX, GateScores, Residency
 from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Strategy, policy_of
-from cachemoe.offload.residency import EVICTION_POLICIES, Residency
+from cachemoe.offload.residency import EVICTION_POLICIES
 
 # ---------------------------------------------------------------------------------------------- the literal rules
 

@@ -7,15 +7,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cachemoe.kernels import reference
+from cachemoe.kernels import reference_route
 from cachemoe.kernels.policy import ORIGINAL, Policy
-from cachemoe.kernels.reference import SOFTMAX, STATE, GateScores, Routing
 from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
 from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
+from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
 from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, policy_of
-from cachemoe.offload.residency import EVICTION_POLICIES, Residency, least_frequently_used, least_recently_used
+from cachemoe.offload.residency import EVICTION_POLICIES, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
 WEIGHT_TOLERANCE = 1e-5 if torch.cuda.is_available() else 2e-6  # a GPU's exp is an approximation
@@ -88,7 +88,7 @@ def assert_same_state(state, expected, exact=True):
 def assert_as_reference(backend, logits, state, evict, k, policy=ORIGINAL, scores=SOFTMAX, correction=None):
     """And returns the routing; ``state`` is stepped."""
     stepped = state.clone()
-    expected = reference.route(logits, stepped, evict, k, policy, scores, correction)
+    expected = reference_route.route(logits, stepped, evict, k, policy, scores, correction)
     routing = run(backend, logits, state, evict, k, policy, scores, correction)
     assert_same_routing(routing, expected)
     assert_same_state(state, stepped, exact=correction is None)
@@ -101,7 +101,7 @@ def normal_logits(seed, *shape):
 
 def clear_cut(logits, scores, correction, mass):
     """Whether rounding cannot decide: no two selection values, groups or sums of scores lie closer than 1e-4."""
-    gates = reference.gate_scores(logits, scores)
+    gates = reference_route.gate_scores(logits, scores)
     values = logits if correction is None else gates + correction
     grouped = (gates if correction is None else values).unflatten(-1, (scores.groups, -1))
     gaps = []
@@ -154,7 +154,7 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     assume(clear_cut(logits, scores, correction, MASS if strategy == "cumsum" else None))
     state = Residency.empty(torch.tensor([data.draw(st.integers(k, n))]), n)
     warm = normal_logits(seed + 2, 1, 6, n)
-    reference.route(warm, state, EVICTION_POLICIES[eviction], k)
+    reference_route.route(warm, state, EVICTION_POLICIES[eviction], k)
     assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], k, policy, scores, correction)
 
 
@@ -190,7 +190,7 @@ def most_recently_used(last_use, uses):
 @pytest.mark.parametrize("clock", [2**31 - 20, 2**32 - 20, 2**40])
 def test_a_clock_that_has_run_for_years(backend, evict, clock):
     state = Residency.empty(torch.tensor([5]), 12)
-    reference.route(normal_logits(1, 1, 6, 12), state, evict, 3, ORIGINAL)
+    reference_route.route(normal_logits(1, 1, 6, 12), state, evict, 3, ORIGINAL)
     state.last_use += clock * (state.last_use > 0)
     state.clock += clock
     routing = assert_as_reference(backend, normal_logits(2, 1, 20, 12), state, evict, 3, policy_of(CachePrior(0.1, 1)))
@@ -312,9 +312,9 @@ def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n,
         copied(out, result)
         for name in STATE:
             getattr(state, name).copy_(getattr(there, name))
-    expected, _ = reference.route_hidden(x, router, stepped.clone(), LRU, k, policy)
+    expected, _ = reference_route.route_hidden(x, router, stepped.clone(), LRU, k, policy)
     torch.testing.assert_close(logits, expected, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-3)
-    assert_same_routing(out, reference.route(logits, stepped, LRU, k, policy))
+    assert_same_routing(out, reference_route.route(logits, stepped, LRU, k, policy))
     assert_same_state(state, stepped)
 
 
@@ -454,7 +454,7 @@ def test_a_cuda_graph_replays_decode():
     for seed in range(20):
         hidden.copy_(normal_logits(seed, 1, 1, 64))
         graph.replay()
-        expected = reference.route(logits.cpu(), state, LRU, 4, on("cpu", policy))
+        expected = reference_route.route(logits.cpu(), state, LRU, 4, on("cpu", policy))
         assert_same_routing(copied(Routing.empty(1, 1, 4), out), expected)
     assert_same_state(there.to("cpu"), state)
 
@@ -475,15 +475,15 @@ def test_placing_what_a_router_chose_is_as_the_reference_says(data):
         order = torch.rand(weights.shape, generator=generator).argsort(-1)  # a router may answer in any
         shuffled = ids.gather(-1, order), weights.gather(-1, order)
         routing = place(*shuffled, state, evict)
-        assert_same_routing(routing, reference.place(*shuffled, expected_state, evict))
-        assert_same_routing(routing, reference.route(logits, routed_state, evict, k))
+        assert_same_routing(routing, reference_route.place(*shuffled, expected_state, evict))
+        assert_same_routing(routing, reference_route.route(logits, routed_state, evict, k))
     for name in STATE:
         assert torch.equal(getattr(state, name), getattr(expected_state, name))
         if name not in ("tokens", "range_sum"):
             assert torch.equal(getattr(state, name), getattr(routed_state, name))
 
 
-@pytest.mark.parametrize("backend", [place, reference.place])
+@pytest.mark.parametrize("backend", [place, reference_route.place])
 def test_placing_more_than_there_are_slots_is_refused(backend):
     ids = torch.arange(3)[None, None]
     with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):

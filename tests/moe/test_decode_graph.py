@@ -5,8 +5,8 @@ import torch
 from tiny_models import VOCABULARY, save_random
 
 from cachemoe.kernels.policy import ORIGINAL
-from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import GateScores
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, routing_rules

@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_models import MODELS, save_random
 
-from cachemoe.kernels.reference import GateScores
+from cachemoe.kernels.state import GateScores, Residency
 from cachemoe.moe.layers import MoeLayer, moe_layers, probe, recorded_routers, routing_rules
 from cachemoe.moe.models import load_model
 from cachemoe.moe.routers import RouterOutput, RoutingRule, choose, find_rule, sparsemixer_weights
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 TOKENS, EXPERTS, K = 40, 8, 2
 

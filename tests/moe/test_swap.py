@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from cachemoe.kernels.reference import GateScores
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import GateScores, Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.models import load_model
 from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import ExpertStore, write_store
 
 TOKENS = torch.tensor(list(b"Mixture of Cache-Conditional Experts, token by token."))

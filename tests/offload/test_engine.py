@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels import reference
+from cachemoe.kernels import reference_experts, reference_route
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
+from cachemoe.kernels.state import Routing
 from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload import engine as engines
 from cachemoe.offload import pool, staging, waves
@@ -76,9 +77,9 @@ def step(engine, weights, layer, seed, tokens, policy=ORIGINAL):
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(seed))
     offloads = isinstance(engine, engines.OffloadEngine)
     state = engine.caches(layer) if offloads else engine.state[layer : layer + 1]
-    routing = reference.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, policy)
+    routing = reference_route.route(logits_of(seed, tokens), state, least_recently_used, TOP_K, policy)
     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
-    expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
+    expected = reference_experts.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
     return engine.forward(layer, x, routing), expected
 
 
@@ -173,7 +174,7 @@ def test_many_tokens_leave_the_experts_that_stepping_leaves(store, weights, call
     with engines.OffloadEngine(store, capacity) as engine:
         for seed, (layer, tokens) in enumerate(calls):
             stepped = engine.state[layer : layer + 1].clone()
-            reference.route(logits_of(seed, tokens), stepped, least_recently_used, TOP_K)
+            reference_route.route(logits_of(seed, tokens), stepped, least_recently_used, TOP_K)
             step(engine, weights, layer, seed, tokens)
             assert torch.equal(engine.state[layer].resident(), stepped.resident()[0])
 
@@ -346,7 +347,7 @@ def test_anything_that_happens_gives_the_exact_output_or_an_exception(
                 assert_consistent(engine)
             if call in lost:  # routed, and then something else went wrong before the experts ran
                 state = engine.caches(call % LAYERS)
-                reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K, policy)
+                reference_route.route(logits_of(call, tokens), state, least_recently_used, TOP_K, policy)
                 continue
             try:
                 y, expected = step(engine, weights, call % LAYERS, call, tokens, policy)
@@ -475,11 +476,11 @@ def test_resizing_keeps_the_pages_that_stay(store, weights, capacity, sizes, see
                 # What stayed computes from the page it had.
                 ids = stay.nonzero().flatten()[:TOP_K].view(1, 1, -1)
                 if ids.numel() == TOP_K:
-                    routing = reference.Routing.all_hits(ids)
+                    routing = Routing.all_hits(ids)
                     routing.slots = engine.state.slot_of[layer, ids]
                     x = torch.ones(1, 32)
                     dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
-                    expected = reference.experts(x, ids[0], routing.weights[0], dense, FORMAT)
+                    expected = reference_experts.experts(x, ids[0], routing.weights[0], dense, FORMAT)
                     torch.testing.assert_close(engine.forward(layer, x, routing), expected, rtol=1e-4, atol=1e-5)
             assert engine.counters.misses == misses
 
@@ -500,9 +501,9 @@ def test_over_pinned_memory(store, weights, device, level, gpu):
             layer = call % LAYERS
             x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(call))
             state = engine.caches(layer) if tokens == 1 else engine.state[layer : layer + 1]
-            routing = reference.route(logits_of(call, tokens), state, least_recently_used, TOP_K)
+            routing = reference_route.route(logits_of(call, tokens), state, least_recently_used, TOP_K)
             dense = {"gate_up": weights[0][layer], "down": weights[1][layer]}
-            expected = reference.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
+            expected = reference_experts.experts(x, routing.ids[0], routing.weights[0], dense, FORMAT)
             y = engine.forward(layer, x.to(device), routing).cpu()
             torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-4)
             assert_consistent(engine)

@@ -8,8 +8,8 @@ import torch
 from cachemoe.kernels.experts_tiles import prefill_tiles
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.reference import Routing
 from cachemoe.kernels.route_cpu import place
+from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import CopyCarrier
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.link import Link

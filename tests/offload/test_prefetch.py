@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.route import route
 from cachemoe.kernels.route_cpu import peek
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import MaxRank, policy_of
 from cachemoe.offload.prefetch import Frequency, NextLayerGate, Oracle, PreviousToken, lands_in_time
-from cachemoe.offload.residency import Residency, least_recently_used
+from cachemoe.offload.residency import least_recently_used
 
 LAYERS, EXPERTS, HIDDEN = 4, 6, 8
 

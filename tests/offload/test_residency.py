@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels.reference import route
-from cachemoe.offload.residency import Residency, least_frequently_used, least_recently_used
+from cachemoe.kernels.reference_route import route
+from cachemoe.kernels.state import Residency
+from cachemoe.offload.residency import least_frequently_used, least_recently_used
 
 EXPERTS = 8
 

@@ -1,4 +1,4 @@
-"""Every kernel in plain PyTorch. This is the specification that the kernels are held to, bit by bit where integers are.
+"""Routing in plain PyTorch: the specification that numpy and the kernel are held to, bit by bit where integers are.
 
 Shapes: B caches stepped side by side (configurations of an experiment; 1 in inference), T tokens, E experts, K used.
 """
@@ -6,151 +6,17 @@ Shapes: B caches stepped side by side (configurations of an experiment; 1 in inf
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from cachemoe.kernels.activations import activate
-from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL, Policy
-
-SCORE_FUNCTIONS = ("softmax", "sigmoid", "relu")
-GROUP_SCORES = ("best", "best-two")
-
-
-@dataclass(slots=True, eq=False)  # made for every token and layer: a frozen one takes three times as long
-class Misses:
-    """The misses of a call in step order: token by token, by descending gate weight within a token.
-
-    Args:
-        experts: ``[B, T * K]`` int64, the missing experts; -1 from ``count`` on.
-        slots: ``[B, T * K]`` int64, the slot that each is to be fetched to; -1 from ``count`` on.
-        count: ``[B]`` int64.
-    """
-
-    experts: torch.Tensor
-    slots: torch.Tensor
-    count: torch.Tensor
-
-
-@dataclass(slots=True, eq=False)
-class Routing:
-    """What ``route`` decided.
-
-    Args:
-        ids: ``[B, T, K]`` int64, distinct experts of each token, the highest selection value first.
-        weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits.
-        slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes.
-        hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed.
-        misses: what is to be fetched.
-    """
-
-    ids: torch.Tensor
-    weights: torch.Tensor
-    slots: torch.Tensor
-    hits: torch.Tensor
-    misses: Misses
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of them, in order."""
-        misses = (self.misses.experts, self.misses.slots, self.misses.count)
-        return (self.ids, self.weights, self.slots, self.hits, *misses)
-
-    def __getitem__(self, caches: slice) -> Routing:
-        """The routing of some of the caches, the same memory."""
-        *tensors, experts, slots, count = (tensor[caches] for tensor in self.tensors())
-        return Routing(*tensors, Misses(experts, slots, count))
-
-    @classmethod
-    def empty(cls, caches: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> Routing:
-        """Memory for the routing of ``[B, T]`` tokens."""
-
-        def integers(*shape):
-            return torch.empty(shape, dtype=torch.int64, device=device)
-
-        chosen = (caches, tokens, top_k)
-        return cls(
-            ids=integers(*chosen),
-            weights=torch.empty(chosen, dtype=torch.float32, device=device),
-            slots=integers(*chosen),
-            hits=torch.empty(chosen, dtype=torch.bool, device=device),
-            misses=Misses(integers(caches, tokens * top_k), integers(caches, tokens * top_k), integers(caches)),
-        )
-
-    @classmethod
-    def all_hits(cls, ids: torch.Tensor, weights: torch.Tensor | None = None) -> Routing:
-        """Tokens that find expert e in slot e, wherever the ids are; that nothing is missing is said on the host.
-
-        Args:
-            ids: ``[B, T, K]`` int64.
-            weights: ``[B, T, K]``; None: experts of a token weigh the same.
-        """
-        caches, _, k = ids.shape
-        weights = ids.new_full(ids.shape, 1 / k, dtype=torch.float32) if weights is None else weights.float()
-        nothing = torch.empty(caches, 0, dtype=torch.int64)
-        misses = Misses(nothing, nothing, torch.zeros(caches, dtype=torch.int64))
-        return cls(ids, weights, ids, torch.ones_like(ids, dtype=torch.bool), misses)
-
-
-@dataclass(frozen=True)
-class GateScores:
-    """How a model scores its experts, and which groups of them a token may choose from.
-
-    Args:
-        function: from logits to scores, one of ``SCORE_FUNCTIONS``.
-        groups: G, consecutive groups of E / G experts.
-        top_groups: groups whose experts a token may choose.
-        group_score: what ranks the groups: ``best``, a group's highest selection value (DeepSeek-V2), or ``best-two``,
-            the sum of the two highest scores, corrected where there is a correction (DeepSeek-V3).
-        renormalise: whether the K weights are divided by their sum.
-        epsilon: added to that sum.
-        scale: factor of the weights.
-
-    Raises:
-        ValueError: for an unknown name, or groups that cannot be.
-    """
-
-    function: str = "softmax"
-    groups: int = 1
-    top_groups: int = 1
-    group_score: str = "best"
-    renormalise: bool = False
-    epsilon: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self):
-        if self.function not in SCORE_FUNCTIONS:
-            raise ValueError(f"unknown score function {self.function!r}: use {', '.join(SCORE_FUNCTIONS)}")
-        if self.group_score not in GROUP_SCORES:
-            raise ValueError(f"unknown group score {self.group_score!r}: use {', '.join(GROUP_SCORES)}")
-        if not 1 <= self.top_groups <= self.groups:
-            raise ValueError(f"a token cannot choose from {self.top_groups} of {self.groups} groups")
-
-    def check(self, experts: int, top_k: int) -> None:
-        """Whether K of E experts can be chosen so.
-
-        Raises:
-            ValueError: if they cannot.
-        """
-        if experts % self.groups:
-            raise ValueError(f"{experts} experts cannot be split into {self.groups} groups")
-        size = experts // self.groups
-        if not 1 <= top_k <= self.top_groups * size:
-            raise ValueError(f"{top_k} experts cannot be chosen among {self.top_groups} groups of {size}")
-        if self.group_score == "best-two" and size < 2:
-            raise ValueError("a group of one expert has no two best")
-
-
-SOFTMAX = GateScores()
-
-STATE = ("slot_of", "expert_of", "capacity", "last_use", "uses", "clock", "tokens", "range_sum")
-"""The tensors of a ``Residency``, which kernels know by name alone."""
+from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 
 
 @torch.no_grad()
 def route(
     logits: torch.Tensor,
-    state,
+    state: Residency,
     evict: Callable,
     top_k: int,
     policy: Policy = ORIGINAL,
@@ -363,31 +229,3 @@ def _touch_and_place(chosen, state, evict):
     state.slot_of.scatter_(1, chosen, slots)
     expert_of.scatter_(1, slots, chosen)
     return slots, hits
-
-
-def experts(
-    x: torch.Tensor, slots: torch.Tensor, gates: torch.Tensor, weights: dict[str, torch.Tensor], page_format: PageFormat
-) -> torch.Tensor:
-    """y[t] = sum over k of gates[t, k] * down[s](act(gate[s] x[t]) * (up[s] x[t])), s = slots[t, k].
-
-    Args:
-        x: ``[T, H]``.
-        slots, gates: ``[T, K]``.
-        weights: ``gate_up`` ``[S, 2I, H]`` and ``down`` ``[S, H, I]`` as numbers, and the biases where there are any.
-        page_format: what is computed with them; its kind does not matter.
-
-    Returns:
-        ``[T, H]`` in x's dtype; accumulated in float32.
-    """
-    weights = {name: weight.float() for name, weight in weights.items()}
-    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for k in range(slots.shape[1]):
-        s = slots[:, k]
-        rows = torch.einsum("th,tih->ti", x.float(), weights["gate_up"][s])
-        if page_format.bias:
-            rows += weights["gate_up_bias"][s]
-        result = torch.einsum("ti,thi->th", activate(rows, page_format), weights["down"][s])
-        if page_format.bias:
-            result += weights["down_bias"][s]
-        y += gates[:, k, None].float() * result
-    return y.to(x.dtype)
