@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import _device_constructors
 
 from imitation import streams
@@ -69,6 +70,7 @@ def _cuda() -> dict[str, object]:
         "Stream": streams.Stream,
         "Event": streams.Event,
         "stream": streams.used_stream,
+        "set_stream": streams.set_stream,
         "current_stream": current_stream,
         "synchronize": streams.synchronize,
         "CUDAGraph": streams.Graph,
@@ -120,6 +122,8 @@ def _functions() -> dict[str, Callable]:
 
     @wraps(tensor)
     def moved(data, *, device=None, **kwargs):  # made by the host, as it is for CUDA
+        if has_torch_function((data,)):  # a mode, too, that is told of this function
+            return handle_torch_function(moved, (data,), data, device=device, **kwargs)
         there = device is not None and torch.device(device).type == "cuda"
         made = tensor(data, device="cpu" if there else device, **kwargs)
         return made.to(device) if there else made
