@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ def run(tmp_path, monkeypatch):
     """Runs the command in a folder and a cache of its own; gives what it printed, or its refusal."""
     monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # load takes a GPU where there is one
     monkeypatch.chdir(tmp_path)
 
     def command(*arguments, fails=False):
