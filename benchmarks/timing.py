@@ -8,6 +8,8 @@ from time import perf_counter
 
 import torch
 
+from cachemoe.offload.capture import captured
+
 QUEUED = "queued"
 REPLAY_S = 5e-3  # a replay lasts about this long, so that its own launch and the wait for its end hardly count
 
@@ -77,7 +79,7 @@ def _capture(calls: Sequence[Callable[[], object]], count: int) -> torch.cuda.CU
         calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         for call in islice(cycle(calls), count):
             call()
     return graph

@@ -1,7 +1,10 @@
 """One decode step of a model over a static cache: in a CUDA graph on a GPU, step by step on a CPU."""
 
+from contextlib import nullcontext
+
 import torch
 
+from cachemoe.offload.capture import captured
 from cachemoe.offload.errors import InputError
 
 WARM_UP = 2  # steps run before the capture, for what libraries set up and compile at their first calls
@@ -39,6 +42,12 @@ class DecodeGraph:
             InputError: if the model cannot be captured.
         """
         self._token.copy_(token)
+        with torch.cuda.device(self._token.device) if self._token.is_cuda else nullcontext():
+            self._step()
+        self._steps += 1
+        return self._logits
+
+    def _step(self) -> None:
         if self._graph is None and self._token.is_cuda and self._steps >= WARM_UP:
             self._capture()
         if self._graph is not None:
@@ -51,18 +60,16 @@ class DecodeGraph:
             torch.cuda.current_stream().wait_stream(stream)
         else:
             self._run()
-        self._steps += 1
-        return self._logits
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with captured(graph, self._token.device):
                 self._run()
         except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
             raise InputError(
-                f"{type(self._model).__name__} cannot be captured in a CUDA graph: let the host drive it "
-                f"({str(error).splitlines()[0]})"
+                f"{type(self._model).__name__} cannot be captured in a CUDA graph: let the host drive it ({reason})"
             ) from error
         self._graph = graph
 

@@ -108,8 +108,8 @@ def static_cache(model, length: int):
 
 
 def text_streamer(tokenizer):
-    """Prints what ``generate`` generates as it comes, without the prompt."""
-    return transformers.TextStreamer(tokenizer, skip_prompt=True)
+    """Prints the prompt and what ``generate`` makes of it, as it comes."""
+    return transformers.TextStreamer(tokenizer, skip_special_tokens=True)
 
 
 @contextmanager

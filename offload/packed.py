@@ -26,13 +26,14 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
 
     Args:
         tensors: on the host, those of larger elements first, or on the device already: these are returned as they are.
+            What lies on another GPU is copied by itself.
     """
-    here = [each for each in tensors if each.device.type != device.type]
-    if not here:
-        return list(tensors)
+    here = [each for each in tensors if each.device.type == "cpu"]
+    if device.type == "cpu" or not here:
+        return [each.to(device) for each in tensors]
     # PyTorch gives pinned memory to nobody else before the copy has read it.
     there = iter(_unpacked(_bytes(here).pin_memory().to(device, non_blocking=True), here))
-    return [each if each.device.type == device.type else next(there) for each in tensors]
+    return [next(there) if each.device.type == "cpu" else each.to(device) for each in tensors]
 
 
 def _bytes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

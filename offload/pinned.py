@@ -320,7 +320,10 @@ def _lock(address: int, size: int) -> Callable[[], None]:
 
 
 def _unregister(address: int) -> None:
-    torch.cuda.synchronize()  # a kernel that still reads the memory would fault
+    for device in range(torch.cuda.device_count()):  # a kernel that still reads the memory would fault
+        # Waiting for a device that the process does not use would set it up first.
+        if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
+            torch.cuda.synchronize(device)
     torch.cuda.cudart().cudaHostUnregister(address)
 
 

@@ -2,9 +2,11 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis
+import numpy
 import pytest
 import torch
 
@@ -20,6 +22,19 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(2)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a script; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure():
+    """One sentence in place of the failure of every kernel."""
+    with suppress(ImportError):
+        import triton
+
+        newer = numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0"
+        if newer and triton.__version__.startswith("3.6.") and triton.knobs.runtime.interpret:
+            raise pytest.UsageError(
+                f"the interpreter of Triton {triton.__version__} fails on numpy {numpy.__version__}, so that no kernel "
+                "can be tested without a GPU: pip install 'numpy<2.4'"
+            )
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""``cachemoe latency`` from the outside: what it writes, and how it refuses what cannot be."""
+"""``cachemoe latency`` from the outside, on the CPU: what it writes, and how it refuses what cannot be."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from cachemoe.offload.profiles import PROFILES
 from cachemoe.offload.residency import EVICTION_POLICIES
 from cachemoe.offload.store import ExpertStore
 
-QUICK = ("--context", "32", "--quality-tokens", "64", "--tokens", "9", "--payload", "native", "--top-j", "1")
+CPU = ("--device", "cpu")  # also where there is a GPU, on which defaults and tables are others
+QUICK = (*CPU, "--context", "32", "--quality-tokens", "64", "--tokens", "9", "--payload", "native", "--top-j", "1")
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(command, tmp_path, mo
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing_partial(tiny_checkpoint, tmp_path):
     environment = {**os.environ, "CACHEMOE_CACHE": str(tmp_path / "cache")}
-    long = ("--context", "32", "--quality-tokens", "100000", "--payload", "native")
+    long = (*CPU, "--context", "32", "--quality-tokens", "100000", "--payload", "native")
     command = [sys.executable, "-m", "cachemoe.benchmarks.cli", "latency", "--model", str(tiny_checkpoint), *long]
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     while "quality" not in running.stderr.readline():

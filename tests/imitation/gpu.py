@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import _device_constructors
 
 from imitation import streams
@@ -69,6 +70,7 @@ def _cuda() -> dict[str, object]:
         "Stream": streams.Stream,
         "Event": streams.Event,
         "stream": streams.used_stream,
+        "set_stream": streams.set_stream,
         "current_stream": current_stream,
         "synchronize": streams.synchronize,
         "CUDAGraph": streams.Graph,
@@ -76,8 +78,8 @@ def _cuda() -> dict[str, object]:
         "is_current_stream_capturing": streams.is_capturing,
         "cudart": lambda: machine().locked,
         "mem_get_info": lambda device=None: (70 * GIB, 80 * GIB),
-        "memory_reserved": lambda device=None: 0,
-        "memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: GIB,
+        "memory_allocated": lambda device=None: GIB,
         "empty_cache": lambda: None,
         "get_device_properties": lambda device=None: PROPERTIES,
         "get_device_name": lambda device=None: PROPERTIES.name,
@@ -120,6 +122,8 @@ def _functions() -> dict[str, Callable]:
 
     @wraps(tensor)
     def moved(data, *, device=None, **kwargs):  # made by the host, as it is for CUDA
+        if has_torch_function((data,)):  # a mode, too, that is told of this function
+            return handle_torch_function(moved, (data,), data, device=device, **kwargs)
         there = device is not None and torch.device(device).type == "cuda"
         made = tensor(data, device="cpu" if there else device, **kwargs)
         return made.to(device) if there else made

@@ -28,6 +28,7 @@ class Machine:
         lock: held while work is added or done: one thread at a time does so.
         streams: of each device, the default one first.
         capture: the graph that is being captured, or None.
+        captures_on: the device of torch's own stream for captures, once there is one.
         waits: what the host has waited for, and where; never within a capture, where waiting raises.
         locked: the host's page-locked memory.
     """
@@ -36,6 +37,7 @@ class Machine:
         self.lock = threading.RLock()
         self.streams: list[list[Stream]] = [[] for _ in range(DEVICES)]
         self.capture: Graph | None = None
+        self.captures_on: torch.device | None = None
         self.waits: list[str] = []
         self.locked = LockedMemory()
         self.of_thread = _OfThread()
@@ -91,6 +93,7 @@ def place() -> str:
 def refuse_in_capture(what: str) -> None:
     """Raise, whichever thread asks, while a graph is captured."""
     if machine().capture is not None:
+        machine().capture.broken = True
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}, at {place()}")
 
 
@@ -161,7 +164,13 @@ class DefaultStream(Stream):
 
 
 class Graph(Stream):
-    """As ``torch.cuda.CUDAGraph``: a stream that keeps its work for good, and does it at each replay."""
+    """As ``torch.cuda.CUDAGraph``: a stream that keeps its work for good, and does it at each replay.
+
+    Attributes:
+        broken: whether something was done that no capture survives.
+    """
+
+    broken = False
 
     def __init__(self, keep_graph: bool = False):
         super().__init__()
@@ -179,7 +188,7 @@ class Graph(Stream):
             raise RuntimeError("CUDA error: dependency created on uncaptured work in another stream")
 
     def replay(self) -> None:
-        current_stream().submit(self._run)
+        current_stream(self.device).submit(self._run)
 
     def reset(self) -> None:
         self._work.clear()
@@ -288,16 +297,30 @@ def used_stream(stream: Stream | None) -> Iterator[None]:
             streams[index] = before
 
 
+def set_stream(stream: Stream) -> None:
+    """As ``torch.cuda.set_stream``."""
+    machine().of_thread.device = stream.device.index
+    machine().of_thread.streams[stream.device.index] = stream
+
+
 @contextmanager
 def captured(graph: Graph, pool=None, stream=None, capture_error_mode: str = "global") -> Iterator[None]:
-    """As ``torch.cuda.graph``."""
+    """As ``torch.cuda.graph``, which leaves its own stream behind when it cannot end a broken capture."""
     synchronize()
+    if stream is None:
+        machine().captures_on = machine().captures_on or device_of(None)
+    graph.device = machine().captures_on if stream is None else stream.device
+    device, before = device_of(None), current_stream(graph.device)
     machine().capture = graph
+    set_stream(graph)
     try:
-        with used_stream(graph):
-            yield
+        yield
     finally:
         machine().capture = None
+        if graph.broken:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        set_stream(before)
+        machine().of_thread.device = device.index
 
 
 def is_capturing() -> bool:

@@ -1,5 +1,8 @@
 """Decoding over a static cache through the device-driven engine, against transformers' own stepping."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
 from tiny_models import VOCABULARY, save_random
@@ -94,3 +97,20 @@ def test_every_architecture_decodes_as_the_model_does(name, device, tolerance, t
 
     logits, _ = decoded(model, checkpoint, "fp32", tokens, tmp_path, choose_experts)
     torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_model_on_a_second_gpu_is_captured_there():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def count(token, past_key_values, use_cache):
+        return SimpleNamespace(logits=past_key_values.add_(token).clone())
+
+    for device in map(torch.device, ("cuda:0", "cuda:1")):  # torch keeps a stream for captures on the first
+        model, total = Mock(side_effect=count, device=device), torch.zeros(1, 1, 3, dtype=torch.int64, device=device)
+        graph = DecodeGraph(model, total)
+        steps = [graph.step(token).clone() for token in torch.arange(1, WARM_UP + 4, device=device)]
+        assert [int(step[0]) for step in steps] == [1, 3, 6, 10, 15]
+        assert model.call_count == WARM_UP + 1  # the rest were replayed

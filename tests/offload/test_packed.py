@@ -26,3 +26,14 @@ def test_what_went_to_a_gpu_and_back_is_the_same():
     for before, after in zip(TENSORS, to_host(*there), strict=True):
         assert (after.device.type, after.dtype, after.shape) == ("cpu", before.dtype, before.shape)
         assert torch.equal(after.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.gpu
+def test_what_is_on_another_gpu_comes_too():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    device = torch.device("cuda", 1)
+    mixed = torch.tensor([1, 2], device="cuda:0"), torch.tensor([3]), torch.tensor([4], device=device)
+    there = to_device(device, *mixed)
+    assert there[2] is mixed[2]
+    assert [(each.device, each.tolist()) for each in there] == [(device, [1, 2]), (device, [3]), (device, [4])]

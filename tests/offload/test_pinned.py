@@ -559,7 +559,10 @@ class Cudart:
         self.code, self.calls = code, []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.calls.append("synchronize"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * (device == 2))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append(f"synchronize {device}"))
         monkeypatch.setattr(torch, "ones", lambda *_, **__: self.calls.append("launch"))
 
     def cudaHostRegister(self, address, size, flags):
@@ -580,7 +583,7 @@ def test_where_there_is_cuda_the_memory_is_registered_with_it(store, monkeypatch
         address = whole.memory.data_ptr()
         assert cudart.calls == [(address, PAGES * SIZE, 0)]
     whole.close()
-    assert cudart.calls[1:] == ["synchronize", address]
+    assert cudart.calls[1:] == ["synchronize 0", "synchronize 2", address]  # those in use
 
 
 def test_what_cuda_refuses_is_not_unregistered(store, monkeypatch):
