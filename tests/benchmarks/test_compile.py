@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from typer.testing import CliRunner
 
+from cachemoe.benchmarks import run_compile
+from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.compile import SHARED_MEMORY, Resources, compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.benchmarks.run_compile import wrong
@@ -68,6 +71,34 @@ def test_a_launch_without_memory_is_compiled_as_one_with_it():
 def test_trials_may_have_defects():
     rows = [{"trial": trial, "defects": found} for trial in (True, False) for found in ([], ["spilled"])]
     assert wrong({"rows": rows}) == [{"trial": False, "defects": ["spilled"]}]
+
+
+class CutOff:
+    """A pool of processes that is interrupted after one compilation."""
+
+    def __init__(self, workers, context): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+    def shutdown(self, wait, cancel_futures): ...
+
+    def map(self, function, jobs):
+        yield "key", ROW
+        raise KeyboardInterrupt
+
+
+ROW = asdict(FINE) | {"kernel": "fetch", "for": "any page", "trial": False, "capability": 80, "defects": []}
+
+
+def test_what_was_compiled_before_an_interrupt_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_compile, "ProcessPoolExecutor", CutOff)
+    result = CliRunner().invoke(app, ["compile", "--capability", "80", "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 130 and "in part" in result.stdout and "interrupted" in result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"] and report["rows"] == [ROW]
 
 
 def test_the_cases_cover_every_path_and_format():
