@@ -113,6 +113,8 @@ def test_the_cases_cover_every_path_and_format():
         "hits first",
         "misses later",
         "read through",
+        "gelu",
+        "relu",
     ):
         assert any(part in name for name in names), part
     assert {launch.constants.get("BLOCK_M") for _, launch in cases()} >= {16, 32, 64}
@@ -148,10 +150,16 @@ def flushing(x_ptr):
     tl.store(x_ptr, tl.inline_asm_elementwise("add.ftz.f32 $0, $1, $1;", "=f,f", [x], tl.float32, True, 1))
 
 @triton.jit
+def erf_and_flushing(x_ptr):
+    x = tl.erf(tl.load(x_ptr))
+    tl.store(x_ptr, tl.inline_asm_elementwise("abs.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1))
+
+@triton.jit
 def adding(x_ptr):
     tl.atomic_add(x_ptr, 1)
 
-for kernel, dtype in ((flushing, "float32"), (adding, "float32"), (adding, "float16"), (adding, "int32")):
+float32 = [(kernel, "float32") for kernel in (flushing, erf_and_flushing)]
+for kernel, dtype in (*float32, (adding, "float32"), (adding, "float16"), (adding, "int32")):
     x = torch.empty(1, dtype=getattr(torch, dtype), device="meta")
     found = read_resources(compile_launch(Launch(kernel, (1,), {"x_ptr": x}), 90))
     print(kernel.__name__, dtype, found.flushing, found.float_atomics)
@@ -165,6 +173,7 @@ def test_flushing_and_atomics_are_found(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
         "flushing float32 1 0",
+        "erf_and_flushing float32 1 0",
         "adding float32 0 1",
         "adding float16 0 1",
         "adding int32 0 0",
