@@ -146,7 +146,8 @@ def gpu(
     step: Annotated[
         list[str] | None,
         typer.Option(
-            help="environment, compile, correctness, microbenchmarks or latency; repeatable.",
+            help="environment, compile, correctness, latency, latency-phone, latency-pcie, microbenchmarks; with "
+            "compute-sanitizer memcheck and racecheck. Repeatable.",
             show_default="all of them",
         ),
     ] = None,
@@ -154,7 +155,7 @@ def gpu(
 ):
     """Everything that needs a GPU, in one run from a checkout, into one JSON file.
 
-    Every kernel is compiled, then come tests, microbenchmarks and tables.
+    Every kernel is compiled, then come tests, tables and microbenchmarks.
 
     Each step is a process of its own; one that fails or hangs does not keep the others from running. Exits with 1 if
     any step failed, with 2 if there is no GPU.
@@ -219,6 +220,8 @@ def compile_kernels(
         for row in rows:
             what = f"{row['kernel']} for {row['for']} on sm_{row['capability']}: {'; '.join(row['defects'])}"
             errors.print(what, highlight=False, soft_wrap=True)
+        if report["interrupted"]:  # what there is has been written
+            raise KeyboardInterrupt
         if rows:
             raise typer.Exit(1)
 

@@ -131,7 +131,7 @@ def generate(
     eviction: Eviction = "lru",
     revision: Revision = None,
 ):
-    """Generate text with a checkpoint whose experts do not all fit: greedily, printed as it comes, the prompt first."""
+    """Generate text with a checkpoint whose experts do not all fit: greedily, printed with the prompt as it comes."""
     with one_sentence():
         from inspect import signature
 

@@ -9,7 +9,7 @@ from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch_gpu import plan_fetch
-from cachemoe.kernels.formats import INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import ACTIVATIONS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.policy import KNOBS, Policy
 from cachemoe.kernels.route_gpu import plan_route
@@ -92,6 +92,19 @@ def _experts(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
                     yield f"{kind}, T = 1{way}", launch
 
 
+def _activations(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
+    """The launches that compute those activations that no geometry has: each format's, of one token and of many."""
+    present = {each.page_format("bf16").activation for each in GEOMETRIES.values()}
+    for activation in ACTIVATIONS:
+        if activation in present:
+            continue
+        for kind, page_format, dtype in _formats(replace(geometry, options=(("activation", activation),))):
+            one, many = (experts_arguments(geometry, page_format, dtype, tokens) for tokens in (1, PREFILL_TOKENS[1]))
+            yield f"{activation}, {kind}, T = 1", plan_decode(*one)[0]
+            results = pair_results(geometry, PREFILL_TOKENS[1])
+            yield f"{activation}, {kind}, T = {PREFILL_TOKENS[1]}", plan_prefill(*many, results)[0]
+
+
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     """One token and many, from logits and from hidden states, by every strategy."""
     experts, top_k = router.experts, router.top_k
@@ -126,6 +139,7 @@ def cases() -> Iterator[tuple[str, Launch]]:
     """(what it is for, launch); geometries share many compilations."""
     for geometry in GEOMETRIES.values():
         yield from ((f"{geometry.title}, {what}", launch) for what, launch in _experts(geometry))
+    yield from _activations(GEOMETRIES["olmoe"])
     for name, router in ROUTERS.items():
         yield from ((f"{name}, {what}", launch) for what, launch in _route(router))
     yield from _fetch()

@@ -40,7 +40,8 @@ def run_compile(capabilities: Sequence[int], tiles: bool, progress: Progress) ->
         progress: shows the compilations.
 
     Returns:
-        For JSON: the Triton release, and a row for each distinct compilation with its resources and its defects.
+        For JSON: the Triton release, a row for each distinct compilation with its resources and its defects, and
+        whether it was interrupted, so that rows are missing.
 
     Raises:
         InputError: for a compute capability whose limits are not known here.
@@ -51,15 +52,19 @@ def run_compile(capabilities: Sequence[int], tiles: bool, progress: Progress) ->
             raise InputError(f"compute capability {capability} is not one of those that can be checked: {known}")
     count = len(_all_cases(tiles))
     jobs = [(tiles, index, capability) for capability in capabilities for index in range(count)]
-    rows = {}
+    rows, interrupted = {}, False
     with (
         ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), MOST_WORKERS), get_context("spawn")) as pool,
         progress(f"compiling the kernels' {count} configurations", len(jobs)) as advance,
     ):
-        for key, row in pool.map(_compile, jobs, chunksize=4):
-            rows.setdefault(key, row)
-            advance()
-    return {"triton": triton.__version__, "rows": list(rows.values())}
+        try:
+            for key, row in pool.map(_compile, jobs):
+                rows.setdefault(key, row)
+                advance()
+        except KeyboardInterrupt:
+            interrupted = True
+            pool.shutdown(wait=False, cancel_futures=True)
+    return {"triton": triton.__version__, "interrupted": interrupted, "rows": list(rows.values())}
 
 
 def wrong(report: dict) -> list[dict]:
@@ -95,7 +100,7 @@ def _compile(job: tuple[bool, int, int]) -> tuple[str, dict]:
 
 def compile_table(report: dict) -> Table:
     """A row for each kernel and capability: how many configurations, and the most or the fewest of each resource."""
-    title = f"Compiled ahead of time with Triton {report['triton']}"
+    title = f"Compiled ahead of time with Triton {report['triton']}" + (", in part" if report["interrupted"] else "")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     headings = ("kernel", "sm", "count", "regs", "shared", "spilled", "16-byte", "async", "tensor", "wrong")
     for heading in headings:

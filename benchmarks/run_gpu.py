@@ -256,7 +256,8 @@ def commit() -> str | None:
 def summarised(compiled: dict) -> dict:
     """A report of ``cachemoe compile`` without the rows that nothing is wrong with."""
     wrong = [row for row in compiled["rows"] if row["defects"]]
-    return {"triton": compiled["triton"], "configurations": len(compiled["rows"]), "wrong": wrong}
+    whole = {name: compiled[name] for name in ("triton", "interrupted")}
+    return whole | {"configurations": len(compiled["rows"]), "wrong": wrong}
 
 
 def junit(path: Path) -> dict:

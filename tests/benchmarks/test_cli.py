@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
+from cachemoe.benchmarks import machine, run_latency
 from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.payload import PAYLOADS
 from cachemoe.moe.strategies import RULES
@@ -159,6 +161,25 @@ def test_every_way_to_move_pages(command, tmp_path):
     }
     assert {"route", "compute", "stall", "read 0"} <= {track for track in tracks if isinstance(track, str)}
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.gpu
+@pytest.mark.kernel
+def test_on_a_gpu_both_drives_choose_and_miss_alike(command, tmp_path, gpu, monkeypatch):
+    if gpu is not None:  # no speeds to measure, and an interpreter that takes long
+        for name in ("device_copy_bandwidth", "pinned_copy_bandwidth"):
+            monkeypatch.setattr(machine, name, partial(getattr(machine, name), 1 << 16))
+        monkeypatch.setattr(machine, "expert_bandwidth", partial(machine.expert_bandwidth, calls=1))
+        monkeypatch.setattr(run_latency, "PREFIX", 4)
+    options = ("--device", "cuda", "--tokens", "6", "--capacity", "50%", "--strategy", "original")
+    result = command(*options, "--quality-tokens", "32", "--drive", "host", "--drive", "graph")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "results" / "latency.json").read_text())
+    assert (figures["settings"]["device"], figures["store"]["level"]) == ("cuda", "pinned")
+    rows = {row["name"]: row for row in figures["capacities"][0]["rows"]}
+    host, graph = rows["original"], rows["original in a graph"]
+    assert host["counters"]["misses"] == graph["counters"]["misses"] > 0
+    assert len(host["seconds"]) == len(graph["seconds"]) == 3
 
 
 def test_a_short_text_is_refused(command, tmp_path):

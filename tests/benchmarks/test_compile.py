@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from typer.testing import CliRunner
 
+from cachemoe.benchmarks import run_compile
+from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.compile import SHARED_MEMORY, Resources, compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.benchmarks.run_compile import wrong
@@ -70,6 +73,34 @@ def test_trials_may_have_defects():
     assert wrong({"rows": rows}) == [{"trial": False, "defects": ["spilled"]}]
 
 
+class CutOff:
+    """A pool of processes that is interrupted after one compilation."""
+
+    def __init__(self, workers, context): ...
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+
+    def shutdown(self, wait, cancel_futures): ...
+
+    def map(self, function, jobs):
+        yield "key", ROW
+        raise KeyboardInterrupt
+
+
+ROW = asdict(FINE) | {"kernel": "fetch", "for": "any page", "trial": False, "capability": 80, "defects": []}
+
+
+def test_what_was_compiled_before_an_interrupt_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_compile, "ProcessPoolExecutor", CutOff)
+    result = CliRunner().invoke(app, ["compile", "--capability", "80", "--json", str(tmp_path / "report.json")])
+    assert result.exit_code == 130 and "in part" in result.stdout and "interrupted" in result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"] and report["rows"] == [ROW]
+
+
 def test_the_cases_cover_every_path_and_format():
     names = [what for what, _ in cases()]
     for part in (
@@ -82,6 +113,8 @@ def test_the_cases_cover_every_path_and_format():
         "hits first",
         "misses later",
         "read through",
+        "gelu",
+        "relu",
     ):
         assert any(part in name for name in names), part
     assert {launch.constants.get("BLOCK_M") for _, launch in cases()} >= {16, 32, 64}
@@ -117,10 +150,16 @@ def flushing(x_ptr):
     tl.store(x_ptr, tl.inline_asm_elementwise("add.ftz.f32 $0, $1, $1;", "=f,f", [x], tl.float32, True, 1))
 
 @triton.jit
+def erf_and_flushing(x_ptr):
+    x = tl.erf(tl.load(x_ptr))
+    tl.store(x_ptr, tl.inline_asm_elementwise("abs.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1))
+
+@triton.jit
 def adding(x_ptr):
     tl.atomic_add(x_ptr, 1)
 
-for kernel, dtype in ((flushing, "float32"), (adding, "float32"), (adding, "float16"), (adding, "int32")):
+float32 = [(kernel, "float32") for kernel in (flushing, erf_and_flushing)]
+for kernel, dtype in (*float32, (adding, "float32"), (adding, "float16"), (adding, "int32")):
     x = torch.empty(1, dtype=getattr(torch, dtype), device="meta")
     found = read_resources(compile_launch(Launch(kernel, (1,), {"x_ptr": x}), 90))
     print(kernel.__name__, dtype, found.flushing, found.float_atomics)
@@ -134,6 +173,7 @@ def test_flushing_and_atomics_are_found(tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [
         "flushing float32 1 0",
+        "erf_and_flushing float32 1 0",
         "adding float32 0 1",
         "adding float16 0 1",
         "adding int32 0 0",

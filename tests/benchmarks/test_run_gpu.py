@@ -174,7 +174,10 @@ def test_what_is_needed_least_comes_last(tmp_path, monkeypatch):
     (tmp_path / run_gpu.SANITIZER).write_text("#!/bin/sh")
     (tmp_path / run_gpu.SANITIZER).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert [step.name for step in gpu_steps(tmp_path, False)] == [*names, "memcheck", "racecheck"]
+    names += ["memcheck", "racecheck"]
+    assert [step.name for step in gpu_steps(tmp_path, False)] == names
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["gpu", "--help"]).output
+    assert all(name in said for name in names)
     for step in gpu_steps(tmp_path, False):
         for argument in step.command:
             if argument.startswith(("tests/", "benchmarks/")):
@@ -257,9 +260,10 @@ def test_one_step_alone(quick_steps, tmp_path):
 
 def test_the_compilations_without_defects_are_counted_alone(tmp_path):
     rows = [{"kernel": "route", "defects": []}, {"kernel": "fetch", "defects": ["no 16-byte loads"]}]
-    (tmp_path / "compile.json").write_text(json.dumps({"triton": "3.6.0", "rows": rows}))
+    (tmp_path / "compile.json").write_text(json.dumps({"triton": "3.6.0", "interrupted": True, "rows": rows}))
     compiled = next(step for step in gpu_steps(tmp_path, True) if step.name == "compile")
-    assert compiled.collect("") == {"triton": "3.6.0", "configurations": 2, "wrong": rows[1:]}
+    expected = {"triton": "3.6.0", "interrupted": True, "configurations": 2, "wrong": rows[1:]}
+    assert compiled.collect("") == expected
 
 
 def test_a_failed_step_exits_with_1(monkeypatch, tmp_path):

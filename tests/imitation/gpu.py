@@ -128,7 +128,8 @@ def _functions() -> dict[str, Callable]:
         made = tensor(data, device="cpu" if there else device, **kwargs)
         return made.to(device) if there else made
 
-    return {"empty": pinning(torch.empty), "zeros": pinning(torch.zeros), "tensor": moved}
+    made_pinned = {name: pinning(getattr(torch, name)) for name in ("empty", "zeros", "ones")}
+    return {**made_pinned, "tensor": moved}
 
 
 @contextmanager
