@@ -173,4 +173,5 @@ def pytest_terminal_summary(terminalreporter, config):
             plot_micro(report, partial)
         written += f" Picture, of what has a bound, without the trials of tiles: {picture}."
     console.print(written, highlight=False)
-    terminalreporter.write(console.file.getvalue())
+    if config.option.verbose > -2:  # with -qq they are only written, and whoever ran this shows them
+        terminalreporter.write(console.file.getvalue())

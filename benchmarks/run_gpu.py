@@ -106,7 +106,7 @@ def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
         *(table(name, more) for name, more in TABLES.items()),
         Step(
             "microbenchmarks",
-            (*pytest, *MICRO, "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
+            (*pytest, "-q", *MICRO, "--benchmark-only", f"--bench-out={figures}", f"--junit-xml={micro}"),
             10,
             lambda output: {"figures": read_json(figures), "tests": junit(micro) if micro.exists() else None},
         ),
@@ -220,6 +220,8 @@ def run_step(step: Step, limit: float, environment: dict[str, str], entry: dict)
         output = log.read_text(errors="replace")
     try:
         entry["result"] = step.collect(output)
+    except FileNotFoundError:
+        entry["result"] = {"complaint": "it ended before it wrote a result"}
     except Exception as error:  # whatever a step left behind, the next one runs
         entry["result"] = {"complaint": f"no result: {type(error).__name__}: {error}"}
     if "complaint" in entry["result"] and entry["status"] == "passed":

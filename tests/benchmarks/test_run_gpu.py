@@ -137,7 +137,8 @@ def test_a_step_that_leaves_no_result_failed(run, tmp_path):
         step("complains", "", lambda output: {"complaint": "nothing ran"}),
     )
     assert statuses(report) == ["failed", "failed"]
-    assert "absent.json" in report["steps"][0]["result"]["complaint"]
+    # The file would have lain in a folder that is gone when the report is read.
+    assert report["steps"][0]["result"] == {"complaint": "it ended before it wrote a result"}
 
 
 def test_without_time_left_a_step_is_not_run(run):
