@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import pytest
 from typer.testing import CliRunner
 
-from cachemoe.benchmarks import machine, run_latency
 from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.payload import PAYLOADS
 from cachemoe.moe.strategies import RULES
@@ -164,13 +162,8 @@ def test_every_way_to_move_pages(command, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.kernel
-def test_on_a_gpu_both_drives_choose_and_miss_alike(command, tmp_path, gpu, monkeypatch):
-    if gpu is not None:  # no speeds to measure, and an interpreter that takes long
-        for name in ("device_copy_bandwidth", "pinned_copy_bandwidth"):
-            monkeypatch.setattr(machine, name, partial(getattr(machine, name), 1 << 16))
-        monkeypatch.setattr(machine, "expert_bandwidth", partial(machine.expert_bandwidth, calls=1))
-        monkeypatch.setattr(run_latency, "PREFIX", 4)
+@pytest.mark.gpu_only("interpreted, minutes: the engines' own tests stand for it there")
+def test_on_a_gpu_both_drives_choose_and_miss_alike(command, tmp_path):
     options = ("--device", "cuda", "--tokens", "6", "--capacity", "50%", "--strategy", "original")
     result = command(*options, "--quality-tokens", "32", "--drive", "host", "--drive", "graph")
     assert result.exit_code == 0, result.output
