@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.offload.capture import captured
+from cachemoe.offload.capture import beside, captured
 
 QUEUED = "queued"
 REPLAY_S = 5e-3  # a replay lasts about this long, so that its own launch and the wait for its end hardly count
@@ -73,11 +73,8 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _capture(calls: Sequence[Callable[[], object]], count: int) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()  # what libraries set up at their first call on a stream must not be captured
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with beside():
         calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with captured(graph):
         for call in islice(cycle(calls), count):

@@ -7,7 +7,8 @@ arithmetic and comparison operators alone. A comparison is multiplied by a numbe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from inspect import signature
 
 import torch
@@ -31,27 +32,26 @@ class Policy:
         knobs: ``[B, len(KNOBS)]`` float32, contiguous, where the logits are; needed with a key. A captured graph reads
             what is written there.
 
-    Attributes:
-        words: that the key names.
-
     Raises:
         ValueError: if the key names another word, or in another order, or has no knobs.
     """
 
     key: Callable | None = None
     knobs: torch.Tensor | None = None
-    words: tuple[str, ...] = field(default=(), init=False)
 
     def __post_init__(self):
         if self.key is None:
             return
-        named = tuple(signature(self.key).parameters)
-        object.__setattr__(self, "words", named)
-        if named != tuple(word for word in KEY_WORDS if word in named):
-            raise ValueError(f"a key's parameters are some of {', '.join(KEY_WORDS)}, in this order, not {named}")
+        if self.words != tuple(word for word in KEY_WORDS if word in self.words):
+            raise ValueError(f"a key's parameters are some of {', '.join(KEY_WORDS)}, in this order, not {self.words}")
         knobs = self.knobs
         if knobs is None or knobs.dim() != 2 or knobs.shape[1] != len(KNOBS) or knobs.dtype != torch.float32:
             raise ValueError(f"a key needs knobs [B, {len(KNOBS)}] float32")
+
+    @cached_property  # read for every token
+    def words(self) -> tuple[str, ...]:
+        """Those that the key names."""
+        return () if self.key is None else tuple(signature(self.key).parameters)
 
     def to(self, device: torch.device | str) -> Policy:
         """The policy with its knobs on a device."""

@@ -238,7 +238,7 @@ def _step_one(choose, state, evict, tokens, k):
                 free = (occupants < 0).nonzero()[0]
                 keys[free] = FIRST + free
             for slot in placed:
-                if 0 <= slot < capacity:
+                if slot >= 0:
                     keys[slot] = NEVER
             for i, expert in enumerate(chosen.tolist()):
                 if placed[i] < 0:

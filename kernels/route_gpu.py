@@ -291,7 +291,7 @@ def _route_kernel(
                 slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
                 free -= 1
             else:
-                least = (slot_of >= 0) & (slot_of < capacity) & (place == K)
+                least = (slot_of >= 0) & (place == K)
                 least &= high == tl.min(tl.where(least, high, HIGHEST), 0)
                 least &= low == tl.min(tl.where(least, low, HIGHEST), 0)
                 slot = tl.min(tl.where(least, slot_of, C - 1), 0)

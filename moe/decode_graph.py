@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
-from cachemoe.offload.capture import captured
+from cachemoe.offload.capture import beside, captured
 from cachemoe.offload.errors import InputError
 
 WARM_UP = 2  # steps run before the capture, for what libraries set up and compile at their first calls
@@ -53,11 +53,8 @@ class DecodeGraph:
         if self._graph is not None:
             self._graph.replay()
         elif self._token.is_cuda:
-            stream = torch.cuda.Stream()  # what is set up at a stream's first use must not be captured
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            with beside():
                 self._run()
-            torch.cuda.current_stream().wait_stream(stream)
         else:
             self._run()
 

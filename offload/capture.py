@@ -1,4 +1,4 @@
-"""Capturing a CUDA graph: ``torch.cuda.graph`` with what it leaves to its caller."""
+"""Capturing a CUDA graph: the warm-up before, and ``torch.cuda.graph`` with what it leaves to its caller."""
 
 import gc
 from collections.abc import Iterator
@@ -6,6 +6,16 @@ from contextlib import contextmanager
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """On a stream of its own, in order with the current one: what is set up at a first use must not be captured."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 @contextmanager

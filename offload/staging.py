@@ -45,10 +45,6 @@ class Staging:
         self._last_call: tuple[int, float] | None = None
         self._layer_s: float | None = None
 
-    def of_layer(self, layer: int) -> list[int]:
-        """The experts of a layer that are staged or on their way."""
-        return [e for at, e in self._ahead if at == layer]
-
     def adopt(self, layer: int, expert: int, frame: int, counters: Counters) -> Transfer | None:
         """Take a page, and leave the frame in exchange for its own; None if it is not staged, or could not be read.
 
@@ -122,8 +118,8 @@ class Staging:
 
     def _discard(self, layer: int, counters: Counters) -> None:
         """Take back what was staged for a layer, or let it land and be dropped."""
-        for e in self.of_layer(layer):
-            transfer = self._ahead.pop((layer, e))
+        for page in [page for page in self._ahead if page[0] == layer]:
+            transfer = self._ahead.pop(page)
             if self._link.cancel(transfer):
                 counters.cancelled_prefetches += 1
                 self._free.append(transfer.frame)

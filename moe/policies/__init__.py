@@ -5,9 +5,6 @@ from pkgutil import iter_modules
 
 from cachemoe.moe.policies.rule import Rule
 
-RULES: dict[str, Rule] = {
-    rule.name: rule
-    for name in sorted(module.name for module in iter_modules(__path__) if module.name != "rule")
-    if (rule := import_module(f"{__name__}.{name}").RULE)
-}
+_SYSTEMS = sorted(module.name for module in iter_modules(__path__) if module.name != "rule")
+RULES: dict[str, Rule] = {rule.name: rule for rule in (import_module(f"{__name__}.{name}").RULE for name in _SYSTEMS)}
 """By the names that a user types."""
