@@ -84,6 +84,14 @@ def test_what_a_gpu_allows_is_allowed(machine):
     assert pinned.tolist() == [1.0] * 4
 
 
+def test_a_default_device_counts(machine):
+    """transformers asks with ``torch.tensor([])`` whether it makes a model without memory, and fills none then."""
+    for device in ("meta", "cpu", "cuda"):
+        with torch.device(device):
+            assert torch.tensor([]).device.type == torch.zeros(1).device.type == device
+    assert torch.tensor([1.0]).device.type == "cpu"
+
+
 def test_memory_is_pinned_until_it_is_released(machine):
     page, cudart = torch.zeros(8), torch.cuda.cudart()
     assert not page.is_pinned()

@@ -40,12 +40,14 @@ def imitated_gpu() -> Iterator[Machine]:
     One thing stays: torch's C++ asks only once whether CUDA can be initialised, so that afterwards a tensor on ``cuda``
     is refused in other words than before.
     """
-    _device_constructors()  # which torch looks up once and remembers: its own, not what is put in their place
+    constructors = _device_constructors()  # which torch looks up once: its own, not what is put in their place
     with ExitStack() as stack:
         started = stack.enter_context(started_machine())
         for owner, replacements in ((torch.cuda, _cuda()), (torch.Tensor, _methods()), (torch, _functions())):
             for name, replacement in replacements.items():
                 stack.enter_context(patch.object(owner, name, replacement))
+        constructors.add(torch.tensor)  # the one that tells modes of itself: the default device is one of them
+        stack.callback(constructors.discard, torch.tensor)
         attention = partial(run_whole, F.scaled_dot_product_attention)  # which chooses among CUDA's own kernels
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(_guarded_devices())
