@@ -16,8 +16,9 @@ from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
+from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.routers import RoutingRule
-from cachemoe.moe.strategies import EXACT, Strategy
+from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
@@ -113,8 +114,7 @@ def rows_at(
         everything = Setting(ORIGINAL, shape.experts)
         rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
         for s, q in here:
-            if s.strategy.experts_used(shape.top_k) == shape.top_k:  # the engine's K
-                rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
+            rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
 

@@ -145,14 +145,10 @@ def evaluate(
 
 
 def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[list[int]]:
-    """The settings that go through the model together: of one name and K, as many as their output leaves room for."""
+    """The settings that go through the model together: of one name, as many as their output leaves room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
-
-    def kind(setting):
-        return setting.strategy.experts_used(shape.top_k), setting.strategy.name
-
-    for each in dict.fromkeys(map(kind, settings)):
-        members = [i for i, s in enumerate(settings) if kind(s) == each]
+    for name in dict.fromkeys(setting.strategy.name for setting in settings):
+        members = [i for i, setting in enumerate(settings) if setting.strategy.name == name]
         yield from (members[start : start + most] for start in range(0, len(members), most))
 
 

@@ -33,7 +33,7 @@ def experts(
 
     Args:
         x: ``[T, H]`` contiguous, float32, float16 or bfloat16.
-        slots: ``[T, K]`` int64, the slot of each expert.
+        slots: ``[T, K]`` int64, the slot of each expert; -1: a dropped one, which has no part in the sum.
         gates: ``[T, K]`` float32.
         weights: ``page_format.views`` of the pool's slots ``[S, page_bytes]``, or a model's own tensors by those names.
         page_format: layout of the pages.
@@ -78,12 +78,12 @@ def experts_read_through(
 
     Args:
         x: ``[1, H]``.
-        slots: ``[1, K]`` int64, distinct.
+        slots: ``[1, K]`` int64, distinct but for the -1 of dropped experts.
         gates: ``[1, K]`` float32.
         pool: ``[S, page_bytes]`` uint8; the slots of misses are written.
         store: ``[N, page_bytes]`` uint8 in memory that the pool's device can read: its own, or pinned on the host; not
             the slots that are written.
-        pages: ``[1, K]`` int64, the page to read through; -1: the slot holds it.
+        pages: ``[1, K]`` int64, the page to read through; -1: the slot holds it, or the expert is dropped.
         page_format: layout of the pages.
         out: ``[1, H]`` in x's dtype, written; made if None.
 

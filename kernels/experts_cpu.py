@@ -93,18 +93,22 @@ def experts(
             tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
             pairs[tokens, ks] = side_by_side(x[tokens], weights, slot[None], page_format)[0]
     if finish:
+        if (dropped := slots < 0).any():
+            pairs[dropped], gates = 0.0, gates.masked_fill(dropped, 0.0)
         out.copy_(torch.bmm(gates[:, None], pairs)[:, 0])
 
 
 def _one_token(x, slots, gates, weights, page_format, out, pending, partial, finish):
     """Decode: nothing to gather, and so little work that every operation counts."""
+    kept = slice(None) if min(slots.tolist()) >= 0 else (slots >= 0).nonzero().flatten()
     if pending is None:
-        pairs = side_by_side(x, weights, slots, page_format)[:, 0]
+        pairs = side_by_side(x, weights, slots[kept], page_format)[:, 0]
+        if not finish:
+            partial[0, kept] = pairs
     else:
-        pairs, ks = partial[0], pending[0].nonzero().flatten()
+        ks = (pending[0] & (slots >= 0)).nonzero().flatten()
         if len(ks):
-            pairs[ks] = side_by_side(x, weights, slots[ks], page_format)[:, 0]
+            partial[0, ks] = side_by_side(x, weights, slots[ks], page_format)[:, 0]
+        pairs = partial[0, kept]
     if finish:
-        out.copy_(torch.mm(gates, pairs))
-    elif pending is None:
-        partial[0] = pairs
+        out.copy_(torch.mm(gates[:, kept], pairs))

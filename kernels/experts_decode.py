@@ -257,6 +257,9 @@ def _decode_gate_up_kernel(
     """h[pair] = act(gate(x)) * up(x). Grid: (blocks of I, T * K)."""
     length = chunks * CHUNK
     pair = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots_ptr + pair)
+    if slot < 0:  # a dropped expert
+        return
     if pending_ptr is not None:
         if tl.load(pending_ptr + pair) == 0:
             return
@@ -269,7 +272,7 @@ def _decode_gate_up_kernel(
     row = 2 * n + matrix if INTERLEAVED else n + matrix * I
     READ_THROUGH: tl.constexpr = source_ptr is not None
     sums = _decode_rows(
-        x_ptr, tl.zeros([1], tl.int64) + (pair // K) * length, tl.arange(0, 1) >= 0, none + tl.load(slots_ptr + pair),
+        x_ptr, tl.zeros([1], tl.int64) + (pair // K) * length, tl.arange(0, 1) >= 0, none + slot,
         none + tl.load(source_ptr + pair) if READ_THROUGH else none, row, m >= 0,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
         weight_stride, scales_stride, bias_stride, length,
@@ -322,22 +325,23 @@ def _decode_down_kernel(
     n, k = tl.minimum(first + m // PADDED_K, H - 1), m % PADDED_K  # the last row for those beyond
     pair = token * K + k
     READ_THROUGH: tl.constexpr = source_ptr is not None
-    slot = tl.load(slots_ptr + pair, k < K, 0).to(tl.int64)
+    slot = tl.load(slots_ptr + pair, k < K, -1).to(tl.int64)
     source = tl.load(source_ptr + pair, k < K, -1).to(tl.int64) if READ_THROUGH else slot
-    live = k < K
+    taking_part = slot >= 0  # the others are dropped, or beyond K
+    live = taking_part
     if pending_ptr is not None:
         live &= tl.load(pending_ptr + pair, k < K, 0) != 0
     if FINISH:
-        gates = tl.load(gates_ptr + pair, k < K, 0.0)
+        gates = tl.load(gates_ptr + pair, taking_part, 0.0)
     if partial_ptr is not None:
         at = partial_ptr + pair * H + n
         if FINISH:
-            earlier = tl.load(at, (k < K) & (live == 0), 0.0)
+            earlier = tl.load(at, taking_part & (live == 0), 0.0)
     k = tl.arange(0, PADDED_K)
     vectors = token * K + k
-    computed = k < K
+    computed = tl.load(slots_ptr + vectors, k < K, -1) >= 0
     if pending_ptr is not None:
-        computed = tl.load(pending_ptr + vectors, computed, 0) != 0
+        computed &= tl.load(pending_ptr + vectors, k < K, 0) != 0
     sums = _decode_rows(
         h_ptr, vectors * length, computed, slot, source, n, live,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,

@@ -125,6 +125,7 @@ def _grouped_kernel(
 @triton.jit
 def _combine_kernel(
     pairs_ptr,  # [T, K, H] float32
+    slots_ptr,  # [T, K] int64
     gates_ptr,  # [T, K] float32
     y_ptr,  # [T, H]  output
     H,
@@ -137,8 +138,9 @@ def _combine_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(0).to(tl.int64)
     pair = token * K + k
-    results = tl.load(pairs_ptr + pair[:, None] * H + n[None, :], (k < K)[:, None] & (n < H)[None, :], 0.0)
-    y = tl.sum(results * tl.load(gates_ptr + pair, k < K, 0.0)[:, None], 0)
+    kept = tl.load(slots_ptr + pair, k < K, -1) >= 0
+    results = tl.load(pairs_ptr + pair[:, None] * H + n[None, :], kept[:, None] & (n < H)[None, :], 0.0)
+    y = tl.sum(results * tl.load(gates_ptr + pair, kept, 0.0)[:, None], 0)
     tl.store(y_ptr + token * H + n, y.to(y_ptr.dtype.element_ty), n < H)
 
 
@@ -148,7 +150,7 @@ def group_by_slot(
     """Pairs by slot, cut into tiles that hold one slot's pairs each; no transfer to the host.
 
     Args:
-        slots: ``[T, K]`` int64.
+        slots: ``[T, K]`` int64; -1 takes no part.
         pending: ``[T, K]`` bool, pairs that take part; None: all.
         count: slots there are.
         block_m: pairs of a tile.
@@ -161,9 +163,8 @@ def group_by_slot(
         could need.
     """
     most_pairs, most_slots = most
-    flat = slots.flatten()
-    if pending is not None:
-        flat = torch.where(pending.flatten(), flat, count)
+    taking_part = slots >= 0 if pending is None else pending & (slots >= 0)
+    flat = torch.where(taking_part, slots, count).flatten()
     by_slot, order = flat.sort(stable=True)
     ends = torch.searchsorted(by_slot, torch.arange(count, device=flat.device), right=True)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
@@ -249,7 +250,7 @@ def plan_prefill(
         )
     if finish:
         hidden, block_n = page_format.hidden, 256
-        arguments = {"pairs_ptr": pairs, "gates_ptr": gates, "y_ptr": out, "H": hidden, "K": top_k}
+        arguments = {"pairs_ptr": pairs, "slots_ptr": slots, "gates_ptr": gates, "y_ptr": out, "H": hidden, "K": top_k}
         constants = {"PADDED_K": triton.next_power_of_2(top_k), "BLOCK_N": block_n}
         launches.append(Launch(_combine_kernel, (tokens, triton.cdiv(hidden, block_n)), arguments, constants))
     return launches

@@ -13,7 +13,7 @@ def experts(
 
     Args:
         x: ``[T, H]``.
-        slots, gates: ``[T, K]``.
+        slots, gates: ``[T, K]``; slot -1: a dropped expert, which has no part in the sum.
         weights: ``gate_up`` ``[S, 2I, H]`` and ``down`` ``[S, H, I]`` as numbers, and the biases where there are any.
         page_format: what is computed with them; its kind does not matter.
 
@@ -30,5 +30,5 @@ def experts(
         result = torch.einsum("ti,thi->th", activate(rows, page_format), weights["down"][s])
         if page_format.bias:
             result += weights["down_bias"][s]
-        y += gates[:, k, None].float() * result
+        y += torch.where(s[:, None] < 0, 0.0, gates[:, k, None].float() * result)
     return y.to(x.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy, noise_bits
 from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 
 
@@ -33,7 +33,7 @@ def route(
         state: ``Residency`` of B caches; updated in place.
         evict: eviction policy, (last_use, uses) -> int64 keys; of the residents that the token does not need the
             smallest leaves, the lower slot among equals.
-        top_k: K.
+        top_k: K, the places that a policy may drop experts from.
         policy: see ``Policy``.
         scores: how the model scores and groups its experts.
         correction: ``[E]`` or ``[B, E]`` float32 that only the selection sees (DeepSeek-V3).
@@ -56,44 +56,101 @@ def route(
     order = _order(~allowed, values, descending=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(experts, device=logits.device).expand_as(order))
 
-    mean_range = _mean_range(values, state)
-
-    if policy.key is not None:
-        j, a = policy.knobs.T[:, :, None]
-        always = rank < j[:, None].clamp(max=top_k)
-        # Of each token; what changes from step to step comes in ``choose``.
-        seen = {
-            "value": values,
-            "rank": rank.float(),
-            "span": mean_range[..., None],
-            "a": a[:, None].expand(-1, tokens, -1),
-        }
-        if "before" in policy.words:
-            seen["before"] = _before(gates, order, scores)
+    seen = _words_of_tokens(policy, values, gates, order, rank, scores, state)
 
     def choose(t):
         chosen = order[:, t, :top_k]
+        words = {name: each[:, t] for name, each in seen.items()}
+        if policy.grade or policy.key:
+            words["have"] = state.resident().int()
+            words["cost"] = torch.where(state.resident(), 0.0, policy.knobs[:, KNOBS.index("miss"), None])
         if policy.key is not None:
-            known = {name: each[:, t] for name, each in seen.items()} | {"have": state.resident().int()}
-            key = policy.key(*(known[word] for word in policy.words)).float().expand(caches, experts)
+            key = policy.key(*(words[word] for word in policy.words)).float().expand(caches, experts)
             tier = torch.full_like(rank[:, t], 2)
             tier[allowed[:, t]] = 1
-            tier[always[:, t]] = 0
+            tier[rank[:, t] < policy.knobs[:, :1].clamp(max=top_k)] = 0
             chosen = _order(tier, key, descending=True)[:, :top_k]
         # Highest gate weight first: the chosen experts in the order of their unbiased rank.
-        return order[:, t].gather(1, rank[:, t].gather(1, chosen).sort(-1).values)
+        ranks = rank[:, t].gather(1, chosen).sort(-1).values
+        if policy.bounded:
+            regret = policy.knobs[:, KNOBS.index("regret")]
+            ranks = _bounded(ranks, gates[:, t].gather(1, order[:, t]), regret)
+        chosen = order[:, t].gather(1, ranks)
+        return chosen, _kept(policy, chosen, gates[:, t], words)
 
     out = Routing.empty(caches, tokens, top_k, logits.device)
     _step(choose, state, evict, out)
-    weights = gates.gather(-1, out.ids)
+    weights = gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0)
     if scores.renormalise:
         weights = weights / (weights.sum(-1, keepdim=True) + scores.epsilon)
     out.weights.copy_(weights * scores.scale)
     return out
 
 
+def _words_of_tokens(policy, values, gates, order, rank, scores, state):
+    """``[B, T, E]`` by name: of what a policy can see that which does not depend on who is resident."""
+    _, tokens, experts = values.shape
+    first, mean_range = state.tokens.clone(), _mean_range(values, state)
+    if policy.knobs is None:
+        return {}
+    seen = {"value": values, "rank": rank.float(), "span": mean_range[..., None]}
+    for knob in "ab":
+        seen[knob] = policy.knobs[:, None, KNOBS.index(knob), None].expand(-1, tokens, -1)
+    if "before" in policy.words:
+        seen["before"] = _before(gates, order, scores)
+    index = (first[:, None] + torch.arange(tokens, device=values.device))[..., None] * experts
+    index = index + torch.arange(experts, device=values.device)
+    seed = policy.knobs[:, KNOBS.index("seed")].long() << 24
+    seen["noise"] = noise_bits(index + seed[:, None, None]).float() * 2.0**-24
+    return seen
+
+
+def _bounded(ranks, scores, regret):
+    """The ranks ``[B, K]`` chosen, ascending, with those swaps undone that give up ``regret`` ``[B]`` or more.
+
+    Args:
+        scores: ``[B, E]`` by rank.
+    """
+    bounded = []
+    for row, by_rank, bound in zip(ranks.tolist(), scores, regret, strict=True):
+        own = range(len(row))
+        brought_in, left = [r for r in row if r not in own], [r for r in own if r not in row]
+        for new, old in zip(brought_in, reversed(left), strict=True):
+            if not by_rank[old] - by_rank[new] < bound:
+                row[row.index(new)] = old
+        bounded.append(sorted(row))
+    return torch.tensor(bounded, device=ranks.device)
+
+
+def _kept(policy, chosen, gates, words):
+    """``[B, K]`` bool: the chosen that run."""
+    if policy.grade is None:
+        return torch.ones_like(chosen, dtype=torch.bool)
+    place = torch.arange(chosen.shape[1], device=chosen.device)
+    weight = gates.gather(1, chosen)
+    # Summed place by place in float32, whatever the device.
+    weight = weight / _running(weight)[:, -1:].clamp(min=torch.finfo(torch.float32).tiny)
+    before = torch.cat((torch.zeros_like(weight[:, :1]), _running(weight)[:, :-1]), 1)
+    seen = {"weight": weight, "first": weight[:, :1], "before": before, "place": place.float().expand_as(weight)}
+    seen |= {"a": words["a"], "b": words["b"]}
+    for name in ("value", "have", "cost", "noise"):
+        seen[name] = words[name].gather(1, chosen)
+    level = policy.grade(*(seen[word] for word in policy.grade_words))
+    return ~((level < 0) & (place > 0)).expand(chosen.shape)
+
+
+def _running(values):
+    """``[B, K]`` the sums up to and with each place."""
+    sums = [values[:, 0]]
+    for value in values.T[1:]:
+        sums.append(sums[-1] + value)
+    return torch.stack(sums, 1)
+
+
 @torch.no_grad()
-def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing:
+def place(
+    ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable, drops: torch.Tensor | None = None
+) -> Routing:
     """``route`` where the model has chosen already: its experts touched and placed token by token, nothing else.
 
     The state's ``tokens`` and ``range_sum``, which only a bias looks at, stay as they are.
@@ -102,6 +159,7 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
         ids: ``[B, T, K]`` int64, distinct experts of each token.
         weights: ``[B, T, K]`` their gate weights; each token's experts are put in their order, the highest first.
         state, evict: as for ``route``.
+        drops: ``[B, T, K]`` bool, those that do not run; None: all run.
 
     Raises:
         ValueError: if a capacity is below K.
@@ -112,22 +170,26 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
     order = weights.argsort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
     out = Routing.empty(caches, tokens, top_k, ids.device)
-    _step(lambda t: ids[:, t], state, evict, out)
-    out.weights.copy_(weights.gather(-1, order))
+    weights = weights.gather(-1, order)
+    kept = torch.ones_like(ids, dtype=torch.bool) if drops is None else ~drops.gather(-1, order)
+    _step(lambda t: (ids[:, t], kept[:, t]), state, evict, out)
+    out.weights.copy_(weights)
     return out
 
 
 def _step(choose: Callable, state, evict: Callable, out: Routing) -> None:
-    """Touch and place token after token what ``choose(t)`` ``[B, K]`` says then; fills ``out`` but for the weights."""
+    """Touch and place token after token what ``choose(t)`` says then, ``[B, K]`` experts and which of them run; fills
+    ``out`` but for the weights."""
     for t in range(out.ids.shape[1]):
-        out.ids[:, t] = chosen = choose(t)
-        out.slots[:, t], out.hits[:, t] = _touch_and_place(chosen, state, evict)
-    for b, hits in enumerate(out.hits):
-        count = int((~hits).sum())
+        out.ids[:, t], kept = choose(t)
+        out.slots[:, t], out.hits[:, t] = _touch_and_place(out.ids[:, t], kept, state, evict)
+    missed = ~out.hits & (out.slots >= 0)
+    for b, missing in enumerate(missed):
+        count = int(missing.sum())
         out.misses.count[b] = count
         for listed, chosen in ((out.misses.experts, out.ids), (out.misses.slots, out.slots)):
             listed[b] = -1
-            listed[b, :count] = chosen[b][~hits]
+            listed[b, :count] = chosen[b][missing]
 
 
 @torch.no_grad()
@@ -195,21 +257,25 @@ def _before(gates, order, scores):
     return torch.empty_like(before).scatter_(-1, order, before)
 
 
-def _touch_and_place(chosen, state, evict):
+def _touch_and_place(chosen, kept, state, evict):
     """One token's residency update: touch its experts, give those absent the slots of the experts that leave.
 
     Args:
         chosen: ``[B, K]`` int64, highest gate weight first; touched in reverse, so that it leaves last.
+        kept: ``[B, K]`` bool, those that run: the others are as if not chosen.
 
     Returns:
-        ``[B, K]`` slots and hits.
+        ``[B, K]`` slots, -1 where not kept, and hits.
     """
     k = chosen.shape[1]
     slots = state.slot_of.gather(1, chosen)
-    hits = slots >= 0
+    hits = (slots >= 0) & kept
     untouched = state.clock[:, None].clone()
-    state.last_use.scatter_(1, chosen, untouched + torch.arange(k, 0, -1, device=chosen.device))
-    state.uses.scatter_add_(1, chosen, torch.ones_like(chosen))
+    touched = torch.where(
+        kept, untouched + torch.arange(k, 0, -1, device=chosen.device), state.last_use.gather(1, chosen)
+    )
+    state.last_use.scatter_(1, chosen, touched)
+    state.uses.scatter_add_(1, chosen, kept.long())
     state.clock += k
 
     # Victims by slot: free ones, lowest first, then residents by the policy's key; never one just touched.
@@ -220,12 +286,14 @@ def _touch_and_place(chosen, state, evict):
     tier[(expert_of >= 0) & (state.last_use.gather(1, occupant) > untouched)] = 2
     tier[torch.arange(capacity, device=chosen.device) >= state.capacity[:, None]] = 2
     victims = _order(tier, key, descending=False)[:, :k]
-    nth_miss = ((~hits).cumsum(1) - 1).clamp(min=0)
-    slots = torch.where(hits, slots, victims.gather(1, nth_miss))
+    missed = ~hits & kept
+    nth_miss = (missed.cumsum(1) - 1).clamp(min=0)
+    slots = torch.where(missed, victims.gather(1, nth_miss), torch.where(kept, slots, -1))
 
-    leaving = expert_of.gather(1, slots)
-    # Of a free slot nobody leaves: the entry is overwritten on the next line but one.
-    state.slot_of.scatter_(1, torch.where(leaving < 0, chosen, leaving), -1)
-    state.slot_of.scatter_(1, chosen, slots)
-    expert_of.scatter_(1, slots, chosen)
+    for b, k in missed.nonzero().tolist():
+        expert, slot = chosen[b, k], slots[b, k]
+        if (leaving := expert_of[b, slot]) >= 0:
+            state.slot_of[b, leaving] = -1
+        state.slot_of[b, expert] = slot
+        expert_of[b, slot] = expert
     return slots, hits

@@ -163,6 +163,8 @@ def _op_arguments(state, evict, top_k, policy, scores, correction, out):
         _named(evict),
         top_k,
         None if policy.key is None else _named(policy.key),
+        None if policy.grade is None else _named(policy.grade),
+        policy.bounded,
         policy.knobs,
         *(scores.function, scores.groups, scores.top_groups, scores.group_score),
         *(scores.renormalise, scores.epsilon, scores.scale),
@@ -179,13 +181,13 @@ def _function(named: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def _from_op(state, out, evict, top_k, key, knobs, *scores_and_correction):
+def _from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores_and_correction):
     *scores, correction = scores_and_correction
     return (
         SimpleNamespace(**dict(zip(STATE, state, strict=True))),
         _function(evict),
         top_k,
-        Policy(key and _function(key), knobs),
+        Policy(key and _function(key), grade and _function(grade), bounded, knobs),
         GateScores(*scores),
         correction,
         Routing(*out[:4], Misses(*out[4:])),
@@ -200,6 +202,8 @@ def _route_op(
     evict: str,
     top_k: int,
     key: str | None,
+    grade: str | None,
+    bounded: bool,
     knobs: torch.Tensor | None,
     function: str,
     groups: int,
@@ -211,7 +215,7 @@ def _route_op(
     correction: torch.Tensor | None,
 ) -> None:
     scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route(logits, *_from_op(state, out, evict, top_k, key, knobs, *scores, correction))
+    _route(logits, *_from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores, correction))
 
 
 @torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "ticket", "state", "out"))
@@ -225,6 +229,8 @@ def _route_hidden_op(
     evict: str,
     top_k: int,
     key: str | None,
+    grade: str | None,
+    bounded: bool,
     knobs: torch.Tensor | None,
     function: str,
     groups: int,
@@ -236,7 +242,13 @@ def _route_hidden_op(
     correction: torch.Tensor | None,
 ) -> None:
     scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route_hidden(hidden, router, logits, ticket, *_from_op(state, out, evict, top_k, key, knobs, *scores, correction))
+    _route_hidden(
+        hidden,
+        router,
+        logits,
+        ticket,
+        *_from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores, correction),
+    )
 
 
 @_route_op.register_fake

@@ -5,16 +5,19 @@ by side; a single one, as in decode, with Python's own numbers.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 
 from cachemoe.kernels import reference_route
-from cachemoe.kernels.policy import ORIGINAL, Policy
-from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy, noise_bits
+from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Residency, Routing
 
 LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
+TINY, SCALE = np.finfo(np.float32).tiny, np.float32(2.0**-24)
+PLACES = np.arange(512, dtype=np.float32)
 
 
 def route_cpu(
@@ -40,12 +43,15 @@ def route_cpu(
             tensor.copy_(result)
         return out
 
-    negated, order, places, gates, ranges = ranked
-    choose = _chooser(negated, order, places, gates, _mean_range(ranges, state), policy, scores, top_k)
+    first = state.tokens.tolist() if policy.draws else None
+    *ranked, ranges = ranked
+    choose, keep = _chooser(*ranked, first, _mean_range(ranges, state), policy, scores, top_k)
     step = _step_one if caches == 1 else _step
-    ids, slots, hits, *misses = step(choose, state, evict, tokens, top_k)
+    ids, slots, hits, *misses = step(choose, keep, state, evict, tokens, top_k)
 
-    weights = gates.take(_places(ids, experts))
+    weights = ranked[-1].take(_places(ids, experts))
+    if keep is not None:
+        weights[slots < 0] = 0.0
     if scores.renormalise:
         weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
     if scores.scale != 1:
@@ -59,7 +65,9 @@ def route_cpu(
     return out
 
 
-def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing:
+def place(
+    ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable, drops: torch.Tensor | None = None
+) -> Routing:
     """As :func:`cachemoe.kernels.reference_route.place`; the tensors of ``state`` are contiguous."""
     caches, tokens, k = ids.shape
     if (least := min(state.capacity.tolist())) < k:
@@ -67,8 +75,10 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
     weights = weights.detach().float().numpy()
     order = (-weights).argsort(-1, kind="stable")
     chosen = np.take_along_axis(ids.numpy(), order, -1)
+    kept = None if drops is None else np.take_along_axis(~drops.numpy(), order, -1)
     step = _step_one if caches == 1 else _step
-    ids, slots, hits, *misses = step(lambda at, _: chosen[at], state, evict, tokens, k)
+    keep = None if kept is None else lambda at, *_: kept[at]
+    ids, slots, hits, *misses = step(lambda at, _: chosen[at], keep, state, evict, tokens, k)
     results = ids, np.take_along_axis(weights, order, -1), slots, hits
     return Routing(*map(torch.from_numpy, results), Misses(*map(torch.from_numpy, misses)))
 
@@ -89,18 +99,29 @@ def peek(
         top_k, policy, scores, correction: as for ``route``.
 
     Returns:
-        K experts, the highest selection value first.
+        Those of the K experts that would run, the highest selection value first.
     """
     needs_gates = correction is not None or scores.groups > 1 or "before" in policy.words
+    needs_gates = needs_gates or policy.grade is not None or policy.bounded
     ranked = _rank(logits[None, None], scores, correction, needs_gates)
     if ranked is None:
         anyone = (lambda last_use, uses: last_use), top_k
         routing = reference_route.route(logits[None, None], state.clone(), *anyone, policy, scores, correction)
-        return routing.ids.flatten().tolist()
-    negated, order, places, gates, _ = ranked
+        return routing.ids[routing.slots >= 0].tolist()
+    *ranked, _ = ranked
     mean_range = [[state.range_sum.item() / max(state.tokens.item(), 1)]]
-    choose = _chooser(negated, order, places, gates, mean_range, policy, scores, top_k)
-    return choose((0, 0), state.slot_of.numpy()[0]).tolist()
+    choose, keep = _chooser(*ranked, state.tokens.tolist(), mean_range, policy, scores, top_k)
+    slot_of = state.slot_of.numpy()[0]
+    chosen = choose((0, 0), slot_of)
+    return (chosen if keep is None else chosen[keep((0, 0), chosen, slot_of)]).tolist()
+
+
+def best(
+    logits: torch.Tensor, top_k: int, scores: GateScores = SOFTMAX, correction: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``[B, T, K]`` the model's own choice for logits ``[B, T, E]``, the highest selection value first."""
+    state = Residency.empty(torch.full(logits.shape[:1], logits.shape[2]), logits.shape[2])
+    return route_cpu(logits, state, lambda last_use, uses: last_use, top_k, ORIGINAL, scores, correction, None).ids
 
 
 def _rank(logits, scores, correction, needs_gates=True):
@@ -156,14 +177,17 @@ def _mean_range(ranges, state):
     return sums[:, :-1] / past
 
 
-def _chooser(negated, order, places, gates, mean_range, policy, scores, k):
-    """The policy as a function: from a token's index into ``[B, T, E]``, of one cache or of all, and ``slot_of``
-    ``[..., E]`` to the chosen experts ``[..., K]``, the highest selection value first."""
+def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k):
+    """The policy as two functions, of a token's index into ``[B, T, E]``, of one cache or of all: ``choose``, with
+    ``slot_of`` ``[..., E]``, gives the chosen experts ``[..., K]``, the highest selection value first; ``keep``, with
+    these and ``slot_of``, whether each of them runs, and is None where all do."""
+    knobs = None if policy.knobs is None else policy.knobs.numpy()
+    keep = None if policy.grade is None else _keeper(negated, gates, first, knobs, policy, k)
     if policy.key is None:
-        return lambda at, slot_of: order[at][..., :k]
+        return (lambda at, slot_of: order[at][..., :k]), keep
     words = policy.words
     rank = np.empty(order.shape, np.int64)
-    rank.put(places, np.arange(order.shape[2]))
+    rank.put(places, _numbers(order.shape[2]))
     seen = {}
     if "value" in words:
         seen["value"] = -negated
@@ -173,19 +197,21 @@ def _chooser(negated, order, places, gates, mean_range, policy, scores, k):
         seen["before"] = _before(gates, places, scores)
     if "span" in words:
         seen["span"] = np.array(mean_range, np.float32)[..., None]
-    knobs = policy.knobs.numpy()
+    if "noise" in words:
+        seen["noise"] = _noise(first, knobs, order.shape)
+    known = _knobs(knobs, policy)
     if len(order) == 1:
-        j, known = min(int(knobs[0, 0]), k), {"a": knobs[0, 1]}
-        kept = order[..., :j]
+        kept = order[..., : min(int(knobs[0, 0]), k)]
     else:
-        known = {"a": knobs[:, 1:]}
         kept = rank < np.minimum(knobs[:, None, :1], k)
     closed = None if scores.top_groups == scores.groups else np.isinf(negated)  # groups not to choose from
 
     def choose(at, slot_of):
         for word in seen:
             known[word] = seen[word][at]
-        known["have"] = (slot_of >= 0).view(np.int8)
+        known["have"] = have = (slot_of >= 0).view(np.int8)
+        if "miss" in known:
+            known["cost"] = known["miss"] * (have == 0)
         smallest = -policy.key(*[known[word] for word in words])
         if smallest.dtype != np.float32:
             smallest = smallest.astype(np.float32)
@@ -194,9 +220,71 @@ def _chooser(negated, order, places, gates, mean_range, policy, scores, k):
         smallest[kept[at]] = -np.inf
         ranks = _take(rank[at], smallest.argsort(-1, kind="stable")[..., :k])
         ranks.sort(-1)
+        if policy.bounded:
+            ranks = _bounded(ranks, _take(gates[at], order[at]), knobs[:, KNOBS.index("regret")])
         return _take(order[at], ranks)
 
-    return choose
+    return choose, keep
+
+
+@cache
+def _numbers(count):
+    return np.arange(count)
+
+
+def _keeper(negated, gates, first, knobs, policy, k):
+    """``keep`` of ``_chooser``."""
+    words = policy.grade_words
+    seen = {}
+    if "value" in words:
+        seen["value"] = -negated
+    if "noise" in words:
+        seen["noise"] = _noise(first, knobs, gates.shape)
+    known = _knobs(knobs, policy) | {"place": PLACES[:k]}
+
+    def keep(at, chosen, slot_of):
+        weight = _take(gates[at], chosen)
+        weight = weight / np.maximum(weight.cumsum(-1)[..., -1:], TINY)
+        known["weight"], known["first"] = weight, weight[..., :1]
+        if "before" in words:
+            known["before"] = np.zeros_like(weight)
+            weight[..., :-1].cumsum(-1, out=known["before"][..., 1:])
+        for word in seen:
+            known[word] = _take(seen[word][at], chosen)
+        known["have"] = have = (_take(slot_of, chosen) >= 0).view(np.int8)
+        if "miss" in known:
+            known["cost"] = known["miss"] * (have == 0)
+        dropped = policy.grade(*[known[word] for word in words]) < 0
+        return ~(dropped & (PLACES[:k] > 0))
+
+    return keep
+
+
+def _knobs(knobs, policy):
+    """Those that the policy's functions read: of one cache numbers, of several ``[B, 1]``."""
+    if len(knobs) == 1:
+        return {name: knobs[0, i] for name, i in policy.columns.items()}
+    return {name: knobs[:, i, None] for name, i in policy.columns.items()}
+
+
+def _noise(first, knobs, shape):
+    """``[B, T, E]``: of each cache from the token that it has come to."""
+    _, tokens, experts = shape
+    begins = (np.array(first) * experts + (knobs[:, KNOBS.index("seed")].astype(np.int64) << 24))[:, None, None]
+    return noise_bits(begins + np.arange(tokens * experts).reshape(tokens, experts)).astype(np.float32) * SCALE
+
+
+def _bounded(ranks, scores, regret):
+    """As in the reference: ``ranks`` ``[..., K]``, ``scores`` ``[..., E]`` by rank, ``regret`` ``[B]``."""
+    if ranks.ndim > 1:
+        return np.stack([_bounded(*each) for each in zip(ranks, scores, regret[:, None], strict=True)])
+    row, k = ranks.tolist(), len(ranks)
+    brought_in = [r for r in row if r >= k]
+    left = [r for r in range(k - 1, -1, -1) if r not in row] if brought_in else []
+    for new, old in zip(brought_in, left, strict=True):
+        if not scores[old] - scores[new] < regret:
+            row[row.index(new)] = old
+    return np.array(sorted(row))
 
 
 def _take(values, positions):
@@ -214,7 +302,7 @@ def _before(gates, places, scores):
     return before
 
 
-def _step_one(choose, state, evict, tokens, k):
+def _step_one(choose, keep, state, evict, tokens, k):
     """Step one cache: choose, touch and place each token's experts.
 
     Returns:
@@ -227,10 +315,14 @@ def _step_one(choose, state, evict, tokens, k):
     hits, missed, taken = [], [], []
     for t in range(tokens):
         ids[0, t] = chosen = choose((0, t), slot_of)
+        touches = np.arange(clock + k, clock, -1)
+        if keep is not None:
+            kept = keep((0, t), chosen, slot_of).nonzero()[0]
+            chosen, touches = chosen[kept], touches[kept]
         placed = slot_of.take(chosen).tolist()
-        last_use[chosen] = np.arange(clock + k, clock, -1)
+        last_use[chosen] = touches
         uses[chosen] += 1
-        hits.append([slot >= 0 for slot in placed])
+        found = [slot >= 0 for slot in placed]
         if min(placed) < 0:
             occupants = expert_of[:capacity]
             keys = evict(last_use, uses).take(occupants)
@@ -250,7 +342,10 @@ def _step_one(choose, state, evict, tokens, k):
                     slot_of[expert], expert_of[slot] = slot, expert
                     missed.append(expert)
                     taken.append(slot)
+        if keep is not None:
+            placed, found = _spread(placed, kept, k, -1), _spread(found, kept, k, False)
         slots[0, t] = placed
+        hits.append(found)
         clock += k
     clocks[0] = clock
     count, nothing = len(missed), [-1] * (tokens * k - len(missed))
@@ -258,7 +353,15 @@ def _step_one(choose, state, evict, tokens, k):
     return ids, slots, np.array([hits]), *misses
 
 
-def _step(choose, state, evict, tokens, k):
+def _spread(values, places, k, other):
+    """K values: these in their places, another in the rest."""
+    row = [other] * k
+    for place, value in zip(places.tolist(), values, strict=True):
+        row[place] = value
+    return row
+
+
+def _step(choose, keep, state, evict, tokens, k):
     """As ``_step_one`` for B caches."""
     slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
     caches = len(slot_of)
@@ -270,27 +373,35 @@ def _step(choose, state, evict, tokens, k):
     ids, slots = np.empty((2, caches, tokens, k), np.int64)
     hits = np.empty(ids.shape, np.bool_)
     misses = (*np.full((2, caches, tokens * k), -1), np.zeros(caches, np.int64))
-    touches = np.arange(k, 0, -1)
+    places = np.arange(k, 0, -1)
+    kept = slice(None)
     for t in range(tokens):
         chosen = choose((slice(None), t), slot_of)
         entries = chosen + first
         placed = flat_slot_of[entries]
-        ids[:, t], hits[:, t] = chosen, placed >= 0
         before = clock.copy()
-        flat_last_use[entries] = before[:, None] + touches
-        flat_uses[entries] += 1
+        touches = before[:, None] + places
+        ids[:, t], hits[:, t] = chosen, placed >= 0
+        missing = ~hits[:, t]
+        if keep is not None:
+            kept = keep((slice(None), t), chosen, slot_of)
+            placed[~kept] = -1
+            hits[:, t] &= kept
+            missing &= kept
+        flat_last_use[entries[kept]] = touches[kept]
+        flat_uses[entries[kept]] += 1
         clock += k
-        if not hits[:, t].all():
-            _place(chosen, placed, before, first, state, evict, misses)
+        if missing.any():
+            _place(chosen, placed, missing, before, first, state, evict, misses)
         slots[:, t] = placed
     return ids, slots, hits, *misses
 
 
-def _place(chosen, placed, untouched, first, state, evict, misses):
+def _place(chosen, placed, missing, untouched, first, state, evict, misses):
     """Give absent experts the slots of those that leave.
 
     Args:
-        chosen, placed: ``[B, K]`` experts and their slots, -1 where absent; filled in.
+        chosen, placed: ``[B, K]`` experts and their slots; filled in where ``missing``.
         untouched: ``[B]`` the clock before the token.
         first: ``[B, 1]`` where each cache begins in a flat array.
     """
@@ -307,7 +418,7 @@ def _place(chosen, placed, untouched, first, state, evict, misses):
 
     experts, places, count = misses
     nth = [0] * len(chosen)
-    for b, k in np.argwhere(placed < 0).tolist():
+    for b, k in np.argwhere(missing).tolist():
         expert, slot = chosen[b, k], victims[b, nth[b]]
         old = expert_of[b, slot]
         if old >= 0:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.policy import KEY_WORDS, KNOBS, Policy
+from cachemoe.kernels.policy import GRADE_WORDS, KEY_WORDS, KNOBS, Policy, noise_bits
 from cachemoe.kernels.state import STATE, GateScores, Routing
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
@@ -28,8 +28,16 @@ OUTPUTS = ("ids", "weights", "slots", "hits", "miss_experts", "miss_slots", "mis
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
 HIGHEST = tl.constexpr(2**31 - 1)  # NaN's key
 
-# Which words a policy's key names: a bit each, in their order.
-VALUE, RANK, BEFORE, HAVE, SPAN, A = (tl.constexpr(1 << i) for i in range(len(KEY_WORDS)))
+# Which words a policy's key and grade name: a bit each.
+ALL_WORDS = tuple(dict.fromkeys((*KEY_WORDS, *GRADE_WORDS)))
+
+
+def _bit(word: str) -> int:
+    return 1 << ALL_WORDS.index(word)
+
+
+VALUE, RANK, BEFORE, HAVE, SPAN, COST, NOISE, A, B = (tl.constexpr(_bit(word)) for word in KEY_WORDS)
+WEIGHT, FIRST, PLACE = (tl.constexpr(_bit(word)) for word in ("weight", "first", "place"))
 
 
 @triton.jit
@@ -121,7 +129,7 @@ def _ranks(
 
 
 @triton.jit
-def _named(WORDS: tl.constexpr, value, rank, before, have, span, a):
+def _key_words(WORDS: tl.constexpr, value, rank, before, have, span, cost, noise, a, b):
     """Those that a key names, in order."""
     named = ()
     if VALUE & WORDS:
@@ -134,9 +142,79 @@ def _named(WORDS: tl.constexpr, value, rank, before, have, span, a):
         named = named + (have,)  # noqa: RUF005
     if SPAN & WORDS:
         named = named + (span,)  # noqa: RUF005
+    if COST & WORDS:
+        named = named + (cost,)  # noqa: RUF005
+    if NOISE & WORDS:
+        named = named + (noise,)  # noqa: RUF005
     if A & WORDS:
         named = named + (a,)  # noqa: RUF005
+    if B & WORDS:
+        named = named + (b,)  # noqa: RUF005
     return named
+
+
+@triton.jit
+def _grade_words(WORDS: tl.constexpr, value, weight, first, before, place, have, cost, noise, a, b):
+    """Those that a grade names, in order."""
+    named = ()
+    if VALUE & WORDS:
+        named = named + (value,)  # noqa: RUF005
+    if WEIGHT & WORDS:
+        named = named + (weight,)  # noqa: RUF005
+    if FIRST & WORDS:
+        named = named + (first,)  # noqa: RUF005
+    if BEFORE & WORDS:
+        named = named + (before,)  # noqa: RUF005
+    if PLACE & WORDS:
+        named = named + (place,)  # noqa: RUF005
+    if HAVE & WORDS:
+        named = named + (have,)  # noqa: RUF005
+    if COST & WORDS:
+        named = named + (cost,)  # noqa: RUF005
+    if NOISE & WORDS:
+        named = named + (noise,)  # noqa: RUF005
+    if A & WORDS:
+        named = named + (a,)  # noqa: RUF005
+    if B & WORDS:
+        named = named + (b,)  # noqa: RUF005
+    return named
+
+
+@triton.jit
+def _shares(score, place, K: tl.constexpr):
+    """Of the experts in places below K their shares of the scores, those of the best, and of the better-placed."""
+    total, first = 0.0, 0.0
+    for k in range(K):  # place by place: the sum rounds as elsewhere
+        total += tl.sum(tl.where(place == k, score, 0.0), 0)
+    share = score / tl.maximum(total, 1.1754943508222875e-38)
+    before, running = tl.zeros_like(score), 0.0
+    for k in range(K):
+        before = tl.where(place == k, running, before)
+        running += tl.sum(tl.where(place == k, share, 0.0), 0)
+        if k == 0:
+            first = running
+    return share, first, before
+
+
+@triton.jit
+def _bounded(chosen, key, score, regret, e, K: tl.constexpr, SIZE: tl.constexpr):
+    """The chosen experts, with those swaps undone that give up ``regret`` or more."""
+    left = key != key
+    for _ in range(K):
+        left |= e == _highest(tl.where(left, LOWEST, key), e, SIZE)  # the model's own
+    own = left
+    left &= chosen == 0
+    brought_in = chosen & (own == 0)
+    for _ in range(K):
+        new = _highest(tl.where(brought_in, key, LOWEST), e, SIZE)
+        worst = tl.min(tl.where(left, key, HIGHEST), 0)
+        old = tl.max(tl.where(left & (key == worst), e, -1), 0)  # among equals the higher id is the worse
+        given_up = tl.sum(tl.where(e == old, score, 0.0), 0) - tl.sum(tl.where(e == new, score, 0.0), 0)
+        undone = (old >= 0) & ((given_up < regret) == 0)
+        chosen = tl.where(undone & (e == new), False, chosen | (undone & (e == old)))
+        left &= e != old
+        brought_in &= e != new
+    return chosen
 
 
 @triton.jit
@@ -173,10 +251,11 @@ def _route_kernel(
     # shapes and constants
     T, H,
     E: tl.constexpr, C: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, C_PAD: tl.constexpr,
-    EVICT: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
+    EVICT: tl.constexpr, NOISE_BITS: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr,
     GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
-    KEY: tl.constexpr, WORDS: tl.constexpr, KNOBS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
+    KEY: tl.constexpr, GRADE: tl.constexpr, WORDS: tl.constexpr, GRADE_WORDS: tl.constexpr, BOUNDED: tl.constexpr,
+    KNOBS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     cache = tl.program_id(0).to(tl.int64)
     if router_ptr is not None:
@@ -200,9 +279,22 @@ def _route_kernel(
     clock = tl.load(clock_ptr + cache)
     seen = tl.load(tokens_ptr + cache)
     range_sum = tl.load(range_sum_ptr + cache)
-    if KEYED:
-        j = tl.load(knobs_ptr + cache * KNOBS).to(tl.int32)
-        a = tl.load(knobs_ptr + cache * KNOBS + 1)
+    GRADED: tl.constexpr = GRADE is not None
+    EITHER: tl.constexpr = WORDS | GRADE_WORDS
+    a, b, miss, regret = 0.0, 0.0, 0.0, 0.0
+    if KEYED or GRADED:
+        knobs_ptr += cache * KNOBS
+        j = tl.load(knobs_ptr).to(tl.int32)
+        if A & EITHER:
+            a = tl.load(knobs_ptr + 1)
+        if B & EITHER:
+            b = tl.load(knobs_ptr + 2)
+        if COST & EITHER:
+            miss = tl.load(knobs_ptr + 3)
+        if BOUNDED:
+            regret = tl.load(knobs_ptr + 4)
+        if NOISE & EITHER:
+            seed = tl.load(knobs_ptr + 5).to(tl.int64) << 24
     if correction_ptr is not None:
         correction = tl.load(correction_ptr + e, real, 0.0)
 
@@ -233,6 +325,11 @@ def _route_kernel(
             key = tl.where(((groups >> (e // GROUP)) & 1) == 1, key, LOWEST)
 
         biased = key
+        have, cost, noise = (slot_of >= 0).to(tl.int32), 0.0, 0.0
+        if COST & EITHER:
+            cost = tl.where(slot_of >= 0, 0.0, miss)
+        if NOISE & EITHER:
+            noise = NOISE_BITS(seed + seen * E + e).to(tl.float32) * 5.9604644775390625e-08
         if KEYED:
             rank, before, span = e, x, 0.0  # where the key names them not
             if (RANK | BEFORE) & WORDS:
@@ -246,8 +343,7 @@ def _route_kernel(
                 )  # fmt: skip
             if SPAN & WORDS:
                 span = (range_sum / tl.maximum(seen, 1).to(tl.float64)).to(tl.float32)
-            have = (slot_of >= 0).to(tl.int32)
-            biased = KEY(*_named(WORDS, value, rank.to(tl.float32), before, have, span, a))
+            biased = KEY(*_key_words(WORDS, value, rank.to(tl.float32), before, have, span, cost, noise, a, b))
             biased = tl.where(key == LOWEST, LOWEST, _key(biased.to(tl.float32)))
 
         place = tl.full([E_PAD], K, tl.int32)  # of the chosen their place in the token's order, K for the others
@@ -259,22 +355,34 @@ def _route_kernel(
             place = tl.where(e == chosen, k, place)
         if KEYED:
             # The best j are in their places; the others are in the order of the bias.
+            placed = tl.minimum(j, K)
             left = (place < K) & (place >= j)
-            for k in range(tl.minimum(j, K), K):
+            if BOUNDED:
+                left = _bounded(place < K, key, score, regret, e, K, E_PAD)
+                place = tl.full([E_PAD], K, tl.int32)
+                placed = 0
+            for k in range(placed, K):
                 chosen = _highest(tl.where(left, key, LOWEST), e, E_PAD)
                 place = tl.where(e == chosen, k, place)
                 left &= e != chosen
 
         used = place < K
-        missing = used & (slot_of < 0)
-        touched = tl.where(used, elapsed + K - place, touched)
-        touches += used.to(tl.int32)
         offsets = (cache * T + t) * K + place
         tl.store(ids_ptr + offsets, e, used)
-        tl.store(hits_ptr + offsets, slot_of >= 0, used)
-        weights = score
+        kept = used
+        if GRADED:
+            weight, first, before = _shares(score, place, K)
+            places = place.to(tl.float32)
+            level = GRADE(*_grade_words(GRADE_WORDS, value, weight, first, before, places, have, cost, noise, a, b))
+            kept = used & (((level < 0) == 0) | (place == 0))  # NaN is no reason to drop
+            place = tl.where(kept, place, K)  # a dropped expert is as if not chosen
+        missing = kept & (slot_of < 0)
+        touched = tl.where(kept, elapsed + K - place, touched)
+        touches += kept.to(tl.int32)
+        tl.store(hits_ptr + offsets, (slot_of >= 0) & kept, used)
+        weights = tl.where(kept, score, 0.0)
         if RENORMALISE:
-            weights = score / (tl.sum(tl.where(used, score, 0.0), 0) + epsilon)
+            weights /= tl.sum(weights, 0) + epsilon
         tl.store(weights_ptr + offsets, weights * scale, used)
 
         misses = tl.sum(missing.to(tl.int32), 0)
@@ -286,7 +394,7 @@ def _route_kernel(
             policy = EVICT(tl.where(touched > 0, clock + touched, last_use), uses)
             high, low = (policy >> 32).to(tl.int32), policy.to(tl.int32) ^ LOWEST
         for _ in range(misses):
-            expert = tl.min(tl.where(used & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
+            expert = tl.min(tl.where(kept & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
             if free > 0:
                 slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
                 free -= 1
@@ -301,7 +409,7 @@ def _route_kernel(
             tl.store(miss_experts_ptr + listed, expert)
             tl.store(miss_slots_ptr + listed, slot)
             missed += 1
-        tl.store(slots_ptr + offsets, tl.maximum(slot_of, 0), used)
+        tl.store(slots_ptr + offsets, tl.where(kept, slot_of, -1), used)
         logits_ptr += stride_t
         elapsed += K
         seen += 1
@@ -395,7 +503,11 @@ def plan_route(
         "GROUPS_PAD": triton.next_power_of_2(scores.groups),
         "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
         "KEY": policy.key and _jitted(policy.key),
-        "WORDS": sum(1 << KEY_WORDS.index(word) for word in policy.words),
+        "GRADE": policy.grade and _jitted(policy.grade),
+        "WORDS": sum(map(_bit, policy.words)),
+        "GRADE_WORDS": sum(map(_bit, policy.grade_words)),
+        "BOUNDED": policy.bounded,
+        "NOISE_BITS": _jitted(noise_bits),
         "KNOBS": len(KNOBS),
         "CHUNK": max(1, 512 * num_warps // padded),  # larger tiles of ranks spill
         "BLOCK_H": 1024,
@@ -407,5 +519,5 @@ def plan_route(
         constants,
         max_registers=255,  # a program a cache: there are no others to make room for
         num_warps=num_warps,
-        fuses=policy.key is None,  # a fused multiply and add would round a key otherwise than elsewhere
+        fuses=policy.knobs is None,  # a fused multiply and add would round a policy's numbers otherwise than elsewhere
     )

@@ -109,9 +109,10 @@ class Routing:
 
     Args:
         ids: ``[B, T, K]`` int64, distinct experts of each token, the highest selection value first.
-        weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits.
-        slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes.
-        hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed.
+        weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits; 0 of a dropped expert.
+        slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes; -1 of
+            a dropped expert, which does not run.
+        hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed, and runs.
         misses: what is to be fetched.
     """
 

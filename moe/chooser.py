@@ -1,6 +1,7 @@
 """Who chooses in a model's place: a strategy by the rules of the model's routers, with an eviction policy."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,8 +22,8 @@ class Chooser:
         device: where the logits and the state are.
 
     Attributes:
-        top_k: experts that a token uses, K or the fewer that pruning leaves.
-        policy: of every layer. What is written into its knobs counts from the next call, or replay of a graph.
+        knobs: ``[L, B, len(KNOBS)]``, what the layers' policies read: what is written here counts from the next call,
+            or replay of a graph. None for a strategy that has none.
     """
 
     def __init__(
@@ -33,9 +34,13 @@ class Chooser:
         evict: Callable,
         device: torch.device | str = "cpu",
     ):
-        self.top_k = strategies[0].experts_used(top_k)
-        self.policy = policy_of(*strategies).to(device)
-        self._rules, self._evict = [rule.to(device) for rule in rules], evict
+        self._rules, self._evict, self._top_k = [rule.to(device) for rule in rules], evict, top_k
+        self._policies = [policy_of(*strategies, top_k=top_k, layer=layer) for layer in range(len(rules))]
+        self.knobs = None
+        if self._policies[0].knobs is not None:
+            self.knobs = torch.stack([policy.knobs for policy in self._policies]).to(device)
+            pairs = zip(self._policies, self.knobs, strict=True)
+            self._policies = [replace(policy, knobs=knobs) for policy, knobs in pairs]
 
     def route(self, layer: int, logits: torch.Tensor, state, out: Routing | None = None) -> Routing:
         """Choose for T tokens, stepped; ``state`` is updated.
@@ -45,13 +50,13 @@ class Chooser:
             state: the layer's ``Residency`` of B caches.
             out: to be filled in; None for a new one.
         """
-        return choose(self._rules[layer], logits, state, self._evict, self.top_k, self.policy, out)
+        return choose(self._rules[layer], logits, state, self._evict, self._top_k, self._policies[layer], out)
 
     def peek(self, layer: int, logits: torch.Tensor, state) -> list[int]:
-        """What ``route`` would choose for one token of one cache on the CPU, the best first; nothing is updated.
+        """What ``route`` would run for one token of one cache on the CPU, the best first; nothing is updated.
 
         Args:
             logits: ``[E]``.
         """
         rule = self._rules[layer]
-        return peek(logits, state, self.top_k, self.policy, rule.scores, rule.correction)
+        return peek(logits, state, self._top_k, self._policies[layer], rule.scores, rule.correction)

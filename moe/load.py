@@ -17,11 +17,12 @@ from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
 from cachemoe.moe.pack import holds, open_packed, pack, store_directory
+from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import slots_of
-from cachemoe.moe.strategies import EXACT, Original, Strategy, checked
+from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore

@@ -18,9 +18,10 @@ from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_count, moe_layers, routing_rules
 from cachemoe.moe.pack import rounds
+from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import EXACT, PRECISION_CHANGED, Strategy, checked
+from cachemoe.moe.strategies import Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine

@@ -126,7 +126,7 @@ def choose(
     routing = route(logits, state, evict, top_k, policy, rule.scores, rule.correction, out)
     if rule.weigh is not None:
         weights = rule.weigh(logits.float().flatten(0, 1), routing.ids.flatten(0, 1))
-        routing.weights.copy_(weights.view_as(routing.weights))
+        routing.weights.copy_(weights.view_as(routing.weights).masked_fill(routing.slots < 0, 0.0))
     return routing
 
 

@@ -1,9 +1,11 @@
 """Routing strategies by name: what a user types, checked, and turned into what ``route`` takes.
 
 ``original`` · ``pruning:K'`` · ``max-rank:M`` · ``cumsum:p`` · ``cache-prior:lambda``, after Skliar et al. (arXiv
-2412.00099); the rules themselves are in :mod:`cachemoe.moe.policies`.
+2412.00099), and other systems'; the rules themselves are in :mod:`cachemoe.moe.policies`, a file each. After
+``,max-regret=`` comes a bound of what one swap gives up, as in ``cache-prior:0.5,max-regret=0.01``.
 """
 
+import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -11,13 +13,12 @@ import torch
 
 from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.moe.policies import RULES
-from cachemoe.moe.policies.rule import Rule
+from cachemoe.moe.policies.rule import EXACT, Rule
 from cachemoe.offload.errors import InputError
 
+REGRET = "max-regret"
 TOP_J = 2  # the paper's choice for models of many small experts
-EXACT = "exact"
-ROUTING_CHANGED = "routing changed"
-PRECISION_CHANGED = "precision changed"
+UNBOUNDED = math.inf
 
 
 @dataclass(frozen=True)
@@ -25,37 +26,51 @@ class Strategy:
     """A routing strategy and its parameters; ``CachePrior`` and the other functions below make one.
 
     Args:
-        name: one of ``original``, ``pruning``, ``max-rank``, ``cumsum``, ``cache-prior``.
-        value: None for ``original``; K' < K experts a token for ``pruning``; M for ``max-rank``; p in [0.001, 1] for
-            ``cumsum``; lambda in [0, 1] for ``cache-prior``.
+        name: one of ``RULES``.
+        value: of the rule's parameter; None where it has none.
         top_j: J, the best-ranked experts that are always kept.
+        max_regret: a swap, of one of the model's own K experts for another, stays only where the score of the first
+            exceeds that of the second by less: 0 is the model's own choice, infinity no bound.
     """
 
     name: str
     value: float | None = None
     top_j: int = TOP_J
+    max_regret: float = UNBOUNDED
 
     @classmethod
     def parse(cls, text: str, experts: int, top_k: int, top_j: int = TOP_J) -> "Strategy":
-        """Read ``name`` or ``name:value`` for a model of E experts, K of them used.
+        """Read ``name``, ``name:value`` or ``name:value,max-regret=bound`` for a model of E experts, K of them used.
 
         Raises:
             InputError: for an unknown name or a value out of range.
         """
+        text, *options = text.split(",")
         name, colon, value_text = text.partition(":")
         if name not in RULES:
             raise InputError(f"unknown strategy {name!r}: choose among {', '.join(RULES)}")
-        rule = RULES[name]
-        if (parameter := rule.parameter) is None:
-            if colon:
-                raise InputError(f"{name} takes no value, and {text!r} gives one")
-            return cls(name)
-        try:
-            value = parameter.number(value_text)
-        except ValueError as error:
-            high = max(parameter.bounds(experts, top_k)[1], 1)
-            raise InputError(f"{name} needs its {parameter.symbol}, as in {name}:{high}, not {text!r}") from error
-        strategy = cls(name, value, top_j) if rule.key else cls(name, value)
+        rule, value = RULES[name], None
+        if (parameter := rule.parameter) is not None:
+            try:
+                value = parameter.number(value_text)
+            except ValueError as error:
+                high = max(parameter.bounds(experts, top_k)[1], 1)
+                raise InputError(f"{name} needs its {parameter.symbol}, as in {name}:{high}, not {text!r}") from error
+        elif colon:
+            raise InputError(f"{name} takes no value, and {text!r} gives one")
+        bound = UNBOUNDED
+        if options:
+            option, _, bound_text = options[0].partition("=")
+            try:
+                if option != REGRET or len(options) > 1:
+                    raise ValueError
+                bound = float(bound_text)
+            except ValueError as error:
+                given = ",".join(options)
+                raise InputError(
+                    f"after a comma comes {REGRET}=bound, as in {text},{REGRET}=0.01, not {given!r}"
+                ) from error
+        strategy = cls(name, value, top_j if rule.key else TOP_J, bound)
         strategy.check(experts, top_k)
         return strategy
 
@@ -82,9 +97,14 @@ class Strategy:
             raise InputError(f"{self.name} takes no value, and {self.value!r} is one")
         if not isinstance(self.top_j, Integral) or self.top_j < 0:
             raise InputError(f"J must be a whole number, 0 or more, not {self.top_j!r}")
+        if not isinstance(self.max_regret, Real) or not self.max_regret >= 0:
+            raise InputError(f"{REGRET} must be a number, 0 or more, not {self.max_regret!r}")
+        if self.max_regret != UNBOUNDED and self.rule.key is None:
+            raise InputError(f"{self.name} swaps no expert for another, so that {REGRET} has nothing to bound")
 
     def __str__(self) -> str:
-        return self.name if self.value is None else f"{self.name}:{str(self.value).removesuffix('.0')}"
+        text = self.name if self.value is None else f"{self.name}:{_number(self.value)}"
+        return text if self.max_regret == UNBOUNDED else f"{text},{REGRET}={_number(self.max_regret)}"
 
     @property
     def rule(self) -> Rule:
@@ -92,12 +112,9 @@ class Strategy:
 
     @property
     def label(self) -> str:
-        """``exact`` if the strategy can only choose what the model would, else ``routing changed``."""
-        return EXACT if self.rule.is_exact(self.value) else ROUTING_CHANGED
-
-    def experts_used(self, top_k: int) -> int:
-        """K, or the fewer that pruning leaves."""
-        return self.rule.experts_used(self.value, top_k)
+        """``exact`` if the strategy can only choose what the model would, else what it changes."""
+        exact = self.max_regret == 0 and self.rule.grade is None
+        return EXACT if exact or self.rule.is_exact(self.value) else self.rule.changes
 
 
 def Original() -> Strategy:
@@ -110,19 +127,19 @@ def Pruning(keep: int) -> Strategy:
     return Strategy("pruning", keep)
 
 
-def MaxRank(window: int, top_j: int = TOP_J) -> Strategy:
+def MaxRank(window: int, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
     """Residents among the M = ``window`` best-ranked come first (the paper's algorithm 1)."""
-    return Strategy("max-rank", window, top_j)
+    return Strategy("max-rank", window, top_j, max_regret)
 
 
-def CumSum(mass: float, top_j: int = TOP_J) -> Strategy:
+def CumSum(mass: float, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
     """As max-rank, the window being the fewest experts whose probabilities sum to p = ``mass`` (its algorithm 2)."""
-    return Strategy("cumsum", mass, top_j)
+    return Strategy("cumsum", mass, top_j, max_regret)
 
 
-def CachePrior(lam: float, top_j: int = TOP_J) -> Strategy:
+def CachePrior(lam: float, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
     """Rank by logit + lambda * (mean range of logits) for residents: what the paper proposes."""
-    return Strategy("cache-prior", lam, top_j)
+    return Strategy("cache-prior", lam, top_j, max_regret)
 
 
 def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strategy:
@@ -143,14 +160,26 @@ def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strateg
     return routing
 
 
-def policy_of(*strategies: Strategy) -> Policy:
-    """The policy of B caches, one strategy each; all of one name, each with its own numbers.
+def policy_of(*strategies: Strategy, top_k: int = 0, layer: int = 0, miss_cost: float = 0.0) -> Policy:
+    """The policy of a layer's B caches, one strategy each; all of one name, each with its own numbers.
+
+    Args:
+        top_k: K of the model, for rules that need it.
+        layer: for rules that differ between layers.
+        miss_cost: the logarithm of how many times as long as a resident's an absent expert's output takes.
 
     Raises:
         ValueError: for strategies of different names.
     """
     if len({s.name for s in strategies}) > 1:
         raise ValueError(f"one policy routes all caches, not {', '.join(sorted({s.name for s in strategies}))}")
-    if (key := strategies[0].rule.key) is None:
+    rule = strategies[0].rule
+    if rule.key is None and rule.grade is None:
         return ORIGINAL
-    return Policy(key, torch.tensor([[s.top_j, s.value] for s in strategies], dtype=torch.float32, device="cpu"))
+    rows = [(s.top_j, s.value, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer) for s in strategies]
+    bounded = any(s.max_regret != UNBOUNDED for s in strategies)
+    return Policy(rule.key, rule.grade, bounded, torch.tensor(rows, dtype=torch.float32, device="cpu"))
+
+
+def _number(value: float) -> str:
+    return str(value).removesuffix(".0")

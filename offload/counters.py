@@ -7,13 +7,15 @@ from dataclasses import dataclass, fields
 class Counters:
     """Totals since the engine was made or the counters were replaced.
 
-    A selection is one expert chosen by one token. It is a hit if the expert's page was in its slot when the token was
-    routed, else a miss; in a call of many tokens an expert misses at most once. A miss whose page a prefetch had
-    brought is a prefetch hit, one whose page a prefetch was still bringing a late prefetch; all others are demands.
+    A selection is one expert that one token chose and runs; one that the policy drops is none. It is a hit if the
+    expert's page was in its slot when the token was routed, else a miss; in a call of many tokens an expert misses at
+    most once. A miss whose page a prefetch had brought is a prefetch hit, one whose page a prefetch was still bringing
+    a late prefetch; all others are demands.
 
     Attributes:
         calls: of a layer.
         selections: hits + misses.
+        drops: experts chosen and not run.
         pages_read: pages that have landed, prefetches among them; ``bytes_read`` is their bytes.
         predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose.
         prefetches: pages asked for ahead; ``cancelled_prefetches`` those taken back before a byte had moved;
@@ -27,6 +29,7 @@ class Counters:
 
     calls: int = 0
     selections: int = 0
+    drops: int = 0
     hits: int = 0
     misses: int = 0
     pages_read: int = 0
@@ -44,11 +47,12 @@ class Counters:
     link_s: float = 0.0
     engine_s: float = 0.0
 
-    def count_call(self, selections: int, misses: int, engine_s: float) -> None:
-        """Add one call."""
+    def count_call(self, places: int, drops: int, misses: int, engine_s: float) -> None:
+        """Add one call of so many chosen experts, of which ``drops`` did not run."""
         self.calls += 1
-        self.selections += selections
-        self.hits += selections - misses
+        self.selections += places - drops
+        self.drops += drops
+        self.hits += places - drops - misses
         self.misses += misses
         self.engine_s += engine_s
 

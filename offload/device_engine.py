@@ -53,11 +53,12 @@ class DeviceEngine:
         self._stored = store.memory.split(layout.experts)  # of each layer
         # Of all layers side by side, so that one addition a token counts every layer's misses.
         self._routing = Routing.empty(layout.layers, 1, top_k, device)
-        self._missed = torch.zeros(layout.layers, dtype=torch.int64, device=device)
+        self._missed, self._dropped = torch.zeros(2, layout.layers, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         # Where the host can read them at any time: the last token's copies.
         pinned = {"dtype": torch.int64, "pin_memory": self._pool.pages.is_cuda}
         self._missed_seen, self._tokens_seen = torch.zeros(layout.layers, **pinned), torch.zeros(1, **pinned)
+        self._dropped_seen = torch.zeros(layout.layers, **pinned)
 
     def caches(self, layer: int) -> Residency:
         """``[1, ...]``, what the layer's routing is to see, and to update."""
@@ -91,8 +92,10 @@ class DeviceEngine:
         y = self.compute(layer, x, routing)
         if layer == len(self._slots) - 1:
             self._missed += self._routing.misses.count
+            self._dropped += (self._routing.slots < 0).sum((1, 2))
             self._tokens += 1
             self._missed_seen.copy_(self._missed, non_blocking=True)
+            self._dropped_seen.copy_(self._dropped, non_blocking=True)
             self._tokens_seen.copy_(self._tokens, non_blocking=True)
         return y
 
@@ -101,7 +104,7 @@ class DeviceEngine:
         slots, gates, misses = routing.slots[0], routing.weights[0], routing.misses
         pool, stored = self._slots[layer], self._stored[layer]
         if self._read_through:
-            pages = torch.where(routing.hits[0], -1, routing.ids[0])
+            pages = torch.where(routing.hits[0] | (slots < 0), -1, routing.ids[0])
             return experts_read_through(x, slots, gates, pool, stored, pages, self.page_format)
         fetch(stored, pool, misses.experts[0], misses.slots[0], misses.count)
         return experts(x, slots, gates, self._weights[layer], self.page_format)
@@ -110,14 +113,18 @@ class DeviceEngine:
     def counters(self) -> Counters:
         """Of the tokens that have ended, without waiting: one that is under way may be in it in part."""
         missed, calls = int(self._missed_seen.sum()), int(self._tokens_seen) * len(self._slots)
-        selections = calls * self._top_k
-        counters = Counters(calls=calls, selections=selections, hits=selections - missed, misses=missed)
+        drops = int(self._dropped_seen.sum())
+        selections = calls * self._top_k - drops
+        counters = Counters(calls, selections, drops, hits=selections - missed, misses=missed)
         counters.pages_read, counters.bytes_read = missed, missed * self.page_format.page_bytes
         return counters
 
     def reset_counters(self) -> None:
         """Count from here on; between two tokens that the device has ended."""
-        for total in (self._missed, self._tokens, self._missed_seen, self._tokens_seen):
+        for total in (
+            *(self._missed, self._dropped, self._tokens),
+            *(self._missed_seen, self._dropped_seen, self._tokens_seen),
+        ):
             total.zero_()
 
     def fill(self) -> None:

@@ -97,11 +97,13 @@ class ResidentEngine:
         """As ``OffloadEngine.forward``."""
         start = perf_counter()
         y = torch.empty_like(x)
-        self._compute(x, routing.ids[0] + layer * self._experts_a_layer, routing.weights[0], y)
+        dropped, ids = routing.slots[0] < 0, routing.ids[0] + layer * self._experts_a_layer
+        self._compute(x, ids.masked_fill(dropped, -1), routing.weights[0], y)
         counters = self.counters
         if not x.is_cuda:
             counters.compute_s += perf_counter() - start
-        counters.count_call(routing.ids.numel(), int(routing.misses.count.sum()), perf_counter() - start)
+        drops = 0 if dropped.is_cuda else int(dropped.sum())  # who routes on a GPU drops nothing
+        counters.count_call(routing.ids.numel(), drops, int(routing.misses.count.sum()), perf_counter() - start)
         return y
 
 
@@ -200,18 +202,21 @@ class OffloadEngine:
         if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
             self._recover()
         try:
+            drops = 0
             if routing.ids.is_cuda:
                 y, misses = self._resident(layer, x, routing), 0
-            elif x.shape[0] == 1:
-                y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
             else:
-                y, misses = self._prefill(layer, x, routing)
+                drops = int((routing.slots < 0).sum())
+                if x.shape[0] == 1:
+                    y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
+                else:
+                    y, misses = self._prefill(layer, x, routing)
         except BaseException:
             self._recover()
             raise
         busy, self._busy_s = self._busy_s, self._link.busy_s
         self.counters.link_s += self._busy_s - busy
-        self.counters.count_call(routing.ids.numel(), misses, perf_counter() - start)
+        self.counters.count_call(routing.ids.numel(), drops, misses, perf_counter() - start)
         return y
 
     def fill(self) -> None:
@@ -326,20 +331,22 @@ class OffloadEngine:
         """One token: its output, and how many of its experts missed."""
         ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
         held, frames = self._held[layer], self._frames[layer]
-        missing = [k for k, (e, slot) in enumerate(zip(ids, slots, strict=True)) if held[slot] != e]
+        kept = [k for k, slot in enumerate(slots) if slot >= 0]
+        missing = [k for k in kept if held[slots[k]] != ids[k]]
         loads = {self._load(layer, ids[k], slots[k]): k for k in missing}
         if self._staging is not None:
-            self._staging.chosen(layer, ids, self.counters)
-            self._staging.look_ahead(layer, gate_input, ids, len(self._held), self.counters)
+            chosen = [ids[k] for k in kept]
+            self._staging.chosen(layer, chosen, self.counters)
+            self._staging.look_ahead(layer, gate_input, chosen, len(self._held), self.counters)
         y, gates = torch.empty_like(x), routing.weights[0]
-        where = torch.tensor([[frames[slot] for slot in slots]], device="cpu")
+        where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
         if not loads:
             self._timed(layer, x, where, gates, y)
             return y, 0
         partial = torch.empty(1, len(ids), x.shape[1], dtype=torch.float32, device=x.device)
         pending = torch.ones(1, len(ids), dtype=torch.bool, device="cpu")
         pending[0, missing] = False
-        if len(missing) < len(ids):
+        if len(missing) < len(kept):
             self._timed(layer, x, where, gates, y, pending, partial, False)
         left = len(loads)
         for transfer in self._landed(layer, loads):
@@ -352,15 +359,17 @@ class OffloadEngine:
 
     def _prefill(self, layer, x, routing):
         """Many tokens: their output, and how many of their experts had no page when the call began."""
-        ids, held, frames = routing.ids[0], self._held[layer], self._frames[layer]
-        needed = list(dict.fromkeys(ids.flatten().tolist()))
+        held, frames = self._held[layer], self._frames[layer]
+        ids = torch.where(routing.slots[0] < 0, self.state.slot_of.shape[1], routing.ids[0])  # E: a dropped one
+        needed = list(dict.fromkeys(routing.ids[routing.slots >= 0].tolist()))
         misses = len(set(needed).difference(held))
         # Of whom the table says that they stay: but those do not whose page never came.
         here = {e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0}
         final = here.intersection((*held, *needed))
         y, gates = torch.empty_like(x), routing.weights[0]
         partial = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
-        frame_of = torch.zeros(self.state.slot_of.shape[1], dtype=torch.int64, device="cpu")
+        frame_of = torch.zeros(self.state.slot_of.shape[1] + 1, dtype=torch.int64, device="cpu")
+        frame_of[-1] = -1
 
         def compute(placed: list[tuple[int, int]]) -> None:
             if placed:

@@ -9,5 +9,8 @@ def key(value, have, span, a):
 
 
 RULE = Rule(
-    "cache-prior", key, Parameter("lambda", float, lambda experts, top_k: (0.0, 1.0)), is_exact=lambda value: value == 0
+    "cache-prior",
+    key,
+    parameter=Parameter("lambda", float, lambda experts, top_k: (0.0, 1.0)),
+    is_exact=lambda value: value == 0,
 )

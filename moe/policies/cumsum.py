@@ -11,4 +11,4 @@ def key(rank, before, have, a):
     return 65536.0 * ((before < a + 2.0 * (a >= 1.0)) * (have > 0)) - rank
 
 
-RULE = Rule("cumsum", key, Parameter("p", float, lambda experts, top_k: (0.001, 1.0)))
+RULE = Rule("cumsum", key, parameter=Parameter("p", float, lambda experts, top_k: (0.001, 1.0)))

@@ -8,4 +8,4 @@ def key(rank, have, a):
     return 65536.0 * ((rank < a) * (have > 0)) - rank
 
 
-RULE = Rule("max-rank", key, Parameter("M", int, lambda experts, top_k: (1, experts)))
+RULE = Rule("max-rank", key, parameter=Parameter("M", int, lambda experts, top_k: (1, experts)))

@@ -2,8 +2,10 @@
 
 from cachemoe.moe.policies.rule import Parameter, Rule
 
-RULE = Rule(
-    "pruning",
-    parameter=Parameter("K'", int, lambda experts, top_k: (1, top_k - 1)),
-    experts_used=lambda value, top_k: int(value),
-)
+
+def grade(place, a):
+    """Dropped from the place a = K' on."""
+    return -1.0 * (place >= a)
+
+
+RULE = Rule("pruning", grade=grade, parameter=Parameter("K'", int, lambda experts, top_k: (1, top_k - 1)))

@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+EXACT = "exact"
+ROUTING_CHANGED = "routing changed"
+PRECISION_CHANGED = "precision changed"
+EXPERTS_CHANGED = "experts changed"
+
 
 @dataclass(frozen=True)
 class Parameter:
-    """The number that a user gives a rule, as in ``cache-prior:0.5``; the key's knob ``a``.
+    """The number that a user gives a rule, as in ``cache-prior:0.5``.
 
     Args:
         symbol: as written in the paper.
@@ -25,14 +30,17 @@ class Rule:
 
     Args:
         name: that a user types.
-        key: see :class:`cachemoe.kernels.policy.Policy`.
+        key, grade: see :class:`cachemoe.kernels.policy.Policy`.
         parameter: None for a rule without.
-        experts_used: (value, K) -> experts a token, K or fewer.
+        knob_b: (value, K) -> the knob ``b``; the knob ``a`` is the value.
         is_exact: (value) -> whether it can only choose what the model would.
+        changes: what it changes otherwise.
     """
 
     name: str
     key: Callable | None = None
+    grade: Callable | None = None
     parameter: Parameter | None = None
-    experts_used: Callable[[float | None, int], int] = lambda value, top_k: top_k
+    knob_b: Callable[[float | None, int], float] = lambda value, top_k: 0.0
     is_exact: Callable[[float | None], bool] = lambda value: False
+    changes: str = ROUTING_CHANGED

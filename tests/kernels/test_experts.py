@@ -280,6 +280,73 @@ def test_the_same_call_gives_the_same_bits(run):
     assert torch.equal(run(case), run(case))
 
 
+# --------------------------------------------------------------------------------------------------- dropped experts
+
+
+def with_drops(page_format, tokens, top_k, slots):
+    """A case in which some experts of each token are dropped, whose weights must not matter."""
+    case = Case(page_format, tokens, top_k, slots, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    dropped = torch.rand(tokens, top_k, generator=generator) < 0.5
+    dropped[:, 0] &= dropped[:, 1:].any(1)  # not always the last places
+    dropped[dropped.all(1), 1] = False
+    dropped = dropped.to(device())
+    case.slots[dropped], case.gates[dropped] = -1, torch.nan
+    return case, dropped
+
+
+@each_path
+@each_format
+def test_a_dropped_expert_has_no_part(run, page_format):
+    case, dropped = with_drops(page_format, 4, 4, 6)
+    assert dropped.any()
+    y = run(case)
+    case.gates[dropped] = 0.0
+    assert_near(y, case.expected())
+
+
+@each_path
+@some_formats
+def test_hits_first_and_misses_later_where_some_are_dropped(run, page_format):
+    case, _ = with_drops(page_format, 3, 4, 6)
+    at_once, results = run(case), poisoned(3, 4, page_format.hidden, dtype=torch.float32)
+    pending = torch.isin(case.slots, case.used[::2].to(device()))
+    assert pending.any()
+    run(case, ~pending, results, finish=False)
+    assert torch.equal(run(case, pending, results, finish=True), at_once)
+
+
+@some_formats
+def test_the_cpu_drops_too(page_format):
+    for tokens in (1, 4):
+        case, dropped = with_drops(page_format, tokens, 4, 6)
+        x, slots, gates, weights = (each.cpu() if torch.is_tensor(each) else each for each in case.arguments()[:4])
+        weights = page_format.views(case.pool.cpu())
+        y = experts(x, slots, gates, weights, page_format)
+        assert_near(y, experts(x, slots, gates.nan_to_num(0.0), weights, page_format))
+        pending = torch.isin(slots, case.used[::2]) | dropped.cpu()
+        partial = torch.full((tokens, 4, page_format.hidden), torch.nan)
+        experts(x, slots, gates, weights, page_format, None, ~pending, partial, finish=False)
+        assert torch.equal(experts(x, slots, gates, weights, page_format, None, pending, partial), y)
+        case.gates[dropped] = 0.0
+        assert_near(y, case.expected().cpu())
+
+
+@some_formats
+def test_reading_through_passes_dropped_experts_by(page_format):
+    case, dropped = with_drops(page_format, 1, 4, 6)
+    expected = launch("decode", case)
+    missing = (~dropped[0]).nonzero()[0].item()
+    slot, pages = int(case.slots[0, missing]), torch.full((1, 4), -1, device=device())
+    store, before = case.pool.clone(), case.pool.clone()
+    pages[0, missing], case.pool[slot] = slot, 0xFF
+    y = experts_read_through(*case.arguments()[:3], case.pool, store, pages, page_format)
+    assert_near(y, expected)
+    filled = case.weights
+    for name, view in page_format.views(before).items():
+        assert torch.equal(filled[name][slot].view(torch.uint8), view[slot].view(torch.uint8)), name
+
+
 # ---------------------------------------------------------------------------------------------------- reading through
 
 
@@ -309,11 +376,11 @@ def test_tiles_hold_each_pair_once_with_its_slot(data):
     tokens, top_k, count = data.draw(st.integers(1, 30)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))
     block_m = data.draw(st.sampled_from([1, 4, 16]))
     slots = torch.tensor(
-        data.draw(st.lists(st.integers(0, count - 1), min_size=tokens * top_k, max_size=tokens * top_k))
+        data.draw(st.lists(st.integers(-1, count - 1), min_size=tokens * top_k, max_size=tokens * top_k))
     )
     pending = data.draw(st.none() | st.lists(st.booleans(), min_size=tokens * top_k, max_size=tokens * top_k))
     mask = None if pending is None else torch.tensor(pending).view(tokens, top_k)
-    taking = [pair for pair in range(tokens * top_k) if pending is None or pending[pair]]
+    taking = [pair for pair in range(tokens * top_k) if slots[pair] >= 0 and (pending is None or pending[pair])]
     most = len(taking), len(set(slots[taking].tolist()))
     if data.draw(st.booleans()):  # or what can be said without looking
         most = slots.numel(), count

@@ -1,5 +1,6 @@
 """route on each backend, the kernel and the CPU's implementation, against the reference: every field, every integer."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,13 +9,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cachemoe.kernels import reference_route
-from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.policy import GRADE_WORDS, KEY_WORDS, KNOBS, ORIGINAL, Policy
 from cachemoe.kernels.route import FUSED_TOKENS, route, route_hidden
 from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
-from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, policy_of
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Pruning, Strategy, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
@@ -118,16 +119,48 @@ def clear_cut(logits, scores, correction, mass):
 # ------------------------------------------------------------------------------------------- against the reference
 
 MASS = 0.7
+
+
+def key_of_all(value, rank, before, have, span, cost, noise, a, b):
+    """A key for nobody, which names every word."""
+    return value * a + 0.5 * have + before * b - 0.25 * cost + 0.125 * span * (rank > 2) + noise
+
+
+def grade_of_all(value, weight, first, before, place, have, cost, noise, a, b):
+    """And a grade."""
+    return weight - 0.25 * first * b - 0.125 * before - 0.01 * place * cost + 0.0625 * have * (noise > a) + 0.01 * value
+
+
+KNOBS_OF_ALL = torch.tensor([[1.0, 0.75, 0.5, 2.0, 0.3, 7.0]])
 STRATEGIES = {
     "original": ORIGINAL,
+    "pruning": policy_of(Pruning(2)),
     "max-rank": policy_of(MaxRank(5, 1)),
     "cumsum": policy_of(CumSum(MASS, 1)),
     "cache-prior": policy_of(CachePrior(0.5, 1)),
+    "cache-prior, bounded": policy_of(CachePrior(1.0, 0, 0.05)),
+    "latency-ratio": policy_of(Strategy("latency-ratio", 1.5, 1), miss_cost=0.7),
+    "random-drop": policy_of(Strategy("random-drop", 0.4), layer=3),
+    "random-swap": policy_of(Strategy("random-swap", 0.4, 1), top_k=3, layer=2),
+    "every word": Policy(key_of_all, grade_of_all, True, KNOBS_OF_ALL),
 }
 
 
-def test_every_rule_with_a_key_is_here():
-    assert {rule.name for rule in RULES.values() if rule.key} < set(STRATEGIES)
+def test_every_rule_is_here():
+    assert set(RULES) <= set(STRATEGIES)
+    assert STRATEGIES["every word"].words == KEY_WORDS and STRATEGIES["every word"].grade_words == GRADE_WORDS
+
+
+def decided(logits, state, evict, k, policy, scores, correction):
+    """Whether knobs that differ a little decide alike, so that no rounding decides."""
+    if policy.knobs is None:
+        return True
+    ids = []
+    for factor in (1.0, 1.0001, 0.9999):
+        near = replace(policy, knobs=policy.knobs * torch.tensor([1.0, factor, factor, 1.0, factor, 1.0]))
+        routing = reference_route.route(logits, state.clone(), evict, k, near, scores, correction)
+        ids.append((routing.ids, routing.slots))
+    return all(torch.equal(a, b) for other in ids[1:] for a, b in zip(ids[0], other, strict=True))
 
 
 @every_backend
@@ -155,7 +188,9 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     state = Residency.empty(torch.tensor([data.draw(st.integers(k, n))]), n)
     warm = normal_logits(seed + 2, 1, 6, n)
     reference_route.route(warm, state, EVICTION_POLICIES[eviction], k)
-    assert_as_reference(backend, logits, state, EVICTION_POLICIES[eviction], k, policy, scores, correction)
+    how = EVICTION_POLICIES[eviction], k, policy, scores, correction
+    assume(not (policy.grade or policy.bounded) or decided(logits, state, *how))
+    assert_as_reference(backend, logits, state, *how)
 
 
 @every_backend
@@ -163,7 +198,11 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     "tokens, n, k, capacity",
     [(1, 1, 1, 1), (4, 7, 7, 7), (3, 16, 16, 16), (3, 61, 1, 1), (2, 127, 8, 9), (300, 5, 1, 2), (2, 512, 10, 40)],
 )
-@pytest.mark.parametrize("policy", [policy_of(CachePrior(0.3, 2)), policy_of(MaxRank(9, 1))], ids=["prior", "window"])
+@pytest.mark.parametrize(
+    "policy",
+    [policy_of(CachePrior(0.3, 2)), policy_of(MaxRank(9, 1)), STRATEGIES["every word"]],
+    ids=["prior", "window", "every word"],
+)
 def test_awkward_shapes(backend, tokens, n, k, capacity, policy):
     if backend == "interpreter" and tokens == 300 and "rank" in policy.words:
         pytest.skip("one long sequence is enough for the interpreter")
@@ -212,11 +251,15 @@ def test_rows_of_a_larger_tensor(backend):
         [CachePrior(0.3, 0), CachePrior(0.0, 1), CachePrior(1.0, 2), CachePrior(0.9, 5)],
         [MaxRank(1, 0), MaxRank(6, 1), MaxRank(10, 2), MaxRank(4, 5)],
         [CumSum(0.6, 0), CumSum(0.6, 1), CumSum(1.0, 2), CumSum(0.6, 5)],
+        [CachePrior(1.0, 0, 0.0), CachePrior(1.0, 0, 0.1), CachePrior(1.0, 0, 0.3), CachePrior(1.0, 0)],
+        [Pruning(1), Pruning(2), Pruning(2), Pruning(1)],
+        [Strategy("random-drop", p) for p in (0.0, 0.3, 0.7, 1.0)],
+        [Strategy("random-swap", p, 1) for p in (0.0, 0.3, 0.7, 1.0)],
     ],
-    ids=lambda strategies: strategies[0].name,
+    ids=lambda strategies: f"{strategies[0].name}{', bounded' * (strategies[0].max_regret == 0)}",
 )
 def test_caches_side_by_side_with_their_own_knobs(backend, eviction, strategies):
-    policy = policy_of(*strategies)
+    policy = policy_of(*strategies, top_k=3)
     state = Residency.empty(torch.tensor([3, 4, 7, 10]), 10)
     for seed in range(2):
         logits = normal_logits(10 + seed, 4, 3, 10)
@@ -347,14 +390,18 @@ def test_the_cpu_takes_more():
     assert_as_reference("cpu", normal_logits(9, 1, 2, 700), state, LRU, 20, policy_of(CachePrior(0.3, 2)))
 
 
-def test_a_key_that_cannot_be_is_refused():
-    knobs = torch.zeros(1, 2)
-    for key in (lambda value, span, have: value, lambda logit: logit):
-        with pytest.raises(ValueError, match="a key's parameters are some of value, rank, before, have, span, a"):
-            Policy(key, knobs)
-    for wrong in (None, torch.zeros(2), torch.zeros(1, 3), knobs.double()):
-        with pytest.raises(ValueError, match=r"a key needs knobs \[B, 2\] float32"):
-            Policy(lambda value: value, wrong)
+def test_a_policy_that_cannot_be_is_refused():
+    knobs = torch.zeros(1, len(KNOBS))
+    for function in (lambda value, span, have: value, lambda place: place):
+        with pytest.raises(ValueError, match="the parameters of <lambda> are some of value, rank, before, have, span,"):
+            Policy(function, knobs=knobs)
+    for function in (lambda place, weight: weight, lambda rank: rank):
+        with pytest.raises(ValueError, match="the parameters of <lambda> are some of value, weight, first, before, pl"):
+            Policy(grade=function, knobs=knobs)
+    for wrong in (None, torch.zeros(len(KNOBS)), torch.zeros(1, 3), knobs.double()):
+        for functions in ({"key": lambda value: value}, {"grade": lambda place: place}):
+            with pytest.raises(ValueError, match=r"a key or a grade needs knobs \[B, 6\] float32"):
+                Policy(**functions, knobs=wrong)
 
 
 def test_what_route_refuses():
@@ -373,7 +420,7 @@ def test_what_route_refuses():
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
-    with pytest.raises(ValueError, match=r"the knobs must be contiguous and \(1, 2\), not \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"the knobs must be contiguous and \(1, 6\), not \(2, 6\)"):
         route(logits, state, LRU, 2, policy_of(CachePrior(0.1), CachePrior(0.2)))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
@@ -407,7 +454,8 @@ def test_peeking_tells_what_route_then_chooses(strategy, scores, bad):
         before = state.clone()
         expected = peek(logits[0, 0], state, 3, STRATEGIES[strategy], scores)
         assert_same_state(state, before)
-        assert route(logits, state, LRU, 3, STRATEGIES[strategy], scores).ids.flatten().tolist() == expected
+        routing = route(logits, state, LRU, 3, STRATEGIES[strategy], scores)
+        assert routing.ids[routing.slots >= 0].tolist() == expected
 
 
 # -------------------------------------------------------------------------------------------------- torch.compile

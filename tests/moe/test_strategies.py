@@ -1,10 +1,12 @@
 """Strategies as a user types them."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachemoe.kernels.policy import ORIGINAL
+from cachemoe.kernels.policy import KNOBS, ORIGINAL
 from cachemoe.moe.strategies import CachePrior, MaxRank, Pruning, Strategy, checked, policy_of
 from cachemoe.offload.errors import InputError
 
@@ -16,24 +18,27 @@ def parse(text):
 
 
 @pytest.mark.parametrize(
-    "text, name, value, label, used",
+    "text, name, value, label",
     [
-        ("original", "original", None, "exact", 4),
-        ("pruning:1", "pruning", 1, "routing changed", 1),
-        ("pruning:3", "pruning", 3, "routing changed", 3),
-        ("max-rank:1", "max-rank", 1, "routing changed", 4),
-        ("max-rank:60", "max-rank", 60, "routing changed", 4),
-        ("cumsum:0.9", "cumsum", 0.9, "routing changed", 4),
-        ("cumsum:1", "cumsum", 1.0, "routing changed", 4),
-        ("cache-prior:0", "cache-prior", 0.0, "exact", 4),
-        ("cache-prior:0.5", "cache-prior", 0.5, "routing changed", 4),
-        ("cache-prior:1", "cache-prior", 1.0, "routing changed", 4),
+        ("original", "original", None, "exact"),
+        ("pruning:1", "pruning", 1, "routing changed"),
+        ("pruning:3", "pruning", 3, "routing changed"),
+        ("max-rank:1", "max-rank", 1, "routing changed"),
+        ("max-rank:60", "max-rank", 60, "routing changed"),
+        ("cumsum:0.9", "cumsum", 0.9, "routing changed"),
+        ("cumsum:1", "cumsum", 1.0, "routing changed"),
+        ("cache-prior:0", "cache-prior", 0.0, "exact"),
+        ("cache-prior:0.5", "cache-prior", 0.5, "routing changed"),
+        ("cache-prior:1", "cache-prior", 1.0, "routing changed"),
+        ("cache-prior:1,max-regret=0.01", "cache-prior", 1.0, "routing changed"),
+        ("cache-prior:1,max-regret=0", "cache-prior", 1.0, "exact"),
+        ("max-rank:6,max-regret=0.5", "max-rank", 6, "routing changed"),
     ],
 )
-def test_every_form(text, name, value, label, used):
+def test_every_form(text, name, value, label):
     strategy = parse(text)
     assert (strategy.name, strategy.value) == (name, value)
-    assert (strategy.label, strategy.experts_used(TOP_K)) == (label, used)
+    assert strategy.label == label
     assert str(strategy) == text
 
 
@@ -54,7 +59,14 @@ def test_every_form(text, name, value, label, used):
         ("max-rank:6.5", "needs its M"),
         ("max-rank:many", "needs its M"),
         ("pruning:nan", "needs its K'"),
-        ("cumsum:0,9", "needs its p"),
+        ("cumsum:0,9", "after a comma comes max-regret=bound, as in cumsum:0,max-regret=0.01, not '9'"),
+        ("cumsum:0.9,", "after a comma comes max-regret"),
+        ("cumsum:0.9,max-regret", "after a comma comes max-regret"),
+        ("cumsum:0.9,max-regret=1,max-regret=2", "after a comma comes max-regret"),
+        ("cumsum:0.9,max-regret=-1", "max-regret must be a number, 0 or more"),
+        ("cumsum:0.9,max-regret=nan", "max-regret must be a number, 0 or more"),
+        ("original,max-regret=1", "original swaps no expert for another"),
+        ("pruning:2,max-regret=1", "pruning swaps no expert for another"),
         ("cache-prior:0.5:1", "needs its lambda"),
         ("pruning:0", "between 1 and 3"),
         ("pruning:4", "between 1 and 3"),
@@ -126,9 +138,20 @@ def test_what_is_printed_can_be_read_again_to_the_last_digit():
     assert parse(str(strategy)) == strategy
 
 
+def test_a_bound_is_printed_and_read_again():
+    strategy = parse("cache-prior:0.5,max-regret=0.007")
+    assert (strategy.value, strategy.max_regret) == (0.5, 0.007)
+    assert parse(str(strategy)) == strategy
+    assert str(parse("cache-prior:0.5,max-regret=inf")) == "cache-prior:0.5"
+
+
 def test_the_policy_of_caches_has_a_row_of_knobs_for_each():
-    policy = policy_of(parse("cache-prior:0.25"), CachePrior(1.0, 0))
-    assert policy.knobs.tolist() == [[2, 0.25], [0, 1]]
-    assert policy_of(parse("original")) is policy_of(parse("pruning:2")) is ORIGINAL
+    policy = policy_of(parse("cache-prior:0.25"), CachePrior(1.0, 0, 0.5), layer=3, miss_cost=2.0)
+    assert [dict(zip(KNOBS, row, strict=True)) for row in policy.knobs.tolist()] == [
+        {"j": 2, "a": 0.25, "b": 0, "miss": 2, "regret": math.inf, "seed": 3},
+        {"j": 0, "a": 1, "b": 0, "miss": 2, "regret": 0.5, "seed": 3},
+    ]
+    assert policy.bounded and not policy_of(parse("cache-prior:0.25")).bounded
+    assert policy_of(parse("original")) is ORIGINAL
     with pytest.raises(ValueError, match="one policy routes all caches, not cache-prior, max-rank"):
         policy_of(parse("max-rank:8"), parse("cache-prior:1"))

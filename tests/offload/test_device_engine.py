@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
-from cachemoe.moe.strategies import CachePrior, policy_of
+from cachemoe.moe.strategies import CachePrior, Strategy, policy_of
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.pinned import PinnedStore
@@ -63,11 +63,11 @@ def step(engine, layer, logits, x, policy, evict, out=None):
 @given(
     tokens=st.integers(1, 12),
     capacity=st.lists(st.integers(TOP_K, EXPERTS), min_size=LAYERS, max_size=LAYERS),
-    prior=st.sampled_from([0.0, 0.3]),
+    policy=st.sampled_from([ORIGINAL, policy_of(CachePrior(0.3, 1)), policy_of(Strategy("random-drop", 0.5))]),
     eviction=st.sampled_from(sorted(EVICTION_POLICIES)),
 )
-def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity, prior, eviction):
-    policy, evict = policy_of(CachePrior(prior, 1)), EVICTION_POLICIES[eviction]
+def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity, policy, eviction):
+    evict = EVICTION_POLICIES[eviction]
     with PinnedStore(file) as store, OffloadEngine(store, capacity, evict=evict) as host:
         driven = DeviceEngine(store, capacity, TOP_K, device, read_through)
         for token in range(tokens):
@@ -81,7 +81,7 @@ def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity,
                 assert error <= TOLERANCE[device] * expected.float().abs().max()
         assert torch.equal(driven.state.slot_of.cpu(), host.state.slot_of)  # and waits for a GPU
         there, here = driven.counters, host.counters
-        for name in ("calls", "selections", "hits", "misses", "pages_read", "bytes_read"):
+        for name in ("calls", "selections", "drops", "hits", "misses", "pages_read", "bytes_read"):
             assert getattr(there, name) == getattr(here, name), name
 
 

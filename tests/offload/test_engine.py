@@ -17,7 +17,7 @@ from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
 from cachemoe.kernels.state import Routing
-from cachemoe.moe.strategies import CachePrior, policy_of
+from cachemoe.moe.strategies import CachePrior, Pruning, Strategy, policy_of
 from cachemoe.offload import engine as engines
 from cachemoe.offload import pool, staging, waves
 from cachemoe.offload.errors import InputError
@@ -156,15 +156,21 @@ calls = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sampled_from([1, 1, 1,
 capacities = st.lists(st.integers(TOP_K, EXPERTS), min_size=LAYERS, max_size=LAYERS)
 
 
-@given(calls=calls, capacity=capacities, prior=st.sampled_from([0.0, 0.4]))
-def test_outputs_are_the_references(store, weights, calls, capacity, prior):
+DROPPING, PRUNING = policy_of(Strategy("random-drop", 0.5)), policy_of(Pruning(1))
+policies = st.sampled_from([ORIGINAL, policy_of(CachePrior(0.4, 1)), DROPPING, PRUNING])
+
+
+@given(calls=calls, capacity=capacities, policy=policies)
+def test_outputs_are_the_references(store, weights, calls, capacity, policy):
     with engines.OffloadEngine(store, capacity) as engine:
         for seed, (layer, tokens) in enumerate(calls):
-            y, expected = step(engine, weights, layer, seed, tokens, policy_of(CachePrior(prior, 1)))
+            y, expected = step(engine, weights, layer, seed, tokens, policy)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             assert_consistent(engine)
         counters = engine.counters
-        assert counters.hits + counters.misses == counters.selections == TOP_K * sum(tokens for _, tokens in calls)
+        assert counters.hits + counters.misses == counters.selections
+        assert counters.selections + counters.drops == TOP_K * sum(tokens for _, tokens in calls)
+        assert (counters.drops > 0) == (policy is PRUNING) or policy is DROPPING
         assert counters.bytes_read == counters.pages_read * FORMAT.page_bytes
         assert counters.calls == len(calls)
 
@@ -305,9 +311,8 @@ def test_closing_twice_leaves_no_thread(store):
 decode = st.integers(1, 30)
 
 
-@given(tokens=decode, capacity=capacities, seed=st.integers(0, 99), prior=st.sampled_from([0.0, 0.4]))
-def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prior):
-    policy = policy_of(CachePrior(prior, 1))
+@given(tokens=decode, capacity=capacities, seed=st.integers(0, 99), policy=policies)
+def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, policy):
     with (
         engines.OffloadEngine(store, capacity) as plain,
         foreseeing(store, capacity, Guess(seed)) as ahead,
@@ -335,11 +340,11 @@ def test_prefetching_changes_no_bit(store, weights, tokens, capacity, seed, prio
     faults=st.lists(st.sampled_from(["none", "none", "slow", "fail"]), max_size=60),
     new_capacity=st.none() | capacities,
     lost=st.sets(st.integers(0, 20), max_size=3),
+    policy=st.sampled_from([policy_of(CachePrior(0.4, 1)), DROPPING]),
 )
 def test_anything_that_happens_gives_the_exact_output_or_an_exception(
-    store, weights, calls, capacity, seed, faults, new_capacity, lost
+    store, weights, calls, capacity, seed, faults, new_capacity, lost, policy
 ):
-    policy = policy_of(CachePrior(0.4, 1))
     with foreseeing(FaultyStore(store, faults), capacity, Guess(seed)) as engine:
         for call, tokens in enumerate(calls):
             if call == len(calls) // 2 and new_capacity:
