@@ -80,11 +80,28 @@ def route(
 
     out = Routing.empty(caches, tokens, top_k, logits.device)
     _step(choose, state, evict, out)
-    weights = gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0)
-    if scores.renormalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + scores.epsilon)
-    out.weights.copy_(weights * scores.scale)
+    out.weights.copy_(_weights(gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0), scores))
     return out
+
+
+@torch.no_grad()
+def own_choice(
+    logits: torch.Tensor, top_k: int, scores: GateScores = SOFTMAX, correction: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[..., K]`` ids and weights that a model chooses by itself, for logits ``[..., E]``; nothing is stepped."""
+    logits = logits.float()
+    gates = gate_scores(logits, scores)
+    values = logits if correction is None else gates + correction.float()
+    allowed = candidates(values, gates if correction is None else values, scores)
+    ids = _order(~allowed, values, descending=True)[..., :top_k]
+    return ids, _weights(gates.gather(-1, ids), scores)
+
+
+def _weights(gates, scores):
+    """Of the scores ``[..., K]`` of chosen experts, 0 where dropped."""
+    if scores.renormalise:
+        gates = gates / (gates.sum(-1, keepdim=True) + scores.epsilon)
+    return gates * scores.scale
 
 
 def _words_of_tokens(policy, values, gates, order, rank, scores, state):

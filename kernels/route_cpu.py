@@ -12,7 +12,7 @@ import torch
 
 from cachemoe.kernels import reference_route
 from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy, noise_bits
-from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Residency, Routing
+from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
 
 LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
@@ -114,14 +114,6 @@ def peek(
     slot_of = state.slot_of.numpy()[0]
     chosen = choose((0, 0), slot_of)
     return (chosen if keep is None else chosen[keep((0, 0), chosen, slot_of)]).tolist()
-
-
-def best(
-    logits: torch.Tensor, top_k: int, scores: GateScores = SOFTMAX, correction: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``[B, T, K]`` the model's own choice for logits ``[B, T, E]``, the highest selection value first."""
-    state = Residency.empty(torch.full(logits.shape[:1], logits.shape[2]), logits.shape[2])
-    return route_cpu(logits, state, lambda last_use, uses: last_use, top_k, ORIGINAL, scores, correction, None).ids
 
 
 def _rank(logits, scores, correction, needs_gates=True):

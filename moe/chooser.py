@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import torch
 
+from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.kernels.state import Routing
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import Strategy, policy_of
+from cachemoe.offload.errors import InputError
 
 
 class Chooser:
@@ -20,10 +23,17 @@ class Chooser:
         strategies: of the B caches.
         evict: eviction policy.
         device: where the logits and the state are.
+        calibration: of the model, for rules that need it.
+        miss_cost: see ``policy_of``.
+        gates_prompts: whether calls of many tokens are gated by a rule of decode alone too.
 
     Attributes:
+        places: experts chosen a token, of which some may be dropped.
         knobs: ``[L, B, len(KNOBS)]``, what the layers' policies read: what is written here counts from the next call,
             or replay of a graph. None for a strategy that has none.
+
+    Raises:
+        InputError: if a rule's calibration is missing, or a model cannot be routed so.
     """
 
     def __init__(
@@ -33,14 +43,39 @@ class Chooser:
         strategies: Sequence[Strategy],
         evict: Callable,
         device: torch.device | str = "cpu",
+        calibration: Calibration | None = None,
+        miss_cost: float = 0.0,
+        gates_prompts: bool = True,
     ):
-        self._rules, self._evict, self._top_k = [rule.to(device) for rule in rules], evict, top_k
-        self._policies = [policy_of(*strategies, top_k=top_k, layer=layer) for layer in range(len(rules))]
+        self._evict, rule = evict, strategies[0].rule
+        known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
+        self._policies = [policy_of(*strategies, layer=layer, **known) for layer in range(len(rules))]
+        self._leaves_prompts = rule.decode_only and not gates_prompts
+        self._rules, self._offsets = [each.to(device) for each in rules], None
+        self.places = top_k
+        if calibration is not None:
+            self.places = strategies[0].places(calibration.removal.shape[1], top_k)
+        if rule.offsets is not None:
+            self._shift([rule.offsets(calibration, s.value) for s in strategies], rule.function, device)
         self.knobs = None
         if self._policies[0].knobs is not None:
             self.knobs = torch.stack([policy.knobs for policy in self._policies]).to(device)
             pairs = zip(self._policies, self.knobs, strict=True)
             self._policies = [replace(policy, knobs=knobs) for policy, knobs in pairs]
+
+    def _shift(self, offsets: list[torch.Tensor], function: str | None, device) -> None:
+        """Have ``[L, E]`` offsets of each cache added to what is selected by: logits, or their scores' correction."""
+        every_layer = torch.stack(offsets, 1).to(device)  # [L, B, E]
+        if function is not None:
+            if any(rule.correction is not None or rule.weigh is not None for rule in self._rules):
+                raise InputError("the model selects by more than its logits, which relu-literal would leave out")
+            scores = [replace(rule.scores, function=function) for rule in self._rules]
+            self._rules = [replace(rule, scores=each) for rule, each in zip(self._rules, scores, strict=True)]
+        if any(rule.correction is not None for rule in self._rules):
+            pairs = zip(self._rules, every_layer, strict=True)
+            self._rules = [replace(rule, correction=(rule.correction + each).contiguous()) for rule, each in pairs]
+        else:
+            self._offsets = every_layer[:, :, None]
 
     def route(self, layer: int, logits: torch.Tensor, state, out: Routing | None = None) -> Routing:
         """Choose for T tokens, stepped; ``state`` is updated.
@@ -50,7 +85,10 @@ class Chooser:
             state: the layer's ``Residency`` of B caches.
             out: to be filled in; None for a new one.
         """
-        return choose(self._rules[layer], logits, state, self._evict, self._top_k, self._policies[layer], out)
+        if self._offsets is not None:
+            logits = logits + self._offsets[layer]
+        policy = ORIGINAL if self._leaves_prompts and logits.shape[1] > 1 else self._policies[layer]
+        return choose(self._rules[layer], logits, state, self._evict, self.places, policy, out)
 
     def peek(self, layer: int, logits: torch.Tensor, state) -> list[int]:
         """What ``route`` would run for one token of one cache on the CPU, the best first; nothing is updated.
@@ -59,4 +97,7 @@ class Chooser:
             logits: ``[E]``.
         """
         rule = self._rules[layer]
-        return peek(logits, state, self._top_k, self._policies[layer], rule.scores, rule.correction)
+        if self._offsets is not None:
+            logits = logits + self._offsets[layer, 0, 0]
+        correction = rule.correction if rule.correction is None else rule.correction.flatten()
+        return peek(logits, state, self.places, self._policies[layer], rule.scores, correction)

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
+from cachemoe.kernels import reference_route
 from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.kernels.reference_route import gate_scores
 from cachemoe.kernels.route import route
-from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
+from cachemoe.kernels.state import SOFTMAX, GateScores, Routing
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.residency import least_recently_used
 
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-5}  # relative, of what a router computes; in 16 bits ``COARSE``
 COARSE = 2e-2
@@ -130,6 +130,12 @@ def choose(
     return routing
 
 
+def own_choice(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[T, K]`` ids and weights that a model of that rule chooses by itself, for logits ``[T, E]``."""
+    ids, weights = reference_route.own_choice(logits, top_k, rule.scores, rule.correction)
+    return ids, weights if rule.weigh is None else rule.weigh(logits.float(), ids)
+
+
 def _explains(rule: RoutingRule, output: RouterOutput) -> bool:
     """Whether the rule chooses and weighs as the router did, but for rounding and ties.
 
@@ -152,25 +158,20 @@ def _explains(rule: RoutingRule, output: RouterOutput) -> bool:
         ours, theirs = (values.gather(1, each).sort(1).values for each in (ids, output.ids))
         return ((ours - theirs).abs() <= precision * torch.maximum(ours.abs(), theirs.abs()).clamp(min=least)).all(1)
 
-    routing = _all_resident(rule, logits, top_k)
-    explained = alike(routing.ids[0])
+    ids, weights = own_choice(rule, logits, top_k)
+    explained = alike(ids)
     generator = torch.Generator().manual_seed(0)
     for _ in range(PERTURBATIONS):
         if explained.all():
             break
         noise = torch.empty_like(logits).uniform_(-precision, precision, generator=generator)
-        explained |= alike(_all_resident(rule, logits * (1 + noise), top_k).ids[0])
-    ours, theirs = routing.ids[0].sort(1), output.ids.sort(1)
+        explained |= alike(own_choice(rule, logits * (1 + noise), top_k)[0])
+    ours, theirs = ids.sort(1), output.ids.sort(1)
     same = (ours.values == theirs.values).all(1)
-    weights, expected = routing.weights[0].gather(1, ours.indices), output.weights.float().gather(1, theirs.indices)
+    weights, expected = weights.gather(1, ours.indices), output.weights.float().gather(1, theirs.indices)
     close = ((weights - expected).abs() <= precision * expected.abs().amax(1, keepdim=True)).all(1)
     # Where ties are as frequent as half of the tokens, there is too little to go by.
     return bool(explained.all() and close[same].all() and 2 * same.sum() >= len(same))
-
-
-def _all_resident(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> Routing:
-    state = Residency.empty(torch.tensor([logits.shape[1]]), logits.shape[1])
-    return choose(rule, logits[None], state, least_recently_used, top_k)
 
 
 def _candidates(router: torch.nn.Module, block: torch.nn.Module, experts: int) -> Iterator[RoutingRule]:

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 import torch
 
 from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.policies import RULES
 from cachemoe.moe.policies.rule import EXACT, Rule
 from cachemoe.offload.errors import InputError
@@ -110,6 +111,10 @@ class Strategy:
     def rule(self) -> Rule:
         return RULES[self.name]
 
+    def places(self, experts: int, top_k: int) -> int:
+        """Experts of a token that routing chooses, for the grade to drop some of: K, or what the rule says."""
+        return top_k if self.rule.places is None else self.rule.places(top_k, experts)
+
     @property
     def label(self) -> str:
         """``exact`` if the strategy can only choose what the model would, else what it changes."""
@@ -160,23 +165,39 @@ def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strateg
     return routing
 
 
-def policy_of(*strategies: Strategy, top_k: int = 0, layer: int = 0, miss_cost: float = 0.0) -> Policy:
+def policy_of(
+    *strategies: Strategy,
+    top_k: int = 0,
+    layer: int = 0,
+    miss_cost: float = 0.0,
+    calibration: Calibration | None = None,
+) -> Policy:
     """The policy of a layer's B caches, one strategy each; all of one name, each with its own numbers.
 
     Args:
         top_k: K of the model, for rules that need it.
         layer: for rules that differ between layers.
         miss_cost: the logarithm of how many times as long as a resident's an absent expert's output takes.
+        calibration: of the model, for rules that need it.
 
     Raises:
         ValueError: for strategies of different names.
+        InputError: if a rule's calibration is missing.
     """
     if len({s.name for s in strategies}) > 1:
         raise ValueError(f"one policy routes all caches, not {', '.join(sorted({s.name for s in strategies}))}")
     rule = strategies[0].rule
+    if rule.needs_calibration and calibration is None:
+        raise InputError(
+            f"{rule.name} needs a calibration of the model: make one with `cachemoe calibrate MODEL --out FILE`, and "
+            "give it as --calibration FILE, or calibration=FILE in Python"
+        )
     if rule.key is None and rule.grade is None:
         return ORIGINAL
-    rows = [(s.top_j, s.value, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer) for s in strategies]
+    rows = []
+    for s in strategies:
+        a = s.value if rule.thresholds is None else float(rule.thresholds(calibration, s.value)[layer])
+        rows.append((s.top_j, a or 0.0, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer))
     bounded = any(s.max_regret != UNBOUNDED for s in strategies)
     return Policy(rule.key, rule.grade, bounded, torch.tensor(rows, dtype=torch.float32, device="cpu"))
 

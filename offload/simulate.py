@@ -39,3 +39,27 @@ def belady_misses(ids: torch.Tensor, capacity: int) -> int:
             resident[expert] = never
         resident.update(zip(token, uses, strict=True))
     return misses
+
+
+def lru_misses(ids: torch.Tensor, experts: int) -> torch.Tensor:
+    """Misses of LRU in caches of every capacity at once.
+
+    Whatever its capacity C, a cache holds the C experts touched last, since a token's experts are touched together and
+    none of them leaves for another: an expert misses where C or more others were touched after it.
+
+    Args:
+        ids: ``[T, K]`` integers, distinct experts of each token in one layer, the highest gate weight first.
+        experts: E.
+
+    Returns:
+        ``[E + 1]`` float32, by capacity; infinite below K.
+    """
+    recent: list[int] = []  # the last touched first
+    misses = [0] * (experts + 1)  # by how many were touched since: misses in caches of up to so many slots
+    for token in ids.tolist():
+        for e in token:
+            misses[recent.index(e) if e in recent else experts] += 1
+        recent = token + [e for e in recent if e not in token]
+    by_capacity = torch.tensor(misses, dtype=torch.float64).flip(0).cumsum(0).flip(0).float()
+    by_capacity[: ids.shape[1]] = torch.inf
+    return by_capacity

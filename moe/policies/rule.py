@@ -32,7 +32,12 @@ class Rule:
         name: that a user types.
         key, grade: see :class:`cachemoe.kernels.policy.Policy`.
         parameter: None for a rule without.
-        knob_b: (value, K) -> the knob ``b``; the knob ``a`` is the value.
+        places: (K, E) -> experts of a token that the grade chooses from; None: K.
+        knob_b: (value, K) -> the knob ``b``.
+        thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer; None: ``a`` is the value.
+        offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
+        function: of the scores, in place of the model's.
+        decode_only: whether ``load`` leaves prompts alone.
         is_exact: (value) -> whether it can only choose what the model would.
         changes: what it changes otherwise.
     """
@@ -41,6 +46,16 @@ class Rule:
     key: Callable | None = None
     grade: Callable | None = None
     parameter: Parameter | None = None
+    places: Callable[[int, int], int] | None = None
     knob_b: Callable[[float | None, int], float] = lambda value, top_k: 0.0
+    thresholds: Callable | None = None
+    offsets: Callable | None = None
+    function: str | None = None
+    decode_only: bool = False
     is_exact: Callable[[float | None], bool] = lambda value: False
     changes: str = ROUTING_CHANGED
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it does nothing without."""
+        return self.thresholds is not None or self.offsets is not None

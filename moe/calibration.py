@@ -1,0 +1,123 @@
+"""What policies have to know of a model beforehand: one safetensors file, made by ``cachemoe calibrate``.
+
+Of each of L layers: ``ratios`` ``[L, 1001]`` float32, the quantiles, in steps of 0.1 %, of a chosen expert's weight
+over the best one's; ``thresholds`` ``[L]`` float32, the selection value above which as many experts lie as the model
+chooses on average; ``sensitivities`` ``[L]`` float32, nats lost a token if only the best expert runs, over the mean
+square of the others' share; ``removal`` ``[L, E]`` int16, experts in the order in which they can be done without;
+``misses`` ``[L, E + 1]`` float32, misses a token of the model's own routing in a cache of so many slots, infinite below
+K. In the metadata ``model`` (the checkpoint's fingerprint), ``name``, ``k``, ``tokens`` and ``version``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cachemoe.offload.errors import InputError
+from cachemoe.offload.files import whole_file
+from cachemoe.offload.header import parse_json
+
+CALIBRATION_VERSION = 1
+QUANTILES = 1001
+DTYPES = {
+    "ratios": torch.float32,
+    "thresholds": torch.float32,
+    "sensitivities": torch.float32,
+    "removal": torch.int16,
+    "misses": torch.float32,
+}
+KINDS = {"model": str, "name": str, "k": int, "tokens": int}  # of what the metadata says beside the version
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the module.
+
+    Args:
+        model: fingerprint of the checkpoint.
+        name: of the checkpoint.
+        k: experts that the model uses a token.
+        tokens: of the text that it was made on.
+    """
+
+    ratios: torch.Tensor
+    thresholds: torch.Tensor
+    sensitivities: torch.Tensor
+    removal: torch.Tensor
+    misses: torch.Tensor
+    model: str
+    name: str
+    k: int
+    tokens: int
+
+    def save(self, path: Path) -> None:
+        """Write it; it appears under its name only when complete.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        about = {"version": CALIBRATION_VERSION} | {name: getattr(self, name) for name in KINDS}
+        tensors = {name: getattr(self, name).contiguous() for name in DTYPES}
+        with whole_file(path) as partial:
+            partial.write_bytes(save(tensors, metadata={"cachemoe-calibration": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read one.
+
+        Raises:
+            InputError: if it is none, damaged, or holds a number that cannot be.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"there is no calibration at {path}: `cachemoe calibrate` makes one")
+        broken = InputError(f"{path} is not a cachemoe calibration, or damaged: make it again")
+        try:
+            with safe_open(path, framework="pt") as file:
+                fields = parse_json((file.metadata() or {})["cachemoe-calibration"].encode())
+                tensors = {name: file.get_tensor(name) for name in DTYPES}
+            version, about = fields["version"], {name: fields[name] for name in KINDS}
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            raise broken from error
+        if version != CALIBRATION_VERSION:
+            raise InputError(f"{path} is a calibration of another version: make it again")
+        if any(type(about[name]) is not kind for name, kind in KINDS.items()):
+            raise broken
+        if any(tensors[name].dtype != dtype for name, dtype in DTYPES.items()) or tensors["removal"].dim() != 2:
+            raise broken
+        layers, experts = tensors["removal"].shape
+        shapes = [(layers, QUANTILES), (layers,), (layers,), (layers, experts), (layers, experts + 1)]
+        if [tuple(tensors[name].shape) for name in DTYPES] != shapes or not 1 <= about["k"] <= experts:
+            raise broken
+        for name in ("ratios", "thresholds", "sensitivities"):
+            if not tensors[name].isfinite().all():
+                raise InputError(f"{path} has {name} that are not finite: make it again, on text that the model knows")
+        everyone = torch.arange(experts, dtype=torch.int16)
+        if not (tensors["removal"].sort(1).values == everyone).all() or tensors["misses"].isnan().any():
+            raise broken
+        return cls(**tensors, **about)
+
+    def check(self, model: str, layers: int, experts: int, top_k: int) -> None:
+        """Whether it was made of this model.
+
+        Args:
+            model: its fingerprint.
+
+        Raises:
+            InputError: if not.
+        """
+        if self.model != model or (*self.removal.shape, self.k) != (layers, experts, top_k):
+            raise InputError(
+                f"the calibration is of another model, {self.name}, or of weights that it had before: make one of this "
+                "model with `cachemoe calibrate`"
+            )
+
+    def ratio(self, quantile: float) -> torch.Tensor:
+        """``[L]`` the quantile of a chosen expert's weight over the best one's."""
+        place = quantile * (QUANTILES - 1)
+        low, share = int(place), place - int(place)
+        high = min(low + 1, QUANTILES - 1)
+        return self.ratios[:, low] + share * (self.ratios[:, high] - self.ratios[:, low])
