@@ -120,8 +120,8 @@ def latency(
     """
     with one_sentence():
         # Imported here: torch, transformers and matplotlib take seconds that --help should not.
-        from cachemoe.benchmarks.plot import plot_report
-        from cachemoe.benchmarks.run_latency import LatencyOptions, run_latency
+        from cachemoe.benchmarks.latency_plot import plot_report
+        from cachemoe.benchmarks.latency_run import LatencyOptions, run_latency
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
@@ -161,7 +161,7 @@ def gpu(
     any step failed, with 2 if there is no GPU.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_gpu import run_gpu
+        from cachemoe.benchmarks.gpu_run import run_gpu
 
         check_destination(out)
         report = run_gpu(out, 60 * minutes, step or [], rehearse, show_progress)
@@ -208,7 +208,7 @@ def compile_kernels(
     wide loads or the pipeline that it claims.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_compile import compile_table, default_capabilities, run_compile, wrong
+        from cachemoe.benchmarks.compile_run import compile_table, default_capabilities, run_compile, wrong
 
         if json_path is not None:
             check_destination(json_path)
@@ -227,7 +227,7 @@ def compile_kernels(
 
 
 def _print_latency(report: dict) -> None:
-    from cachemoe.benchmarks.report import notes, summary, tables
+    from cachemoe.benchmarks.latency_report import notes, summary, tables
 
     for table in tables(report, console.width):
         console.print(table)

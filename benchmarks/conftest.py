@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from cachemoe.benchmarks import machine
-from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
+from cachemoe.benchmarks.micro_figures import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
 from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
 from cachemoe.benchmarks.timing import Round

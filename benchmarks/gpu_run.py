@@ -40,7 +40,7 @@ TABLES = {
     "latency-pcie": (("--profile=pcie4", "--quality-tokens=512"), 1),
 }
 # What is cut at the end of the time is the least needed.
-MICRO = tuple(f"benchmarks/bench_{name}.py" for name in ("step", "route", "fetch", "experts", "tiles", "decode"))
+MICRO = tuple(f"benchmarks/micro_bench_{name}.py" for name in ("step", "route", "fetch", "experts", "tiles", "decode"))
 SANITIZER = "compute-sanitizer"  # of the CUDA toolkit; its steps are there where it is
 SANITIZED = (
     *(f"tests/kernels/test_{name}.py" for name in ("fetch", "experts", "route")),

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from cachemoe.benchmarks import machine
-from cachemoe.benchmarks.foresight import NO_PREFETCH, STAGING, check_prefetchers
-from cachemoe.benchmarks.latency import ORIGINAL, DecodePlan, decode_rows, rows_at
+from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows, rows_at
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, STAGING, check_prefetchers
+from cachemoe.benchmarks.latency_report import capacity_report
+from cachemoe.benchmarks.latency_timeline import plot_timeline
 from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
 from cachemoe.benchmarks.quality import Setting, evaluate
-from cachemoe.benchmarks.report import capacity_report
 from cachemoe.benchmarks.text import HELD_OUT, load_tokens
-from cachemoe.benchmarks.timeline_plot import plot_timeline
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
 from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.models import load_model

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts_cpu import side_by_side

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import PINNED, Subject, Work
+from cachemoe.benchmarks.micro_figures import PINNED, Subject, Work
+from cachemoe.benchmarks.micro_workload import check, fill
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import check, fill
 from cachemoe.kernels.experts import experts, experts_read_through
 from cachemoe.kernels.fetch import fetch
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_workload import WORKING_SET, check, fill
 from cachemoe.benchmarks.timing import Round, plan_round
-from cachemoe.benchmarks.workload import WORKING_SET, check, fill
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.policy import Policy
 from cachemoe.kernels.route import route

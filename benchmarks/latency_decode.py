@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.benchmarks.quality import Evaluation, Setting
 from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.checkpoint import MoeShape

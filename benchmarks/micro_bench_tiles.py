@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_workload import Case, Workload
 from cachemoe.benchmarks.tiles import (
     LAUNCHES,
     PREFILL_TRIED,
@@ -22,7 +23,6 @@ from cachemoe.benchmarks.tiles import (
     title,
 )
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import Case, Workload
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
 

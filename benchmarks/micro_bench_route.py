@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.route import route
 from cachemoe.kernels.state import Residency

@@ -8,8 +8,8 @@ import torch
 from rich import box
 from rich.table import Table
 
-from cachemoe.benchmarks.foresight import NO_PREFETCH
-from cachemoe.benchmarks.latency import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
+from cachemoe.benchmarks.latency_decode import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH
 from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
 from cachemoe.benchmarks.quality_report import COST_COLUMNS

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_workload import Case, Workload, check
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import Case, Workload, check
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.formats import FLOATS
 from cachemoe.kernels.quantize import unpack_nibbles
