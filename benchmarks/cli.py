@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from cachemoe.benchmarks import cli_models
-from cachemoe.benchmarks.terminal import check_destination, console, errors, one_sentence, save_report
+from cachemoe.moe import cli as models
 from cachemoe.moe.progress import show_progress
+from cachemoe.moe.terminal import check_destination, console, errors, one_sentence, save_report
 from cachemoe.offload.files import whole_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-for command in (cli_models.info, cli_models.pack, cli_models.generate, cli_models.quality, cli_models.trace):
+for command in models.COMMANDS:
     app.command()(command)
 
 
@@ -178,17 +178,6 @@ def _print_gpu(report: dict) -> None:
         console.print(table)
     for line in gpu_summary(report):
         console.print(line, highlight=False, markup=False)
-
-
-@app.command()
-def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
-    """Check every page of a store against its checksum."""
-    with one_sentence():
-        from cachemoe.offload.store import ExpertStore
-
-        with ExpertStore(store) as opened, show_progress("reading every page", opened.pages) as advance:
-            opened.verify(advance)
-        console.print(f"{store}: {opened.pages} pages, all as they were written.", highlight=False)
 
 
 @app.command("compile")

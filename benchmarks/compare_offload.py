@@ -25,21 +25,21 @@ import numpy as np
 import torch
 import typer
 
-from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.ratios import ratio_table, ratios
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
-from cachemoe.benchmarks.text import load_tokens
 from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.load import load
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_without_experts
 from cachemoe.moe.pack import open_packed
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import Original
+from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
+from cachemoe.moe.text import load_tokens
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import least_recently_used

@@ -70,7 +70,7 @@ class Step:
 def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     """The steps, in order; what they write goes into ``folder``."""
     python = sys.executable
-    describe = "import json; from cachemoe.benchmarks.machine import describe; print(json.dumps(describe()))"
+    describe = "import json; from cachemoe.moe.machine import describe; print(json.dumps(describe()))"
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Most of the tests' time is compiling kernels: where pytest-xdist is installed, on several cores.
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()

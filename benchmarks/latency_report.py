@@ -11,9 +11,9 @@ from rich.table import Table
 from cachemoe.benchmarks.latency_decode import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT, Decode
 from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH
 from cachemoe.benchmarks.payload import FILE, NATIVE
-from cachemoe.benchmarks.quality import NATS_PER_BIT, Evaluation, Quality, Setting
-from cachemoe.benchmarks.quality_report import COST_COLUMNS
 from cachemoe.benchmarks.ratios import with_spread
+from cachemoe.moe.quality import NATS_PER_BIT, Evaluation, Quality, Setting
+from cachemoe.moe.quality_report import COST_COLUMNS
 
 TARGET_PERPLEXITY_CHANGE = 0.03
 

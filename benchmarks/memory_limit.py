@@ -16,11 +16,11 @@ from typing import Annotated
 import torch
 import typer
 
-from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.terminal import one_sentence
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
+from cachemoe.moe.machine import describe
 from cachemoe.moe.sizes import size_text, slots_of
+from cachemoe.moe.terminal import one_sentence
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 

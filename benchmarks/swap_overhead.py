@@ -16,14 +16,14 @@ from typing import Annotated
 import torch
 import typer
 
-from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.ratios import ratio_table, ratios
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.load import swap
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.strategies import CachePrior
+from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
 OWN = ("eager", "batched_mm", "grouped_mm")
 PREFIX, WARM_UP = 32, 4

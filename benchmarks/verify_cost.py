@@ -18,15 +18,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cachemoe.benchmarks.machine import describe
 from cachemoe.benchmarks.ratios import ratio_table, ratios
 from cachemoe.benchmarks.swap_overhead import PREFIX, WARM_UP, decode_seconds
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
-from cachemoe.benchmarks.text import tokenized
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.load import load
+from cachemoe.moe.machine import describe
 from cachemoe.moe.pack import open_packed
 from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
+from cachemoe.moe.text import tokenized
 from cachemoe.offload.store import checksum
 
 BASELINE = "off"

@@ -1,10 +1,12 @@
-"""The text to measure on, as byte-level tokens."""
+"""The text to measure on, as a model's tokens, and whether tokenizer and model go together."""
 
 from pathlib import Path
 from pydoc_data import topics
 
 import torch
 
+from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.models import load_tokenizer, outside
 from cachemoe.offload.errors import InputError
 
 HELD_OUT = "pydoc_data.topics"
@@ -62,3 +64,47 @@ def load_tokens(path: Path | None, vocabulary: int, needed: int) -> torch.Tensor
             f"the text {path or HELD_OUT} has {len(text)} bytes, and this run needs {needed}: give a longer one"
         )
     return torch.tensor(list(text[:needed]))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Whether the checkpoint has one that transformers can load.
+
+    Raises:
+        InputError: if not.
+    """
+    if load_tokenizer(folder) is None:
+        raise InputError(f"{folder} has no tokenizer: copy the model's tokenizer files into it")
+
+
+def check_tokens(ids: torch.Tensor, shape: MoeShape) -> None:
+    """Whether the model has every token that its tokenizer made of a text.
+
+    Raises:
+        InputError: if not, or if there is none.
+    """
+    if not ids.numel():
+        raise InputError("the tokenizer makes no token of the text: give another")
+    if (most := int(ids.max())) >= shape.vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {most}, and the model has {shape.vocabulary}: it is another model's tokenizer"
+        )
+
+
+def windows_of(text: Path | None, tokenizer, tokens: int, context: int, shape: MoeShape) -> torch.Tensor:
+    """``[windows, context]`` of the text, as many as ``tokens`` and the text have.
+
+    Raises:
+        InputError: if that is none, the context is longer than the model's, or the tokenizer is not the model's.
+    """
+    longest = shape.context
+    if tokens < context:
+        raise InputError(f"--tokens {tokens} is less than one --context of {context}")
+    if longest is not None and context > longest:
+        raise InputError(f"--context {context} is more than the {longest} tokens that the model takes")
+    with outside("the tokenizer fails on the text"):
+        ids = tokenized(text, tokenizer, tokens // context * context)
+    if len(ids) < context:
+        raise InputError(f"{text or HELD_OUT} gives {len(ids)} tokens, less than one --context of {context}")
+    check_tokens(ids, shape)
+    count = len(ids) // context
+    return ids[: count * context].view(count, context)
