@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from cachemoe.moe import cli as models
+from cachemoe.benchmarks import cli_comparisons
+from cachemoe.moe import cli as cli_models
 from cachemoe.moe.progress import show_progress
 from cachemoe.moe.terminal import check_destination, console, errors, one_sentence, save_report
 from cachemoe.offload.files import whole_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-for command in models.COMMANDS:
-    app.command()(command)
 
 
 @app.callback()
@@ -223,6 +222,10 @@ def _print_latency(report: dict) -> None:
     console.print(summary(report))
     for note in notes(report):
         console.print(note)
+
+
+for command in (*cli_models.COMMANDS, *cli_comparisons.COMMANDS):
+    app.command()(command)
 
 
 def main() -> None:
