@@ -40,6 +40,7 @@ from cachemoe.moe.text import load_tokens
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import least_recently_used
+from cachemoe.offload.store import ExpertStore
 
 CACHEMOE, MAPPED, ACCELERATE = "cachemoe", "mmap", "accelerate"
 BESIDE = (
@@ -55,7 +56,7 @@ class MappedExperts:
     An engine for ``PooledExperts``; see ``ResidentEngine``.
     """
 
-    def __init__(self, store):
+    def __init__(self, store: ExpertStore):
         layout = store.layout
         self.page_format, self.counters = layout.page_format, Counters()
         self.state = Residency.empty(torch.full((layout.layers,), layout.experts), layout.experts)

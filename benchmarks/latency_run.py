@@ -26,6 +26,7 @@ from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Setting, evaluate
+from cachemoe.moe.sizes import layer_slots
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
@@ -34,7 +35,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import eviction_policy
-from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.store import ExpertStore, Store
 from cachemoe.offload.timeline import Timeline
 
 SEGMENTS = 3
@@ -193,7 +194,7 @@ def _check_drive(options: LatencyOptions, level: str) -> None:
         raise InputError(f"--drive {GRAPH} has no host to pace the link: leave --profile out")
 
 
-def _speeds(file: ExpertStore, store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:
+def _speeds(file: ExpertStore, store: Store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:
     # Memory first: what the disk's measurement lets go of keeps the system busy for a while.
     experts = expert_bandwidth(resident, shape.experts, shape.top_k, device)
     memory = device_copy_bandwidth() if device == "cuda" else memory_bandwidth()
@@ -234,11 +235,8 @@ def _default_strategies(shape: MoeShape) -> list[str]:
 
 def _capacity(text: str, shape: MoeShape) -> int:
     """Slots of a layer, from ``50%`` or ``30``."""
-    try:
-        slots = float(text.removesuffix("%")) / 100 * shape.experts if text.endswith("%") else int(text)
-        slots = round(slots)
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"--capacity is a number of experts or a percentage such as 50%, not {text!r}") from error
+    if (slots := layer_slots(text.strip(), shape.experts)) is None:
+        raise InputError(f"--capacity is a number of experts or a percentage such as 50%, not {text!r}")
     if not shape.top_k <= slots <= shape.experts:
         raise InputError(
             f"--capacity {text} is {slots} experts a layer: it must lie between the {shape.top_k} that a token uses "

@@ -14,12 +14,12 @@ from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import READERS, chunk_size
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine, ResidentEngine
-from cachemoe.offload.store import aligned_buffer
+from cachemoe.offload.store import Store, aligned_buffer
 
 MOST_MATMUL_S = 0.1
 
 
-def store_bandwidths(store, slots: int = 12) -> dict[str, list[float]]:
+def store_bandwidths(store: Store, slots: int = 12) -> dict[str, list[float]]:
     """Bytes a second at which pages are read: bare, and by an engine that fills its pool; three times each, in turns.
 
     Both read the same number of random pages at the link's queue depth and chunk size.

@@ -8,6 +8,7 @@ import torch
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.pool import ExpertPool
+from cachemoe.offload.store import PinnedPages, Store
 
 READERS = 4  # reads in flight that a disk needs to reach its bandwidth
 CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
@@ -65,15 +66,14 @@ class ReadCarrier:
     """Reads of a store's file, or of its memory, into a pool in DRAM.
 
     Args:
-        store: anything with ``offset(layer, expert)``, ``read_into(buffer, offset)`` and
-            ``check(layer, expert, page)``.
+        store: where the pages are.
         pool: whose frames are filled.
     """
 
     threads = READERS
     track = "read"
 
-    def __init__(self, store, pool: ExpertPool):
+    def __init__(self, store: Store, pool: ExpertPool):
         self._store, self._pool = store, pool
         self.page_bytes = store.page_bytes
         self.chunk_bytes = chunk_size(self.page_bytes, self.threads)
@@ -108,14 +108,14 @@ class CopyCarrier:
     host does not.
 
     Args:
-        store: with ``lease(layer, expert)``, a context that gives the page ``[page_bytes]`` uint8 in pinned memory.
+        store: that lends its pages.
         pool: whose frames are filled.
     """
 
     threads = 1  # one copy engine serves this direction
     track = "copy"
 
-    def __init__(self, store, pool: ExpertPool):
+    def __init__(self, store: PinnedPages, pool: ExpertPool):
         self._store, self._pool = store, pool
         self.page_bytes = self.chunk_bytes = store.page_bytes  # each piece costs the host a launch and two events
         self._device = pool.pages.device

@@ -23,7 +23,7 @@ from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
 from cachemoe.offload.residency import least_recently_used, resized
 from cachemoe.offload.staging import Staging
-from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.store import Store, StoreLayout
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
@@ -47,7 +47,7 @@ class ResidentEngine:
 
     def __init__(
         self,
-        store,
+        store: Store,
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         advance: Callable[[], None] = lambda: None,
@@ -126,7 +126,7 @@ class OffloadEngine:
     @plain_torch()
     def __init__(
         self,
-        store,
+        store: Store,
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
@@ -470,5 +470,5 @@ class _Compute:
         experts(x, frames, gates, weights, self._format, out, pending, partial, finish, among, most)
 
 
-def _carrier(store, pool: ExpertPool):
+def _carrier(store: Store, pool: ExpertPool):
     return CopyCarrier(store, pool) if pool.pages.is_cuda else ReadCarrier(store, pool)

@@ -21,7 +21,7 @@ from cachemoe.offload.carriers import ReadCarrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Link
 from cachemoe.offload.memory import available_memory
-from cachemoe.offload.store import ExpertStore, aligned_buffer
+from cachemoe.offload.store import Store, aligned_buffer
 
 
 class PinnedStore:
@@ -32,12 +32,9 @@ class PinnedStore:
         advance: called after each page read.
 
     Attributes:
-        layout: what it holds.
-        pages: number of pages, L * E.
-        page_bytes: bytes of each.
+        layout, pages, page_bytes: as ``Store``'s.
         memory: ``[L * E, page_bytes]`` uint8, 4 KiB-aligned, expert by expert, layer by layer; ``[0, page_bytes]``
             once closed.
-        permanent: whether a page stays where it is when its lease ends.
 
     Raises:
         InputError: if the machine has less memory available, or refuses to lock it.
@@ -46,7 +43,7 @@ class PinnedStore:
 
     permanent = True
 
-    def __init__(self, store: ExpertStore, advance: Callable[[], None] = lambda: None):
+    def __init__(self, store: Store, advance: Callable[[], None] = lambda: None):
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
         self._locked = _LockedMemory(self.pages, self.page_bytes)
         try:
@@ -97,7 +94,7 @@ class PinnedStore:
     def __exit__(self, *_):
         self.close()
 
-    def _fill(self, store: ExpertStore, advance: Callable[[], None]) -> None:
+    def _fill(self, store: Store, advance: Callable[[], None]) -> None:
         with Link(ReadCarrier(store, self._locked)) as link:
             asked = [link.request(*divmod(index, self.layout.experts), index) for index in range(self.pages)]
             for _ in link.landed(asked):
@@ -124,12 +121,9 @@ class PinnedLevel:
         slots: pages that the level holds, 1 to L * E.
 
     Attributes:
-        layout: what the store holds.
-        pages: number of the store's pages, L * E.
-        page_bytes: bytes of each.
+        layout, pages, page_bytes: of the store.
         hits: leases that read nothing, those that waited for another thread's read among them.
         misses: leases that read their page from the store, or tried to.
-        permanent: as ``PinnedStore``'s.
 
     Raises:
         InputError: if ``slots`` are too few or too many, the machine has less memory available, or refuses to lock it.
@@ -137,7 +131,7 @@ class PinnedLevel:
 
     permanent = False
 
-    def __init__(self, store: ExpertStore, slots: int):
+    def __init__(self, store: Store, slots: int):
         if not 1 <= slots <= store.pages:
             raise InputError(f"a pinned level of {slots} slots: choose 1 to {store.pages}, the pages of its store")
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
