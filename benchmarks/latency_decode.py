@@ -21,7 +21,8 @@ from cachemoe.moe.strategies import EXACT, Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.timeline import Timeline
 
 RESIDENT = "resident"

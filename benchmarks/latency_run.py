@@ -30,11 +30,12 @@ from cachemoe.moe.sizes import layer_slots
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import eviction_policy
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import ExpertStore, Store
 from cachemoe.offload.timeline import Timeline
 

@@ -13,7 +13,8 @@ from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import READERS, chunk_size
 from cachemoe.offload.counters import Counters
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import Store, aligned_buffer
 
 MOST_MATMUL_S = 0.1

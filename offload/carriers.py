@@ -160,3 +160,8 @@ class CopyCarrier:
 
     def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
         timeline.cuda_span(self.track, name, transfer.copying, transfer.copied, **details)
+
+
+def carrier_of(store: Store, pool: ExpertPool) -> Carrier:
+    """What moves the store's pages to where the pool is; to a GPU the store must lend them, as ``PinnedPages``."""
+    return CopyCarrier(store, pool) if pool.pages.is_cuda else ReadCarrier(store, pool)
