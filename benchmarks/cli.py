@@ -215,7 +215,7 @@ def compile_kernels(
 
 
 def _print_latency(report: dict) -> None:
-    from cachemoe.benchmarks.latency_report import notes, summary, tables
+    from cachemoe.benchmarks.latency_tables import notes, summary, tables
 
     for table in tables(report, console.width):
         console.print(table)

@@ -20,12 +20,13 @@ from cachemoe.benchmarks.speeds import (
     pinned_copy_bandwidth,
     store_bandwidths,
 )
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Setting, evaluate
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import layer_slots
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.text import HELD_OUT, load_tokens

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from cachemoe.kernels.state import Residency
-from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses

@@ -2,7 +2,7 @@
 
 import re
 
-from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -5,8 +5,8 @@ from pydoc_data import topics
 
 import torch
 
-from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.models import load_tokenizer, outside
+from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 
 HELD_OUT = "pydoc_data.topics"

@@ -3,15 +3,11 @@
 A GPU copies and reads such memory without the host's help, and the system never swaps it out.
 """
 
-import ctypes
-import os
 import traceback
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Condition
 
 import numpy as np
@@ -20,8 +16,8 @@ import torch
 from cachemoe.offload.carriers import ReadCarrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Link
-from cachemoe.offload.memory import available_memory
-from cachemoe.offload.store import Store, aligned_buffer
+from cachemoe.offload.locked_memory import LockedMemory
+from cachemoe.offload.store import Store
 
 
 class PinnedStore:
@@ -45,7 +41,7 @@ class PinnedStore:
 
     def __init__(self, store: Store, advance: Callable[[], None] = lambda: None):
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
-        self._locked = _LockedMemory(self.pages, self.page_bytes)
+        self._locked = LockedMemory(self.pages, self.page_bytes)
         try:
             self._fill(store, advance)
         except BaseException as error:
@@ -137,7 +133,7 @@ class PinnedLevel:
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
         self.hits = self.misses = 0
         self._store = store
-        self._locked = _LockedMemory(slots, self.page_bytes)
+        self._locked = LockedMemory(slots, self.page_bytes)
         self._free = list(self._locked.memory)
         self._held: OrderedDict[tuple[int, int], _Held] = OrderedDict()  # the least recently leased first
         self._closed = False
@@ -250,75 +246,6 @@ class PinnedLevel:
                         self._free.append(held.page)
                 self._changed.notify_all()
             raise
-
-
-class _LockedMemory:
-    """One page-locked allocation, unlocked by ``close``, or else with its last view.
-
-    Attributes:
-        memory: ``[pages, page_bytes]`` uint8, 4 KiB-aligned; ``[0, page_bytes]`` once closed.
-
-    Raises:
-        InputError: if the machine has less memory available, or refuses to lock it.
-    """
-
-    def __init__(self, pages: int, page_bytes: int):
-        size = pages * page_bytes
-        if size > (available := available_memory()):
-            raise InputError(
-                f"{size / 1e9:.2f} GB of page-locked memory are asked for, and {available / 1e9:.2f} GB are available: "
-                "choose a smaller pinned level"
-            )
-        try:
-            buffer = aligned_buffer(size)
-            unlock = _lock(buffer.ctypes.data, size)
-        except (OSError, MemoryError) as error:
-            buffer = None  # which the traceback would hold
-            raise InputError(
-                f"the system refuses to page-lock {size / 1e9:.2f} GB of memory ({error}): raise `ulimit -l`, or "
-                "choose a smaller pinned level"
-            ) from error
-        self.memory = torch.from_numpy(buffer).view(pages, page_bytes)
-        self._unlock = weakref.finalize(buffer, unlock)  # memory must not be freed while CUDA has it registered
-        self._unlock.atexit = False  # the process's end unlocks
-
-    def buffer(self, page: int) -> memoryview:
-        """A page's bytes, for a read to fill."""
-        return memoryview(self.memory[page].numpy())
-
-    def close(self) -> None:
-        self.memory = self.memory.new_empty(0, self.memory.shape[1])
-        self._unlock()
-
-
-def _lock(address: int, size: int) -> Callable[[], None]:
-    """Page-lock memory, for CUDA where there is a GPU; gives the function that unlocks it.
-
-    Raises:
-        OSError: if the system refuses.
-    """
-    if torch.cuda.is_available():
-        cudart = torch.cuda.cudart()
-        code = cudart.cudaHostRegister(address, size, 0)  # not pin_memory(), which rounds up to a power of two
-        if int(code):
-            with suppress(RuntimeError):  # the next launch raises what CUDA keeps as its last error
-                torch.ones(1, device="cuda")
-            raise OSError(f"CUDA says {cudart.cudaGetErrorString(code)}")
-        return partial(_unregister, address)
-    libc, memory = ctypes.CDLL(None, use_errno=True), (ctypes.c_void_p(address), ctypes.c_size_t(size))
-    if libc.mlock(*memory):
-        reason = os.strerror(ctypes.get_errno())
-        libc.munlock(*memory)  # a refusal half way leaves the first half locked
-        raise OSError(reason)
-    return partial(libc.munlock, *memory)
-
-
-def _unregister(address: int) -> None:
-    for device in range(torch.cuda.device_count()):  # a kernel that still reads the memory would fault
-        # Waiting for a device that the process does not use would set it up first.
-        if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
-            torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _copy(source: np.ndarray, buffer: memoryview) -> None:

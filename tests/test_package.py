@@ -93,3 +93,8 @@ def test_dependencies_point_one_way(package):
     above = "|".join(order[order.index(package) + 1 :])
     imports = re.compile(rf"(?:from|import) cachemoe\.(?:{above})\b")
     assert [str(path) for path in (ROOT / package).rglob("*.py") if imports.search(path.read_text())] == []
+
+
+def test_help_waits_for_no_torch():
+    code = "import sys, cachemoe.benchmarks.cli; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd=ROOT) == "[]\n"
