@@ -121,6 +121,7 @@ def latency(
         # Imported here: torch, transformers and matplotlib take seconds that --help should not.
         from cachemoe.benchmarks.latency_plot import plot_report
         from cachemoe.benchmarks.latency_run import LatencyOptions, run_latency
+        from cachemoe.benchmarks.latency_tables import notes, summary, tables
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
@@ -129,7 +130,11 @@ def latency(
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
             check_destination(path)
         report = run_latency(options, show_progress)
-        _print_latency(report)
+        for table in tables(report, console.width):
+            console.print(table)
+        console.print(summary(report))
+        for note in notes(report):
+            console.print(note)
         save_report(report, json_path)
         with whole_file(plot_path) as partial:
             plot_report(report, partial)
@@ -160,23 +165,18 @@ def gpu(
     any step failed, with 2 if there is no GPU.
     """
     with one_sentence():
+        from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
         from cachemoe.benchmarks.gpu_run import run_gpu
 
         check_destination(out)
         report = run_gpu(out, 60 * minutes, step or [], rehearse, show_progress)
-        _print_gpu(report)
+        for table in gpu_tables(report):
+            console.print(table)
+        for line in gpu_summary(report):
+            console.print(line, highlight=False, markup=False)
         console.print(f"[dim]Every figure: {out}.[/dim]")
     if any(step["status"] != "passed" for step in report["steps"]):
         raise typer.Exit(1)
-
-
-def _print_gpu(report: dict) -> None:
-    from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
-
-    for table in gpu_tables(report):
-        console.print(table)
-    for line in gpu_summary(report):
-        console.print(line, highlight=False, markup=False)
 
 
 @app.command("compile")
@@ -212,16 +212,6 @@ def compile_kernels(
             raise KeyboardInterrupt
         if rows:
             raise typer.Exit(1)
-
-
-def _print_latency(report: dict) -> None:
-    from cachemoe.benchmarks.latency_tables import notes, summary, tables
-
-    for table in tables(report, console.width):
-        console.print(table)
-    console.print(summary(report))
-    for note in notes(report):
-        console.print(note)
 
 
 for command in (*cli_models.COMMANDS, *cli_comparisons.COMMANDS):

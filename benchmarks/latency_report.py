@@ -130,13 +130,8 @@ def _quality(quality: Quality, unmodified: Quality) -> dict:
     changes = [(a - b) / NATS_PER_BIT for a, b in zip(quality.nats, unmodified.nats, strict=True)]
     # torch's, since statistics.stdev raises where one is not finite.
     deviation = float(torch.tensor(changes, dtype=torch.float64).std()) if windows > 1 else None
-    return {
-        "miss_rate": quality.miss_rate,
+    return quality.costs(unmodified) | {
         "bits_per_byte": quality.bits_per_byte,
         "bits_per_byte_change": quality.bits_per_byte - unmodified.bits_per_byte,
         "bits_per_byte_change_standard_error": deviation and deviation * windows**0.5 / quality.tokens,
-        "perplexity": quality.perplexity,
-        "perplexity_change": quality.perplexity_change(unmodified),
-        "kl_nats": quality.kl / quality.tokens,
-        "top1_agreement": quality.agreements / quality.tokens,
     }

@@ -14,7 +14,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.ratios import ratios
+from cachemoe.benchmarks.ratios import ratio_rows
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.load import swap
 from cachemoe.moe.machine import describe
@@ -52,16 +52,6 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
                     own.set_experts_implementation(name)
                 seconds[name].append(decode_seconds(models[name], text))
                 advance()
-    rows = []
-    for name, times in seconds.items():
-        rows.append(
-            {
-                "name": name,
-                "ms_per_token": statistics.median(times) * 1e3,
-                "of_eager": ratios(times, seconds[BASELINE]),
-                "seconds": times,
-            }
-        )
     return {
         "command": "swap_overhead",
         "machine": describe(),
@@ -69,7 +59,7 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "tokens": tokens,
-        "rows": rows,
+        "rows": ratio_rows(seconds, BASELINE),
     }
 
 

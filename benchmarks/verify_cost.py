@@ -14,7 +14,7 @@ from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 
-from cachemoe.benchmarks.ratios import ratios
+from cachemoe.benchmarks.ratios import ratio_rows
 from cachemoe.benchmarks.swap_overhead import PREFIX, WARM_UP, decode_seconds
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.load import load
@@ -58,15 +58,7 @@ def measure(folder: Path, pool: str, rounds: int, tokens: int, progress: Progres
             "page_bytes": store.page_bytes,
             "checksum_ms": _median_ms(lambda: checksum(page)),
             "read_ms": _median_ms(lambda: store.page(*divmod(next(pages), store.layout.experts))),
-            "rows": [
-                {
-                    "name": way,
-                    "ms_per_token": statistics.median(times) * 1e3,
-                    f"of_{BASELINE}": ratios(times, seconds[BASELINE]),
-                    "seconds": times,
-                }
-                for way, times in seconds.items()
-            ],
+            "rows": ratio_rows(seconds, BASELINE),
         }
 
 

@@ -1,5 +1,6 @@
 """The commands on a user's own checkpoint: info, pack, verify, generate, quality and trace."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -162,7 +163,7 @@ def generate(
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
         model, tokenizer = load(folder, pool, strategy, format, store, eviction)
-        try:
+        with closing(model.cachemoe):
             with outside("the tokenizer fails on the prompt"):
                 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
             check_tokens(inputs["input_ids"], shape)
@@ -172,8 +173,6 @@ def generate(
             with outside(f"{checkpoint} cannot go on from the prompt"), torch.inference_mode():
                 model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=text_streamer(tokenizer))
             Console(stderr=True).print(str(model.cachemoe), style="dim", highlight=False)
-        finally:
-            model.cachemoe.close()
 
 
 def quality(

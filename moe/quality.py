@@ -70,6 +70,16 @@ class Quality:
         """Misses a selection of the model's own: strategies that select fewer are held to the same measure."""
         return self.misses / max(self.selections, 1)
 
+    def costs(self, unmodified: "Quality") -> dict[str, float]:
+        """What reports say of it."""
+        return {
+            "miss_rate": self.miss_rate,
+            "perplexity": self.perplexity,
+            "perplexity_change": self.perplexity_change(unmodified),
+            "kl_nats": self.kl / self.tokens,
+            "top1_agreement": self.agreements / self.tokens,
+        }
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -1,6 +1,7 @@
 """One run of ``cachemoe quality``, from options to the report."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from cachemoe.moe.hub import checkpoint_folder
@@ -40,7 +41,7 @@ def run_quality(
     evict, folder = eviction_policy(eviction), checkpoint_folder(path, revision)
     check_tokenizer(folder)
     model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
-    try:
+    with closing(model.cachemoe):
         with outside(f"{path} cannot be computed in float32"):
             model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
         shape, pooled = model.cachemoe.shape, model.cachemoe
@@ -54,8 +55,6 @@ def run_quality(
         with progress("quality, stepped through the text", len(windows)) as advance, failed:
             evaluation = evaluate(model, shape, windows, settings, evict, advance)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
-    finally:
-        model.cachemoe.close()
     return {
         "command": "quality",
         "model": {
@@ -87,13 +86,9 @@ def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> 
             "strategy": str(setting.strategy),
             "label": setting.strategy.label,
             "top_j": setting.strategy.top_j,
-            "miss_rate": quality.miss_rate,
             "belady_miss_rate": belady[setting.capacity],
             "nats_per_token": quality.nats_per_token,
-            "perplexity": quality.perplexity,
-            "perplexity_change": quality.perplexity_change(evaluation.unmodified),
-            "kl_nats": quality.kl / quality.tokens,
-            "top1_agreement": quality.agreements / quality.tokens,
         }
+        | quality.costs(evaluation.unmodified)
         for setting, quality in zip(settings, evaluation.settings, strict=True)
     ]

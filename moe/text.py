@@ -17,6 +17,13 @@ def held_out_text() -> bytes:
     return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics)).encode()
 
 
+def _content(path: Path | None) -> bytes:
+    try:
+        return held_out_text() if path is None else path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
+
+
 def tokenized(path: Path | None, tokenizer, needed: int) -> torch.Tensor:
     """Text as a model's tokens, from its start.
 
@@ -31,10 +38,7 @@ def tokenized(path: Path | None, tokenizer, needed: int) -> torch.Tensor:
     Raises:
         InputError: if the file cannot be read.
     """
-    try:
-        text = (held_out_text() if path is None else path.read_bytes()).decode(errors="replace")
-    except OSError as error:
-        raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
+    text = _content(path).decode(errors="replace")
     # No tokenizer makes less than a token of 16 characters of prose.
     return torch.tensor(tokenizer(text[: 16 * needed], add_special_tokens=False, verbose=False)["input_ids"][:needed])
 
@@ -55,10 +59,7 @@ def load_tokens(path: Path | None, vocabulary: int, needed: int) -> torch.Tensor
     """
     if vocabulary != 256:
         raise InputError(f"this version measures byte-level models (256 tokens), and this one has {vocabulary} tokens")
-    try:
-        text = held_out_text() if path is None else path.read_bytes()
-    except OSError as error:
-        raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
+    text = _content(path)
     if len(text) < needed:
         raise InputError(
             f"the text {path or HELD_OUT} has {len(text)} bytes, and this run needs {needed}: give a longer one"

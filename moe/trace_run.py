@@ -1,5 +1,6 @@
 """One run of ``cachemoe trace``: a model's own routing of a text, recorded."""
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def run_trace(
     folder = checkpoint_folder(path, revision)
     check_tokenizer(folder)
     model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
-    try:
+    with closing(model.cachemoe):
         windows = windows_of(text, tokenizer, tokens, context, model.cachemoe.shape)
         logits, ids = [], []
         failed = outside(f"{path} cannot be run on the text")
@@ -51,5 +52,3 @@ def run_trace(
             Path(model.name_or_path).resolve().name,
             context,
         )
-    finally:
-        model.cachemoe.close()

@@ -26,7 +26,7 @@ def chunk_size(page_bytes: int, threads: int) -> int:
 
 
 class Carrier(Protocol):
-    """How a link moves chunks.
+    """How a link moves chunks; what a kind of it has no need of does nothing, as here.
 
     Attributes:
         threads: that may carry at the same time.
@@ -62,8 +62,8 @@ class Carrier(Protocol):
         """Show the chunk just carried in a timeline; ``began`` and ``ended`` are the link's thread's."""
 
 
-class ReadCarrier:
-    """Reads of a store's file, or of its memory, into a pool in DRAM.
+class ReadCarrier(Carrier):
+    """Reads of a store's file, or of its memory, into a pool in DRAM: a read has arrived when it returns.
 
     Args:
         store: where the pages are.
@@ -78,9 +78,6 @@ class ReadCarrier:
         self.page_bytes = store.page_bytes
         self.chunk_bytes = chunk_size(self.page_bytes, self.threads)
 
-    def prepare(self, transfer) -> None:
-        """Nothing: a frame that is asked for is free."""
-
     def carry(self, transfer, start: int, stop: int) -> None:
         buffer = self._pool.buffer(transfer.frame)[start:stop]
         self._store.read_into(buffer, self._store.offset(transfer.layer, transfer.expert) + start)
@@ -88,21 +85,12 @@ class ReadCarrier:
     def check(self, transfer) -> None:
         self._store.check(transfer.layer, transfer.expert, self._pool.buffer(transfer.frame))
 
-    def drain(self) -> None:
-        """Nothing: a read has arrived when it returns."""
-
-    def busy_s(self) -> None:
-        """None: while a thread reads, the disk is busy."""
-
-    def use(self, transfer) -> None:
-        """Nothing, likewise."""
-
     def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
         timeline.span(threading.current_thread().name, name, began, ended, **details)
 
 
-class CopyCarrier:
-    """Copies from pinned memory to a pool on a GPU, on a stream of their own.
+class CopyCarrier(Carrier):
+    """Copies from pinned memory, on the way into which pages are checked, to a pool on a GPU, on a stream of their own.
 
     A page has landed once its copy is queued: ``use`` makes the current stream wait for the copy's event, so that the
     host does not.
@@ -142,9 +130,6 @@ class CopyCarrier:
             wait_for = queued if transfer.demand and self._store.permanent else transfer.copied
             if wait_for is not None:
                 wait_for.synchronize()
-
-    def check(self, transfer) -> None:
-        """Nothing: pages are checked on their way into pinned memory."""
 
     def drain(self) -> None:
         self._stream.synchronize()

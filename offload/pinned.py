@@ -17,10 +17,10 @@ from cachemoe.offload.carriers import ReadCarrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Link
 from cachemoe.offload.locked_memory import LockedMemory
-from cachemoe.offload.store import Store
+from cachemoe.offload.store import PinnedPages, Store
 
 
-class PinnedStore:
+class PinnedStore(PinnedPages):
     """Every page of a store in one page-locked allocation. Close it, or use it as a context manager.
 
     Args:
@@ -77,9 +77,6 @@ class PinnedStore:
             raise OSError(f"{len(buffer)} bytes at {offset} are not in the {memory.size} bytes of the pinned store")
         _copy(memory[offset : offset + len(buffer)], buffer)
 
-    def check(self, layer: int, expert: int, page: memoryview) -> None:
-        """Nothing: a page is checked when it is read from the file."""
-
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing."""
         self._locked.close()
@@ -107,7 +104,7 @@ class _Held:
     failure: str = ""
 
 
-class PinnedLevel:
+class PinnedLevel(PinnedPages):
     """A bounded, page-locked level over a store: the pages last leased, evicted by LRU. Any thread may use it.
 
     Close it, or use it as a context manager.
@@ -184,9 +181,6 @@ class PinnedLevel:
             raise ValueError(f"{len(buffer)} bytes from byte {start} of a page reach beyond its {self.page_bytes}")
         with self.lease(*divmod(index, self.layout.experts)) as page:
             _copy(page.numpy()[start : start + len(buffer)], buffer)
-
-    def check(self, layer: int, expert: int, page: memoryview) -> None:
-        """Nothing: a page is checked when it is read from the store."""
 
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing.

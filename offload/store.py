@@ -108,6 +108,8 @@ class Store(Protocol):
 class PinnedPages(Store, Protocol):
     """A store whose pages lie in page-locked memory while they are leased, for a GPU to copy.
 
+    They are checked on their way into it, so that ``check`` does nothing.
+
     Attributes:
         permanent: whether a page stays where it is when its lease ends.
     """
