@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from cachemoe.benchmarks import cli_models
-from cachemoe.benchmarks.terminal import check_destination, console, errors, one_sentence, save_report
+from cachemoe.benchmarks import cli_comparisons
+from cachemoe.moe import cli as cli_models
 from cachemoe.moe.progress import show_progress
+from cachemoe.moe.terminal import check_destination, console, errors, one_sentence, save_report
 from cachemoe.offload.files import whole_file
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
-for command in (cli_models.info, cli_models.pack, cli_models.generate, cli_models.quality, cli_models.trace):
-    app.command()(command)
 
 
 @app.callback()
@@ -120,8 +119,9 @@ def latency(
     """
     with one_sentence():
         # Imported here: torch, transformers and matplotlib take seconds that --help should not.
-        from cachemoe.benchmarks.plot import plot_report
-        from cachemoe.benchmarks.run_latency import LatencyOptions, run_latency
+        from cachemoe.benchmarks.latency_plot import plot_report
+        from cachemoe.benchmarks.latency_run import LatencyOptions, run_latency
+        from cachemoe.benchmarks.latency_tables import notes, summary, tables
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
@@ -130,7 +130,11 @@ def latency(
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
             check_destination(path)
         report = run_latency(options, show_progress)
-        _print_latency(report)
+        for table in tables(report, console.width):
+            console.print(table)
+        console.print(summary(report))
+        for note in notes(report):
+            console.print(note)
         save_report(report, json_path)
         with whole_file(plot_path) as partial:
             plot_report(report, partial)
@@ -161,34 +165,18 @@ def gpu(
     any step failed, with 2 if there is no GPU.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_gpu import run_gpu
+        from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
+        from cachemoe.benchmarks.gpu_run import run_gpu
 
         check_destination(out)
         report = run_gpu(out, 60 * minutes, step or [], rehearse, show_progress)
-        _print_gpu(report)
+        for table in gpu_tables(report):
+            console.print(table)
+        for line in gpu_summary(report):
+            console.print(line, highlight=False, markup=False)
         console.print(f"[dim]Every figure: {out}.[/dim]")
     if any(step["status"] != "passed" for step in report["steps"]):
         raise typer.Exit(1)
-
-
-def _print_gpu(report: dict) -> None:
-    from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
-
-    for table in gpu_tables(report):
-        console.print(table)
-    for line in gpu_summary(report):
-        console.print(line, highlight=False, markup=False)
-
-
-@app.command()
-def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
-    """Check every page of a store against its checksum."""
-    with one_sentence():
-        from cachemoe.offload.store import ExpertStore
-
-        with ExpertStore(store) as opened, show_progress("reading every page", opened.pages) as advance:
-            opened.verify(advance)
-        console.print(f"{store}: {opened.pages} pages, all as they were written.", highlight=False)
 
 
 @app.command("compile")
@@ -208,7 +196,7 @@ def compile_kernels(
     wide loads or the pipeline that it claims.
     """
     with one_sentence():
-        from cachemoe.benchmarks.run_compile import compile_table, default_capabilities, run_compile, wrong
+        from cachemoe.benchmarks.compile_run import compile_table, default_capabilities, run_compile, wrong
 
         if json_path is not None:
             check_destination(json_path)
@@ -226,14 +214,8 @@ def compile_kernels(
             raise typer.Exit(1)
 
 
-def _print_latency(report: dict) -> None:
-    from cachemoe.benchmarks.report import notes, summary, tables
-
-    for table in tables(report, console.width):
-        console.print(table)
-    console.print(summary(report))
-    for note in notes(report):
-        console.print(note)
+for command in (*cli_models.COMMANDS, *cli_comparisons.COMMANDS):
+    app.command()(command)
 
 
 def main() -> None:

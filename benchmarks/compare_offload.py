@@ -1,6 +1,6 @@
 """Decode from disk in the same memory three ways: cachemoe, mmap and the page cache, accelerate's disk offload.
 
-    python -m cachemoe.benchmarks.compare_offload FOLDER --pool 50%
+    cachemoe compare-offload FOLDER --pool 50%
 
 Each is a process of its own in a control group whose memory the system limits, page cache included: that takes root on
 Linux, or a group that may be written. They decode the same prose in turns. accelerate is compared where it is
@@ -19,30 +19,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated
 
 import numpy as np
 import torch
-import typer
 
-from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.ratios import ratio_table, ratios
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
-from cachemoe.benchmarks.text import load_tokens
+from cachemoe.benchmarks.ratios import ratios
 from cachemoe.kernels import experts_cpu
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.load import load
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_without_experts
 from cachemoe.moe.pack import open_packed
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
-from cachemoe.moe.sizes import size_text, slots_of
+from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Original
+from cachemoe.moe.text import load_tokens
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.residency import least_recently_used
+from cachemoe.offload.store import ExpertStore
 
 CACHEMOE, MAPPED, ACCELERATE = "cachemoe", "mmap", "accelerate"
 BESIDE = (
@@ -58,7 +56,7 @@ class MappedExperts:
     An engine for ``PooledExperts``; see ``ResidentEngine``.
     """
 
-    def __init__(self, store):
+    def __init__(self, store: ExpertStore):
         layout = store.layout
         self.page_format, self.counters = layout.page_format, Counters()
         self.state = Residency.empty(torch.full((layout.layers,), layout.experts), layout.experts)
@@ -160,10 +158,10 @@ def _limited_group(limit: int) -> Iterator[Path]:
 
 
 def _child(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
-    command = [sys.executable, "-m", "cachemoe.benchmarks.compare_offload", str(folder), "--pool", pool]
+    command = [sys.executable, "-m", "cachemoe.benchmarks.compare_offload"]
     with _limited_group(limit) as group:
         done = subprocess.run(
-            [*command, "--tokens", str(tokens), "--child", way, "--limit", str(limit)],
+            [*command, way, str(folder), pool, str(tokens), str(limit)],
             capture_output=True,
             text=True,
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
@@ -209,26 +207,6 @@ def _decode(way: str, folder: Path, pool: str, tokens: int, limit: int) -> dict:
         return report
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint; benchmarks/synthetic.py makes one.")],
-    pool: Annotated[str, typer.Option(help="As load takes it; the others get the same memory.")] = "50%",
-    rounds: Annotated[int, typer.Option(min=3, help="How often each decodes.")] = 3,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens on the clock, after as many to warm up.")] = 16,
-    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/offload.json"),
-    child: Annotated[str, typer.Option(hidden=True)] = "",
-    limit: Annotated[int, typer.Option(hidden=True)] = 0,
-) -> None:
-    """Decode from disk in the same memory through cachemoe, through mmap, and through accelerate."""
-    if child:
-        print(json.dumps(_decode(child, folder, pool, tokens, limit)))
-        return
-    with one_sentence():
-        check_destination(json_path)
-        report = compare(folder, pool, rounds, tokens, show_progress)
-        title = f"{report['model']}, {size_text(report['weights_bytes'])} in {size_text(report['limit_bytes'])}"
-        console.print(ratio_table(title, "way", report["rows"], CACHEMOE))
-        save_report(report, json_path)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+if __name__ == "__main__":  # the process that ``_child`` starts
+    way, folder, pool, *numbers = sys.argv[1:]
+    print(json.dumps(_decode(way, Path(folder), pool, *map(int, numbers))))

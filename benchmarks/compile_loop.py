@@ -1,12 +1,9 @@
 """The machine code of a compiled kernel's main loop: what a step of the stream of weights costs."""
 
 import re
-import subprocess
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import triton
+from cachemoe.benchmarks.compile_ahead import told
 
 
 def loop_step(compiled: Any) -> list[str]:
@@ -18,13 +15,8 @@ def loop_step(compiled: Any) -> list[str]:
     Raises:
         ValueError: if no loop copies.
     """
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        code = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
     labels, names, loops = {}, [], []
-    for line in code.splitlines():
+    for line in told(compiled, "nvdisasm", "-c").splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(names)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([\w.]+)(.*)", line):

@@ -17,11 +17,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from cachemoe.benchmarks import machine
-from cachemoe.benchmarks.micro import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
+from cachemoe.benchmarks.micro_figures import MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate
 from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
+from cachemoe.benchmarks.speeds import device_copy_bandwidth, matmul_rate, memory_bandwidth, pinned_copy_bandwidth
 from cachemoe.benchmarks.timing import Round
+from cachemoe.moe.machine import describe
 from cachemoe.offload.files import whole_file
 
 TEST_S = 0.15  # of rounds in one repetition
@@ -93,19 +94,19 @@ def device():
 def session(pytestconfig, device):
     """The session, once the machine's speeds are known."""
     session = pytestconfig.stash[SESSION]
-    session.machine = machine.describe()
+    session.machine = describe()
     if device.type == "cuda":
-        session.speeds[MEMORY] = machine.device_copy_bandwidth()
-        session.speeds[PINNED] = machine.pinned_copy_bandwidth()
+        session.speeds[MEMORY] = device_copy_bandwidth()
+        session.speeds[PINNED] = pinned_copy_bandwidth()
     else:
         sample_memory(session)
-    session.speeds[MATMUL] = machine.matmul_rate(device)
+    session.speeds[MATMUL] = matmul_rate(device)
     return session
 
 
 def sample_memory(session: Session) -> None:
     """Measure a CPU's memory once more: shared machines are faster at times, and the bound is of the whole session."""
-    session.memory.append(machine.memory_bandwidth())
+    session.memory.append(memory_bandwidth())
     session.speeds[MEMORY] = statistics.median(session.memory)
 
 

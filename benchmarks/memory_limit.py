@@ -1,6 +1,6 @@
 """A model larger than the memory it is given: it runs through ``load``, and not without.
 
-    python -m cachemoe.benchmarks.memory_limit FOLDER --pool 25%
+    cachemoe memory-limit FOLDER --pool 25%
 
 Both run in processes of their own whose address space the system limits (RLIMIT_AS) to 90 % of the model's weights:
 everything counts, the interpreter, libraries and thread stacks included.
@@ -11,18 +11,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
-from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.terminal import one_sentence
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.files import whole_file
 
 LIMIT = 0.9  # of the model's weights
 TOKENS = 16
@@ -55,8 +50,8 @@ def run_limited(folder: Path, pool: str) -> dict:
 
 
 def _child(what: str, folder: Path, pool: str, limit: int) -> dict:
-    command = [sys.executable, "-m", "cachemoe.benchmarks.memory_limit", str(folder), "--pool", pool]
-    done = subprocess.run([*command, "--child", what, "--limit", str(limit)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "cachemoe.benchmarks.memory_limit", what, str(folder), pool, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
@@ -95,31 +90,6 @@ def _limited(what: str, folder: Path, pool: str, limit: int) -> dict:
     return report
 
 
-def main(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint; benchmarks/synthetic.py makes one.")],
-    pool: Annotated[str, typer.Option(help="As load takes it.")] = "25%",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Where every figure goes.")] = None,
-    child: Annotated[str, typer.Option(hidden=True)] = "",
-    limit: Annotated[int, typer.Option(hidden=True)] = 0,
-) -> None:
-    """Run a checkpoint under a limit of memory below its weights, through cachemoe and without."""
-    if child:
-        print(json.dumps(_limited(child, folder, pool, limit)))
-        return
-    with one_sentence():
-        report = run_limited(folder, pool)
-    if json_path is not None:
-        with whole_file(json_path) as partial:
-            partial.write_text(json.dumps(report | {"pool": pool, "machine": describe()}, indent=1))
-    loaded, unmodified = report["loaded"], report["unmodified"]
-    print(f"limit {size_text(report['limit_bytes'])} of address space, weights {size_text(report['weights_bytes'])}")
-    if loaded["error"] is None:
-        over = loaded["peak_bytes"] / report["budget_bytes"]
-        print(f"load: generated; peak {size_text(loaded['peak_bytes'])}, {over:.2f} of pool and dense weights")
-    else:
-        print(f"load: {loaded['error']}")
-    print(f"unmodified: {unmodified['error'] or 'generated'}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+if __name__ == "__main__":  # the process that ``_child`` starts
+    what, folder, pool, limit = sys.argv[1:]
+    print(json.dumps(_limited(what, Path(folder), pool, int(limit))))

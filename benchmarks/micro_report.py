@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import IN_TURN, MATMUL, MEMORY, PINNED
+from cachemoe.benchmarks.micro_figures import IN_TURN, MATMUL, MEMORY, PINNED
 from cachemoe.benchmarks.timing import QUEUED
 
 BOUNDS = {MEMORY: "memory", PINNED: "link", MATMUL: "matmul", IN_TURN: "memory + link"}

@@ -11,7 +11,7 @@ from cachemoe.moe.pack import check_space, open_packed, store_directory
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
-from cachemoe.offload.store import VERSION, ExpertStore, StoreLayout, write_store
+from cachemoe.offload.store import VERSION, ExpertStore, Store, StoreLayout, write_store
 
 NATIVE = "native"
 FILE, PINNED = "file", "pinned"
@@ -65,7 +65,7 @@ def check_level(name: str, device: str, pages: int) -> None:
         raise InputError("a GPU is fed from pinned memory: use --store pinned, or pinned:PAGES for a bounded level")
 
 
-def open_level(name: str, file: ExpertStore, progress: Progress) -> AbstractContextManager:
+def open_level(name: str, file: ExpertStore, progress: Progress) -> AbstractContextManager[Store]:
     """The store that pages move from: the ``file`` itself, ``pinned``, or ``pinned:PAGES`` of it over the file.
 
     Raises:

@@ -13,6 +13,19 @@ def ratios(times: Sequence[float], baseline: Sequence[float]) -> dict[str, float
     return {"median": statistics.median(each), "min": min(each), "max": max(each)}
 
 
+def ratio_rows(seconds: dict[str, list[float]], baseline: str) -> list[dict]:
+    """Of each implementation's seconds a token, round by round, the row that ``ratio_table`` shows."""
+    return [
+        {
+            "name": name,
+            "ms_per_token": statistics.median(times) * 1e3,
+            f"of_{baseline}": ratios(times, seconds[baseline]),
+            "seconds": times,
+        }
+        for name, times in seconds.items()
+    ]
+
+
 def with_spread(ratio: dict[str, float]) -> str:
     """What ``ratios`` gives, as text."""
     return "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio)

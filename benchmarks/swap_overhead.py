@@ -1,6 +1,6 @@
 """What the swapped path costs or saves with everything in memory: decode against transformers' own, side by side.
 
-    python -m cachemoe.benchmarks.swap_overhead FOLDER
+    cachemoe swap-overhead FOLDER
 
 Each implementation has a model of its own in one process; they decode the same tokens in turns, in a new order each
 round.
@@ -11,18 +11,15 @@ import random
 import statistics
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated
 
 import torch
-import typer
 
-from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.ratios import ratio_table, ratios
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
+from cachemoe.benchmarks.ratios import ratio_rows
+from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.load import swap
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
-from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.progress import Progress
 from cachemoe.moe.strategies import CachePrior
 
 OWN = ("eager", "batched_mm", "grouped_mm")
@@ -55,16 +52,6 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
                     own.set_experts_implementation(name)
                 seconds[name].append(decode_seconds(models[name], text))
                 advance()
-    rows = []
-    for name, times in seconds.items():
-        rows.append(
-            {
-                "name": name,
-                "ms_per_token": statistics.median(times) * 1e3,
-                "of_eager": ratios(times, seconds[BASELINE]),
-                "seconds": times,
-            }
-        )
     return {
         "command": "swap_overhead",
         "machine": describe(),
@@ -72,7 +59,7 @@ def measure(folder: Path, rounds: int, tokens: int, progress: Progress) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": rounds,
         "tokens": tokens,
-        "rows": rows,
+        "rows": ratio_rows(seconds, BASELINE),
     }
 
 
@@ -90,22 +77,3 @@ def decode_seconds(model, text: torch.Tensor) -> float:
         model(token[None, None], past_key_values=past, use_cache=True)
         times.append(perf_counter() - start)
     return statistics.median(times[WARM_UP:])
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint that fits into memory five times.")] = TINYMOE,
-    rounds: Annotated[int, typer.Option(min=3, help="How often each implementation decodes.")] = 7,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded on the clock each time.")] = 24,
-    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/swap.json"),
-) -> None:
-    """Decode through the swapped path and through transformers' own, everything resident."""
-    with one_sentence():
-        check_destination(json_path)
-        report = measure(folder, rounds, tokens, show_progress)
-        title = f"{report['model']}, {report['dtype']}: decode, everything resident"
-        console.print(ratio_table(title, "implementation", report["rows"], BASELINE))
-        save_report(report, json_path)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,29 +1,29 @@
 """A checkpoint of any size with random weights: to see that a model larger than memory runs, without downloading one.
 
-python -m cachemoe.benchmarks.synthetic FOLDER --gigabytes 3.2
+cachemoe synthetic FOLDER --gigabytes 3.2
 """
 
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from safetensors.torch import save
 
 from cachemoe.moe.checkpoint import TINYMOE
-from cachemoe.moe.progress import Progress, show_progress
+from cachemoe.moe.progress import Progress
+from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
 EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 32, 4, 1024, 1024, 8, 256
 STD = 0.02
+MOST_GIGABYTES = 1e6
 LAYER_BYTES = 2 * EXPERTS * 3 * HIDDEN * INTERMEDIATE
 NOISE = 1 << 24  # numbers drawn; tensors are stretches of them, since drawing all would take minutes
 
 
-def write_synthetic(folder: Path, gigabytes: float, progress: Progress = show_progress) -> None:
+def write_synthetic(folder: Path, gigabytes: float, progress: Progress) -> None:
     """Write a random bfloat16 Qwen3-MoE of at least that size: layers of 32 experts of 6.3 MB each, byte-level.
 
     Args:
@@ -31,8 +31,11 @@ def write_synthetic(folder: Path, gigabytes: float, progress: Progress = show_pr
         gigabytes: decimal, of all weights.
 
     Raises:
+        InputError: for a size that cannot be.
         OSError: if it cannot be written.
     """
+    if not 0 <= gigabytes < MOST_GIGABYTES:
+        raise InputError(f"a checkpoint of {gigabytes} GB cannot be made: choose less than {MOST_GIGABYTES:.0f}")
     layers = max(1, -(-int(gigabytes * 1e9) // LAYER_BYTES))
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -97,15 +100,3 @@ def _layer(weight) -> Iterator[tuple[str, torch.Tensor]]:
             ("down", (HIDDEN, INTERMEDIATE)),
         ):
             yield f"mlp.experts.{e}.{name}_proj.weight", weight(*shape)
-
-
-def main(
-    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
-    gigabytes: Annotated[float, typer.Option(help="Of weights, at least.")] = 3.2,
-) -> None:
-    """Write a random Qwen3-MoE checkpoint of a given size."""
-    write_synthetic(folder, gigabytes)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -14,7 +14,7 @@ from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference_route import candidates, gate_scores
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import QUANTILES, Calibration
-from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.policies.naee_prune import ABSENT

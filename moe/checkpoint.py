@@ -1,56 +1,28 @@
 """Hugging Face checkpoints on disk: what the MoE layers are, and their experts one at a time, as pages."""
 
 import os
-import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 
 import torch
 
-from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.kernels.quantize import MXFP4_BLOCK, dequantize_mxfp4
-from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, EXPERTS_A_LAYER, NAMINGS, PLAIN, TOP_K, Naming
+from cachemoe.moe.architectures import EXPERTS, EXPERTS_A_LAYER, NAMINGS, PLAIN, Naming
+from cachemoe.moe.config import CONFIG, activation_of, format_of, read_config, said, top_k_of
 from cachemoe.moe.hub import commit_of
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.shards import Shards, file_stamp
+from cachemoe.moe.tensor_names import IMPOSSIBLE_NUMBER, find
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.header import TensorEntry, read_json, shown
+from cachemoe.offload.header import TensorEntry, shown
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
-# Of ``config.json``'s fields those used here; the numbers of experts a token are ``top_k_of``'s to check.
-FIELDS = {
-    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), str),
-    **dict.fromkeys(("num_hidden_layers", "vocab_size", "max_position_embeddings"), int),
-    "quantization_config": dict,
-}
-LARGEST_NUMBER = 1 << 31  # of tokens, layers, experts
-MOST_DIGITS = 6  # of a layer's or an expert's number
-IMPOSSIBLE_NUMBER = re.compile(rf"(?:layers|experts)\.[0-9]{{{MOST_DIGITS + 1}}}")
 TINYMOE = Path(__file__).parent / "tinymoe"
-CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of peft's; transformers puts it onto the weights
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
-
-
-@dataclass(frozen=True)
-class MoeShape:
-    """Dimensions of a model's MoE layers.
-
-    Args:
-        layers: decoder layers that are MoE layers, in order.
-        experts: E. top_k: K. hidden: H. intermediate: I of an expert. vocabulary: tokens.
-        context: longest sequence the model takes; None where it does not say.
-    """
-
-    layers: tuple[int, ...]
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    context: int | None
 
 
 class Checkpoint:
@@ -72,7 +44,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike):
         self.path, self.opened_ns = Path(path), time.time_ns()
         self._config_stamp = file_stamp(self.path, CONFIG)
-        self.config = _config(self.path)
+        self.config = read_config(self.path)
         self._experts = EXPERTS.get(self.config.get("model_type"), PLAIN)
         self._check_computable()
         self.tensors = Shards(self.path)
@@ -90,7 +62,7 @@ class Checkpoint:
         """Whether a tensor belongs to an expert, and so to a page."""
         for end in ("_bias", "_blocks", "_scales"):
             name = name.removesuffix(end)
-        return any(_find(name, part) for part in self._naming.parts)
+        return any(find(name, part) for part in self._naming.parts)
 
     @property
     def stamp(self) -> tuple[tuple, ...]:
@@ -170,7 +142,7 @@ class Checkpoint:
             first = naming.parts[0] + ("_blocks" if naming.blocks else "")
             stems: dict[str, dict[int, str]] = {}
             for name in self.tensors.entries:
-                if (found := _find(name, first)) and found.layer < layers:
+                if (found := find(name, first)) and found.layer < layers:
                     prefixes = stems.setdefault(found.stem, {})
                     if (other := prefixes.setdefault(found.layer, found.prefix)) != found.prefix:
                         raise InputError(
@@ -189,7 +161,7 @@ class Checkpoint:
                 return naming, [model[layer] for layer in self._layers]
         raise InputError(
             f"{self.path} is no MoE model, or names its experts in a way that cachemoe does not know "
-            f"(a {_said(self.config.get('model_type'))} model): see moe/architectures.py"
+            f"(a {said(self.config.get('model_type'))} model): see moe/architectures.py"
         )
 
     def _shape(self) -> MoeShape:
@@ -231,7 +203,7 @@ class Checkpoint:
         """Experts of every layer, where each has a tensor of its own."""
         counts, prefixes = dict.fromkeys(self._layers, 0), set(self._prefixes)
         for name in self.tensors.entries:
-            if (found := _find(name, part)) and found.prefix in prefixes:
+            if (found := find(name, part)) and found.prefix in prefixes:
                 counts[found.layer] += 1
         if len(set(counts.values())) > 1:
             layer, count = min(counts.items(), key=lambda item: item[1])
@@ -293,11 +265,11 @@ class Checkpoint:
         """
         shape, config = self.shape, self.config
         if not 1 <= shape.top_k <= shape.experts:
-            raise InputError(f"{self.path} uses {_said(shape.top_k)} of {shape.experts} experts, which cannot be")
+            raise InputError(f"{self.path} uses {said(shape.top_k)} of {shape.experts} experts, which cannot be")
         for name, size in {"hidden_size": shape.hidden, **dict.fromkeys(EXPERTS_A_LAYER, shape.experts)}.items():
             if type(config.get(name)) is int and config[name] != size:
                 raise InputError(
-                    f"{self.path / CONFIG} has {name} = {_said(config[name])}, and the experts in its files have "
+                    f"{self.path / CONFIG} has {name} = {said(config[name])}, and the experts in its files have "
                     f"{size}: one of the two is another model's"
                 )
 
@@ -327,149 +299,3 @@ class Checkpoint:
                 "unquantised checkpoint, and let `cachemoe pack --format int4` quantise its experts"
             )
         activation_of(self.config)
-
-
-def top_k_of(config: dict) -> int:
-    """K, of a model's config.
-
-    Raises:
-        InputError: if it says none, or another one for each layer.
-    """
-    value = next((config[key] for key in TOP_K if config.get(key) is not None), None)
-    values = value if isinstance(value, list) else [value]
-    if not values or type(value := values[0]) is not int or any(each != value for each in values):
-        raise InputError(f"the model's config does not say how many experts every token uses, as {TOP_K[0]}")
-    return value
-
-
-def activation_of(config: dict) -> str:
-    """The page format's activation for a model's experts.
-
-    Raises:
-        InputError: if cachemoe does not compute it.
-    """
-    experts = EXPERTS.get(config.get("model_type"), PLAIN)
-    name = config.get("hidden_act") or config.get("hidden_activation") or "silu"
-    for key, value in experts.constants:
-        if config.get(key, value) != value:
-            raise InputError(f"the model has {key} = {_said(config[key])}, and cachemoe computes with {value} alone")
-    if not experts.activation and name not in ACTIVATIONS:
-        raise InputError(f"the model's experts have {_said(name)}; cachemoe computes {', '.join(ACTIVATIONS)}")
-    return experts.activation or ACTIVATIONS[name]
-
-
-def format_of(
-    kind: str | None, group: int | None, config: dict, size: tuple[int, int], dtype: torch.dtype, bias: bool
-) -> PageFormat:
-    """Layout of one expert's page.
-
-    Args:
-        kind: one of ``formats.KINDS``; None: that of ``dtype``, exact.
-        group: of int4; None: the largest that divides H and I.
-        config: the model's.
-        size: H and I.
-        dtype: of the weights.
-        bias: whether the experts have biases.
-
-    Raises:
-        InputError: if the experts do not fit into it.
-    """
-    hidden, intermediate = size
-    own = next((name for name, each in FLOATS.items() if each == dtype), None)
-    if own is None:
-        raise InputError(f"the experts are in {dtype}, which cachemoe does not read: it reads {', '.join(FLOATS)}")
-    kind = own if kind is None else kind
-    if kind == "int4" and group is None:
-        fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
-        if not fitting:
-            raise InputError(
-                f"int4 pages need H and I divisible by {min(INT4_GROUPS)}, and these are {hidden} and {intermediate}: "
-                "choose int8"
-            )
-        group = max(fitting)
-    experts = EXPERTS.get(config.get("model_type"), PLAIN)
-    try:
-        return PageFormat(
-            kind,
-            hidden,
-            intermediate,
-            group or 0,
-            activation=activation_of(config),
-            bias=bias,
-            interleaved=experts.interleaved,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def _config(path: Path) -> dict:
-    """The fields of ``config.json``, those of its text part among them; what is used here has the type that it must."""
-    file = path / CONFIG
-    try:
-        config = read_json(file)
-    except OSError as error:
-        raise InputError(f"{path} is no checkpoint folder: its {CONFIG} cannot be read ({error})") from error
-    except ValueError as error:
-        raise InputError(f"{file} cannot be read as a configuration ({error})") from error
-    text = config.get("text_config") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(text, dict | None):
-        raise InputError(f"{file} is not a configuration: it, and its text_config, must be objects")
-    parts = (config, text or {})  # of a model that sees, too, the part that has the experts
-    config = {name: value for part in parts for name, value in part.items() if value is not None}
-    for name, kind in FIELDS.items():
-        if name not in config:
-            continue
-        if type(value := config[name]) is not kind:
-            raise InputError(f"{file} has {name} = {_said(value)}, which is no {kind.__name__}")
-        if type(value) is int and not 0 < value < LARGEST_NUMBER:
-            raise InputError(f"{file} has {name} = {_said(value)}, which cannot be")
-    return config
-
-
-def _said(value) -> str:
-    """A value of a config, short enough for a sentence."""
-    return shorten(repr(value), 80)
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A tensor's name taken apart: ``prefix`` up to the naming's part, ``stem`` up to ``layers.N.``."""
-
-    prefix: str
-    stem: str
-    layer: int
-
-
-def _find(name: str, part: str) -> _Found | None:
-    """Take apart the name of a part's tensor, in any layer, of any expert; None for other names.
-
-    In plain text operations, each of which reads the name once: names in a file may be of any length.
-    """
-    before, braces, after = part.partition("{}")
-    if braces:
-        if not name.endswith(after):
-            return None
-        name = name.removesuffix(after)
-        bare = name.rstrip("0123456789")
-        if _number(name[len(bare) :]) is None:
-            return None
-        name = bare
-    if not name.endswith(before):
-        return None
-    prefix, end = name.removesuffix(before), len(name)
-    if not prefix.endswith("."):
-        return None
-    while (start := prefix.rfind("layers.", 0, end)) >= 0:
-        digits, dot, _ = prefix[start + 7 : start + 8 + MOST_DIGITS].partition(".")
-        layer = _number(digits)
-        if dot and layer is not None and (start == 0 or prefix[start - 1] == "."):
-            return _Found(prefix, prefix[:start], layer)
-        end = start
-    return None
-
-
-def _number(digits: str) -> int | None:
-    """The number of a layer or an expert; None for what no model writes as one: ``01`` is no second name of 1."""
-    if not (digits.isascii() and digits.isdecimal() and len(digits) <= MOST_DIGITS):
-        return None
-    return int(digits) if digits == "0" or not digits.startswith("0") else None

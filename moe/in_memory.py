@@ -6,9 +6,10 @@ import torch
 from torch.nn.utils.parametrize import is_parametrized
 
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.moe.checkpoint import MoeShape, format_of, top_k_of
+from cachemoe.moe.config import format_of, top_k_of
 from cachemoe.moe.doors import free
 from cachemoe.moe.layers import moe_layers
+from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.routers import RouterOutput, RoutingRule, find_rule
+from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 
 ROUTERS = ("gate", "router")  # what MoE blocks call theirs

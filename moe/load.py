@@ -23,11 +23,12 @@ from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Original, Strategy, checked
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.residency import eviction_policy
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import ExpertStore
 
 VERIFY = ("read", "open", "off")

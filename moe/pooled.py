@@ -24,10 +24,11 @@ from cachemoe.moe.sizes import size_text, slots_of
 from cachemoe.moe.strategies import Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import StoreLayout
 
 

@@ -2,7 +2,7 @@
 
 import re
 
-from cachemoe.moe.checkpoint import MoeShape
+from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -29,6 +29,14 @@ def size_text(count: float) -> str:
     return f"{count:.3g} GB" if count < 999.5 else f"{count:.0f} GB"
 
 
+def layer_slots(text: str, experts: int) -> int | None:
+    """Slots of a layer of E experts, from ``30`` or ``50%``; None for any other text."""
+    if re.fullmatch(r"\d{1,18}", text):
+        return int(text)
+    share = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*%", text)
+    return round(float(share[1]) / 100 * experts) if share else None
+
+
 def slots_of(pool: str | int | None, shape: MoeShape, page_bytes: int) -> list[int]:
     """Slots of each MoE layer.
 
@@ -43,10 +51,8 @@ def slots_of(pool: str | int | None, shape: MoeShape, page_bytes: int) -> list[i
     if pool is None:
         return [max(round(experts / 2), k)] * layers
     text = str(pool).strip()
-    if re.fullmatch(r"\d{1,18}", text):
-        slots = [int(text)] * layers
-    elif share := re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*%", text):
-        slots = [round(float(share[1]) / 100 * experts)] * layers
+    if (count := layer_slots(text, experts)) is not None:
+        slots = [count] * layers
     else:
         try:
             pages = min(int(size_of(text) / page_bytes), layers * experts)

@@ -8,6 +8,7 @@ import torch
 
 from cachemoe.kernels.formats import PAGE_ALIGNMENT
 from cachemoe.offload.pool import ExpertPool
+from cachemoe.offload.store import PinnedPages, Store
 
 READERS = 4  # reads in flight that a disk needs to reach its bandwidth
 CHUNK_BYTES = 1 << 20  # about so much: a single miss keeps several readers busy, a demand overtakes a prefetch
@@ -25,7 +26,7 @@ def chunk_size(page_bytes: int, threads: int) -> int:
 
 
 class Carrier(Protocol):
-    """How a link moves chunks.
+    """How a link moves chunks; what a kind of it has no need of does nothing, as here.
 
     Attributes:
         threads: that may carry at the same time.
@@ -61,25 +62,21 @@ class Carrier(Protocol):
         """Show the chunk just carried in a timeline; ``began`` and ``ended`` are the link's thread's."""
 
 
-class ReadCarrier:
-    """Reads of a store's file, or of its memory, into a pool in DRAM.
+class ReadCarrier(Carrier):
+    """Reads of a store's file, or of its memory, into a pool in DRAM: a read has arrived when it returns.
 
     Args:
-        store: anything with ``offset(layer, expert)``, ``read_into(buffer, offset)`` and
-            ``check(layer, expert, page)``.
+        store: where the pages are.
         pool: whose frames are filled.
     """
 
     threads = READERS
     track = "read"
 
-    def __init__(self, store, pool: ExpertPool):
+    def __init__(self, store: Store, pool: ExpertPool):
         self._store, self._pool = store, pool
         self.page_bytes = store.page_bytes
         self.chunk_bytes = chunk_size(self.page_bytes, self.threads)
-
-    def prepare(self, transfer) -> None:
-        """Nothing: a frame that is asked for is free."""
 
     def carry(self, transfer, start: int, stop: int) -> None:
         buffer = self._pool.buffer(transfer.frame)[start:stop]
@@ -88,34 +85,25 @@ class ReadCarrier:
     def check(self, transfer) -> None:
         self._store.check(transfer.layer, transfer.expert, self._pool.buffer(transfer.frame))
 
-    def drain(self) -> None:
-        """Nothing: a read has arrived when it returns."""
-
-    def busy_s(self) -> None:
-        """None: while a thread reads, the disk is busy."""
-
-    def use(self, transfer) -> None:
-        """Nothing, likewise."""
-
     def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
         timeline.span(threading.current_thread().name, name, began, ended, **details)
 
 
-class CopyCarrier:
-    """Copies from pinned memory to a pool on a GPU, on a stream of their own.
+class CopyCarrier(Carrier):
+    """Copies from pinned memory, on the way into which pages are checked, to a pool on a GPU, on a stream of their own.
 
     A page has landed once its copy is queued: ``use`` makes the current stream wait for the copy's event, so that the
     host does not.
 
     Args:
-        store: with ``lease(layer, expert)``, a context that gives the page ``[page_bytes]`` uint8 in pinned memory.
+        store: that lends its pages.
         pool: whose frames are filled.
     """
 
     threads = 1  # one copy engine serves this direction
     track = "copy"
 
-    def __init__(self, store, pool: ExpertPool):
+    def __init__(self, store: PinnedPages, pool: ExpertPool):
         self._store, self._pool = store, pool
         self.page_bytes = self.chunk_bytes = store.page_bytes  # each piece costs the host a launch and two events
         self._device = pool.pages.device
@@ -143,9 +131,6 @@ class CopyCarrier:
             if wait_for is not None:
                 wait_for.synchronize()
 
-    def check(self, transfer) -> None:
-        """Nothing: pages are checked on their way into pinned memory."""
-
     def drain(self) -> None:
         self._stream.synchronize()
 
@@ -160,3 +145,8 @@ class CopyCarrier:
 
     def record(self, timeline, name: str, transfer, began: float, ended: float, **details) -> None:
         timeline.cuda_span(self.track, name, transfer.copying, transfer.copied, **details)
+
+
+def carrier_of(store: Store, pool: ExpertPool) -> Carrier:
+    """What moves the store's pages to where the pool is; to a GPU the store must lend them, as ``PinnedPages``."""
+    return CopyCarrier(store, pool) if pool.pages.is_cuda else ReadCarrier(store, pool)

@@ -1,110 +1,31 @@
-"""Engines that run a layer's experts from pages: ``OffloadEngine`` fetches missing ones, ``ResidentEngine`` has all.
+"""OffloadEngine: a layer's experts from the pages in a pool, those that are missing fetched.
 
 One call: the routing has chosen experts and slots; misses are asked for, then what the next layers will probably want;
 hits are computed while pages move, misses as they land. Outputs are summed in the routing's order whatever order pages
 land in: the bits do not depend on it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 
 import torch
 
-from cachemoe.kernels import experts_cpu
-from cachemoe.kernels.experts import experts
 from cachemoe.kernels.state import Residency, Routing
-from cachemoe.offload.carriers import CopyCarrier, ReadCarrier
+from cachemoe.offload.carriers import carrier_of
 from cachemoe.offload.clock import HostClock, StreamClock
+from cachemoe.offload.compute import Compute
 from cachemoe.offload.counters import Counters
+from cachemoe.offload.frames import Frames
 from cachemoe.offload.link import Link, Pacing, Transfer
-from cachemoe.offload.packed import to_device
 from cachemoe.offload.plain_torch import plain_torch
-from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.prefetch import Prefetcher
-from cachemoe.offload.residency import least_recently_used, resized
+from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.staging import Staging
-from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.store import Store
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
 MOST_TIMES = 10_000  # events kept before they are read, if nobody asks
-
-
-class ResidentEngine:
-    """Every expert in memory: the reference that misses nothing, whatever the routing was told is resident.
-
-    Args:
-        store: where the pages are read from, once.
-        capacity: slots of each layer in the state that routing sees; with less than E, misses are counted and cost
-            nothing.
-        device: where the pages are and the experts run.
-        advance: called after each page read.
-
-    Attributes:
-        state: the ``Residency`` that routing reads and writes, ``[L, ...]``.
-        counters: see ``Counters``; on a GPU without ``compute_s``.
-    """
-
-    def __init__(
-        self,
-        store,
-        capacity: Sequence[int],
-        device: torch.device | str = "cpu",
-        advance: Callable[[], None] = lambda: None,
-    ):
-        layout = store.layout
-        self._make(layout, capacity, device)
-        with Link(_carrier(store, self._pool)) as link:
-            pages = ((layer, e) for layer in range(layout.layers) for e in range(layout.experts))
-            for _ in link.landed([link.request(*page, frame) for frame, page in enumerate(pages)]):
-                advance()
-
-    @classmethod
-    def of_pages(
-        cls, layout: StoreLayout, pages: Iterable[torch.Tensor], device: torch.device | str = "cpu"
-    ) -> "ResidentEngine":
-        """An engine of pages that are made one by one, with no store; routing is told that all are resident.
-
-        Args:
-            pages: L * E pages, ``[page_bytes]`` uint8 each, expert by expert, layer by layer.
-        """
-        engine = cls.__new__(cls)
-        engine._make(layout, [layout.experts] * layout.layers, device)
-        for frame, page in zip(engine._pool.pages, pages, strict=True):
-            frame.copy_(page)
-        everyone = torch.arange(layout.experts).expand(layout.layers, -1)
-        engine.state.slot_of.copy_(everyone)
-        engine.state.expert_of.copy_(everyone)
-        return engine
-
-    @plain_torch()
-    def _make(self, layout: StoreLayout, capacity: Sequence[int], device: torch.device | str) -> None:
-        self.state = Residency.empty(torch.tensor(capacity), layout.experts)
-        self.counters = Counters()
-        self.page_format = layout.page_format
-        self._experts_a_layer = layout.experts
-        self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout)
-
-    def holds_all(self, layer: int) -> bool:
-        """As ``OffloadEngine.holds_all``."""
-        return True
-
-    @torch.no_grad()
-    def forward(
-        self, layer: int, x: torch.Tensor, routing: Routing, gate_input: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As ``OffloadEngine.forward``."""
-        start = perf_counter()
-        y = torch.empty_like(x)
-        dropped, ids = routing.slots[0] < 0, routing.ids[0] + layer * self._experts_a_layer
-        self._compute(x, ids.masked_fill(dropped, -1), routing.weights[0], y)
-        counters = self.counters
-        if not x.is_cuda:
-            counters.compute_s += perf_counter() - start
-        drops = 0 if dropped.is_cuda else int(dropped.sum())  # who routes on a GPU drops nothing
-        counters.count_call(routing.ids.numel(), drops, int(routing.misses.count.sum()), perf_counter() - start)
-        return y
 
 
 class OffloadEngine:
@@ -121,14 +42,13 @@ class OffloadEngine:
         timeline: records what happens when, if given.
 
     Attributes:
-        state: the ``Residency`` that routing reads and writes, ``[L, ...]``.
         counters: see ``Counters``; on a GPU, of its times what ``synchronize`` has brought up to date.
     """
 
     @plain_torch()
     def __init__(
         self,
-        store,
+        store: Store,
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
@@ -139,24 +59,29 @@ class OffloadEngine:
         layout = store.layout
         if len(capacity) != layout.layers:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
-        self.state = Residency.empty(torch.tensor(capacity), layout.experts)
         self.counters = Counters()
         self.page_format = layout.page_format
         self._evict, self._timeline = evict, timeline
-        self._pool = ExpertPool(sum(capacity) + staging, layout.page_format, device)
-        self._compute = _Compute(self._pool, layout)
-        frames = iter(range(sum(capacity)))
-        self._frames = [[next(frames) for _ in range(count)] for count in capacity]  # of each slot
-        self._held = [[-1] * count for count in capacity]  # the expert whose page is in each slot, complete and valid
-        self._tables: dict[int, torch.Tensor] = {}  # of layers that have all experts: each one's frame, on the device
-        self._link = Link(_carrier(store, self._pool), pacing, timeline)
+        self._frames = Frames(capacity, staging, layout, device)
+        self._pool = self._frames.pool
+        self._compute = Compute(self._pool, layout)
+        self._link = Link(carrier_of(store, self._pool), pacing, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
         self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
-        self._staging_frames = staging
-        ahead = range(sum(capacity), sum(capacity) + staging)
-        self._resized: tuple | None = None  # what a resize is about to make of state, held and frames
-        self._staging = Staging(self._link, ahead, layout.page_format.page_bytes, self._holds) if staging else None
+        self._staging: Staging | None = None
+        if staging:
+            frames = self._frames
+            self._staging = Staging(self._link, frames.unused(), layout.page_format.page_bytes, frames.holds)
+
+    @property
+    def state(self) -> Residency:
+        """The ``Residency`` that routing reads and writes, ``[L, ...]``; another after ``resize``."""
+        return self._frames.state
+
+    @state.setter
+    def state(self, state: Residency) -> None:
+        self._frames.state = state
 
     @property
     def prefetcher(self) -> Prefetcher | None:
@@ -227,21 +152,13 @@ class OffloadEngine:
         Raises:
             Exception: as ``forward``.
         """
-        slot_of = {}
-        self._tables.clear()
+        frames, slots = self._frames, {}
         try:
-            for layer, held in enumerate(self._held):
-                wanted = [e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0]
-                missing = iter([e for e in wanted if e not in held])
-                for slot, e in enumerate(held):
-                    if e not in wanted:
-                        held[slot] = -1
-                        if (new := next(missing, None)) is not None:
-                            slot_of[self._link.request(layer, new, self._frames[layer][slot], paced=False)] = slot
-            for transfer in self._link.landed(slot_of):
-                self._held[transfer.layer][slot_of[transfer]] = transfer.expert
-            for layer in range(len(self._held)):
-                self._settle(layer)
+            for layer, e, slot in frames.missing():
+                slots[self._link.request(layer, e, frames.of_slot[layer][slot], paced=False)] = slot
+            for transfer in self._link.landed(slots):
+                frames.held[transfer.layer][slots[transfer]] = transfer.expert
+            frames.settle()
         except BaseException:
             self._recover()
             raise
@@ -259,35 +176,10 @@ class OffloadEngine:
         if self._staging is not None:
             self._staging.drop(self.counters)
         self._recover()  # nothing may move to a frame that moves
-        self._tables.clear()
-        state = resized(self.state, torch.tensor(capacity, device="cpu"), self._evict)
-        frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self._held, self._frames, strict=True)]
-        held = [row[:count] for row, count in zip(state.expert_of.tolist(), capacity, strict=True)]
-        total = sum(capacity) + self._staging_frames
-        if total > len(self._pool.pages):
-            self._pool.resize(total)
-        # Pages that stay keep their frames, but for those beyond the new end.
-        stay = {frame_of[layer][e] for layer, row in enumerate(held) for e in row if e >= 0}
-        free = iter(sorted(set(range(total)).difference(stay)))
-        frames = [[frame_of[layer].get(e, total) if e >= 0 else total for e in row] for layer, row in enumerate(held)]
-        moves = []
-        for layer, row in enumerate(held):
-            for slot, e in enumerate(row):
-                if frames[layer][slot] >= total:
-                    frames[layer][slot] = next(free)
-                    if e >= 0:
-                        moves.append((frame_of[layer][e], frames[layer][slot]))
         try:
-            # From here on the pages of those that leave count for nothing, whatever happens.
-            self._held = [[e if e in row else -1 for e in old] for old, row in zip(self._held, held, strict=True)]
-            for old, new in moves:
-                self._pool.pages[new] = self._pool.pages[old]
-            self._resized = state, held, frames
-            self._take_size()
-            if total < len(self._pool.pages):
-                self._pool.resize(total)
+            self._frames.resize(capacity, self._evict)
             if self._staging is not None:
-                self._staging.reset(free)
+                self._staging.reset(self._frames.unused())
         except BaseException:
             self._recover()
             raise
@@ -310,34 +202,25 @@ class OffloadEngine:
 
     def holds_all(self, layer: int) -> bool:
         """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
-        if layer not in self._tables and self._pool.pages.is_cuda:
-            held = self._held[layer]
-            if len(held) == self.state.slot_of.shape[1] and -1 not in held:
-                frames = dict(zip(held, self._frames[layer], strict=True))
-                table = torch.tensor([frames[e] for e in range(len(held))], device="cpu")
-                (self._tables[layer],) = to_device(self._pool.pages.device, table)
-        return layer in self._tables
+        return self._frames.table(layer) is not None
 
     def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output of tokens whose experts the GPU finds itself."""
         y = torch.empty_like(x)
-        self._timed(layer, x, self._tables[layer][routing.ids[0]], routing.weights[0], y)
+        self._timed(layer, x, self._frames.table(layer)[routing.ids[0]], routing.weights[0], y)
         return y
-
-    def _holds(self, layer: int, expert: int) -> bool:
-        return expert in self._held[layer]
 
     def _decode(self, layer, x, routing, gate_input):
         """One token: its output, and how many of its experts missed."""
         ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
-        held, frames = self._held[layer], self._frames[layer]
+        held, frames = self._frames.held[layer], self._frames.of_slot[layer]
         kept = [k for k, slot in enumerate(slots) if slot >= 0]
         missing = [k for k in kept if held[slots[k]] != ids[k]]
         loads = {self._load(layer, ids[k], slots[k]): k for k in missing}
         if self._staging is not None:
             chosen = [ids[k] for k in kept]
             self._staging.chosen(layer, chosen, self.counters)
-            self._staging.look_ahead(layer, gate_input, chosen, len(self._held), self.counters)
+            self._staging.look_ahead(layer, gate_input, chosen, len(self._frames.held), self.counters)
         y, gates = torch.empty_like(x), routing.weights[0]
         where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
         if not loads:
@@ -359,7 +242,7 @@ class OffloadEngine:
 
     def _prefill(self, layer, x, routing):
         """Many tokens: their output, and how many of their experts had no page when the call began."""
-        held, frames = self._held[layer], self._frames[layer]
+        held, frames = self._frames.held[layer], self._frames.of_slot[layer]
         ids = torch.where(routing.slots[0] < 0, self.state.slot_of.shape[1], routing.ids[0])  # E: a dropped one
         needed = list(dict.fromkeys(routing.ids[routing.slots >= 0].tolist()))
         misses = len(set(needed).difference(held))
@@ -394,20 +277,16 @@ class OffloadEngine:
             self._staging.chosen(layer, needed, self.counters)
         nothing = torch.zeros_like(ids, dtype=torch.bool)
         self._timed(layer, x, frame_of[ids], gates, y, nothing, partial, True, (0, 0))
-        self._settle(layer)
+        self._frames.settle(layer)
         return y, misses
 
     def _load(self, layer: int, e: int, slot: int) -> Transfer:
         """See that the expert's page comes to the slot: from staging, or asked for now."""
-        held, frames = self._held[layer], self._frames[layer]
-        self._tables.pop(layer, None)
-        if e in held:  # in another slot than the table says: a call never came
-            held[held.index(e)] = -1
-        held[slot] = -1
-        staged = self._staging.adopt(layer, e, frames[slot], self.counters) if self._staging else None
+        frame = self._frames.vacate(layer, e, slot)
+        staged = self._staging.adopt(layer, e, frame, self.counters) if self._staging else None
         if staged is None:
-            return self._link.request(layer, e, frames[slot])
-        frames[slot] = staged.frame
+            return self._link.request(layer, e, frame)
+        self._frames.of_slot[layer][slot] = staged.frame
         return staged
 
     def _landed(self, layer: int, loads: dict):
@@ -437,47 +316,11 @@ class OffloadEngine:
     def _recover(self) -> None:
         """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""
         try:
-            self._take_size()
+            self._frames.take_size()
             self._link.abandon()
             if self._staging is not None:
-                used = {frame for frames in self._frames for frame in frames}
-                self._staging.reset(frame for frame in range(len(self._pool.pages)) if frame not in used)
-            for layer in range(len(self._held)):
-                self._settle(layer)
+                self._staging.reset(self._frames.unused())
+            self._frames.settle()
         except BaseException:
             self._link.broken = True
             raise
-
-    def _take_size(self) -> None:
-        """Take what a resize has prepared, if any: done twice, after an interrupt, it is the same."""
-        if self._resized is not None:
-            self.state, self._held, self._frames = self._resized
-            self._resized = None
-
-    def _settle(self, layer: int) -> None:
-        """Make the page table say what the slots hold."""
-        held = torch.tensor(self._held[layer], device="cpu")
-        self.state.slot_of[layer] = -1
-        self.state.slot_of[layer, held[held >= 0]] = torch.nonzero(held >= 0).flatten()
-        self.state.expert_of[layer] = -1
-        self.state.expert_of[layer, : len(held)] = held
-
-
-class _Compute:
-    """``cachemoe.kernels.experts.experts`` over the frames of a pool."""
-
-    def __init__(self, pool: ExpertPool, layout: StoreLayout):
-        self._pool, self._format, self._experts = pool, layout.page_format, layout.experts
-
-    def __call__(self, x, frames, gates, out, pending=None, partial=None, finish=True, most=None) -> None:
-        if not x.is_cuda:  # without the checks: all of it is the engine's own
-            experts_cpu.experts(x, frames, gates, self._pool.weights, self._format, out, pending, partial, finish)
-            return
-        frames, gates, *some = to_device(x.device, frames, gates, *([] if pending is None else [pending]))
-        pending = some[0] if some else None
-        weights, among = self._pool.weights, self._experts
-        experts(x, frames, gates, weights, self._format, out, pending, partial, finish, among, most)
-
-
-def _carrier(store, pool: ExpertPool):
-    return CopyCarrier(store, pool) if pool.pages.is_cuda else ReadCarrier(store, pool)

@@ -3,15 +3,11 @@
 A GPU copies and reads such memory without the host's help, and the system never swaps it out.
 """
 
-import ctypes
-import os
 import traceback
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Condition
 
 import numpy as np
@@ -20,11 +16,11 @@ import torch
 from cachemoe.offload.carriers import ReadCarrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Link
-from cachemoe.offload.memory import available_memory
-from cachemoe.offload.store import ExpertStore, aligned_buffer
+from cachemoe.offload.locked_memory import LockedMemory
+from cachemoe.offload.store import PinnedPages, Store
 
 
-class PinnedStore:
+class PinnedStore(PinnedPages):
     """Every page of a store in one page-locked allocation. Close it, or use it as a context manager.
 
     Args:
@@ -32,12 +28,9 @@ class PinnedStore:
         advance: called after each page read.
 
     Attributes:
-        layout: what it holds.
-        pages: number of pages, L * E.
-        page_bytes: bytes of each.
+        layout, pages, page_bytes: as ``Store``'s.
         memory: ``[L * E, page_bytes]`` uint8, 4 KiB-aligned, expert by expert, layer by layer; ``[0, page_bytes]``
             once closed.
-        permanent: whether a page stays where it is when its lease ends.
 
     Raises:
         InputError: if the machine has less memory available, or refuses to lock it.
@@ -46,9 +39,9 @@ class PinnedStore:
 
     permanent = True
 
-    def __init__(self, store: ExpertStore, advance: Callable[[], None] = lambda: None):
+    def __init__(self, store: Store, advance: Callable[[], None] = lambda: None):
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
-        self._locked = _LockedMemory(self.pages, self.page_bytes)
+        self._locked = LockedMemory(self.pages, self.page_bytes)
         try:
             self._fill(store, advance)
         except BaseException as error:
@@ -84,9 +77,6 @@ class PinnedStore:
             raise OSError(f"{len(buffer)} bytes at {offset} are not in the {memory.size} bytes of the pinned store")
         _copy(memory[offset : offset + len(buffer)], buffer)
 
-    def check(self, layer: int, expert: int, page: memoryview) -> None:
-        """Nothing: a page is checked when it is read from the file."""
-
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing."""
         self._locked.close()
@@ -97,7 +87,7 @@ class PinnedStore:
     def __exit__(self, *_):
         self.close()
 
-    def _fill(self, store: ExpertStore, advance: Callable[[], None]) -> None:
+    def _fill(self, store: Store, advance: Callable[[], None]) -> None:
         with Link(ReadCarrier(store, self._locked)) as link:
             asked = [link.request(*divmod(index, self.layout.experts), index) for index in range(self.pages)]
             for _ in link.landed(asked):
@@ -114,7 +104,7 @@ class _Held:
     failure: str = ""
 
 
-class PinnedLevel:
+class PinnedLevel(PinnedPages):
     """A bounded, page-locked level over a store: the pages last leased, evicted by LRU. Any thread may use it.
 
     Close it, or use it as a context manager.
@@ -124,12 +114,9 @@ class PinnedLevel:
         slots: pages that the level holds, 1 to L * E.
 
     Attributes:
-        layout: what the store holds.
-        pages: number of the store's pages, L * E.
-        page_bytes: bytes of each.
+        layout, pages, page_bytes: of the store.
         hits: leases that read nothing, those that waited for another thread's read among them.
         misses: leases that read their page from the store, or tried to.
-        permanent: as ``PinnedStore``'s.
 
     Raises:
         InputError: if ``slots`` are too few or too many, the machine has less memory available, or refuses to lock it.
@@ -137,13 +124,13 @@ class PinnedLevel:
 
     permanent = False
 
-    def __init__(self, store: ExpertStore, slots: int):
+    def __init__(self, store: Store, slots: int):
         if not 1 <= slots <= store.pages:
             raise InputError(f"a pinned level of {slots} slots: choose 1 to {store.pages}, the pages of its store")
         self.layout, self.pages, self.page_bytes = store.layout, store.pages, store.page_bytes
         self.hits = self.misses = 0
         self._store = store
-        self._locked = _LockedMemory(slots, self.page_bytes)
+        self._locked = LockedMemory(slots, self.page_bytes)
         self._free = list(self._locked.memory)
         self._held: OrderedDict[tuple[int, int], _Held] = OrderedDict()  # the least recently leased first
         self._closed = False
@@ -194,9 +181,6 @@ class PinnedLevel:
             raise ValueError(f"{len(buffer)} bytes from byte {start} of a page reach beyond its {self.page_bytes}")
         with self.lease(*divmod(index, self.layout.experts)) as page:
             _copy(page.numpy()[start : start + len(buffer)], buffer)
-
-    def check(self, layer: int, expert: int, page: memoryview) -> None:
-        """Nothing: a page is checked when it is read from the store."""
 
     def close(self) -> None:
         """Unlock the memory, which goes with its last view; a second call does nothing.
@@ -256,75 +240,6 @@ class PinnedLevel:
                         self._free.append(held.page)
                 self._changed.notify_all()
             raise
-
-
-class _LockedMemory:
-    """One page-locked allocation, unlocked by ``close``, or else with its last view.
-
-    Attributes:
-        memory: ``[pages, page_bytes]`` uint8, 4 KiB-aligned; ``[0, page_bytes]`` once closed.
-
-    Raises:
-        InputError: if the machine has less memory available, or refuses to lock it.
-    """
-
-    def __init__(self, pages: int, page_bytes: int):
-        size = pages * page_bytes
-        if size > (available := available_memory()):
-            raise InputError(
-                f"{size / 1e9:.2f} GB of page-locked memory are asked for, and {available / 1e9:.2f} GB are available: "
-                "choose a smaller pinned level"
-            )
-        try:
-            buffer = aligned_buffer(size)
-            unlock = _lock(buffer.ctypes.data, size)
-        except (OSError, MemoryError) as error:
-            buffer = None  # which the traceback would hold
-            raise InputError(
-                f"the system refuses to page-lock {size / 1e9:.2f} GB of memory ({error}): raise `ulimit -l`, or "
-                "choose a smaller pinned level"
-            ) from error
-        self.memory = torch.from_numpy(buffer).view(pages, page_bytes)
-        self._unlock = weakref.finalize(buffer, unlock)  # memory must not be freed while CUDA has it registered
-        self._unlock.atexit = False  # the process's end unlocks
-
-    def buffer(self, page: int) -> memoryview:
-        """A page's bytes, for a read to fill."""
-        return memoryview(self.memory[page].numpy())
-
-    def close(self) -> None:
-        self.memory = self.memory.new_empty(0, self.memory.shape[1])
-        self._unlock()
-
-
-def _lock(address: int, size: int) -> Callable[[], None]:
-    """Page-lock memory, for CUDA where there is a GPU; gives the function that unlocks it.
-
-    Raises:
-        OSError: if the system refuses.
-    """
-    if torch.cuda.is_available():
-        cudart = torch.cuda.cudart()
-        code = cudart.cudaHostRegister(address, size, 0)  # not pin_memory(), which rounds up to a power of two
-        if int(code):
-            with suppress(RuntimeError):  # the next launch raises what CUDA keeps as its last error
-                torch.ones(1, device="cuda")
-            raise OSError(f"CUDA says {cudart.cudaGetErrorString(code)}")
-        return partial(_unregister, address)
-    libc, memory = ctypes.CDLL(None, use_errno=True), (ctypes.c_void_p(address), ctypes.c_size_t(size))
-    if libc.mlock(*memory):
-        reason = os.strerror(ctypes.get_errno())
-        libc.munlock(*memory)  # a refusal half way leaves the first half locked
-        raise OSError(reason)
-    return partial(libc.munlock, *memory)
-
-
-def _unregister(address: int) -> None:
-    for device in range(torch.cuda.device_count()):  # a kernel that still reads the memory would fault
-        # Waiting for a device that the process does not use would set it up first.
-        if device == torch.cuda.current_device() or torch.cuda.memory_reserved(device):
-            torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _copy(source: np.ndarray, buffer: memoryview) -> None:

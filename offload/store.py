@@ -9,8 +9,10 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -80,6 +82,44 @@ class StoreLayout:
         return layout
 
 
+class Store(Protocol):
+    """Where every page lives, as engines and links see it: a file, or page-locked memory.
+
+    Attributes:
+        layout: what it holds.
+        pages: number of pages, L * E.
+        page_bytes: bytes of each.
+    """
+
+    layout: StoreLayout
+    pages: int
+    page_bytes: int
+
+    def offset(self, layer: int, expert: int) -> int:
+        """First byte of a page, as ``read_into`` counts."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Copy ``len(buffer)`` bytes of one page at ``offset``; any thread may call it, and what it raises says why."""
+
+    def check(self, layer: int, expert: int, page: memoryview) -> None:
+        """See that a page that was read whole is as it was written; what it raises says that it is not."""
+
+
+class PinnedPages(Store, Protocol):
+    """A store whose pages lie in page-locked memory while they are leased, for a GPU to copy.
+
+    They are checked on their way into it, so that ``check`` does nothing.
+
+    Attributes:
+        permanent: whether a page stays where it is when its lease ends.
+    """
+
+    permanent: bool
+
+    def lease(self, layer: int, expert: int) -> AbstractContextManager[torch.Tensor]:
+        """The page, ``[page_bytes]`` uint8, there until the block ends; a GPU's copy of it has to end before."""
+
+
 class ExpertStore:
     """A store opened for reading; close it, or use it as a context manager.
 
@@ -89,9 +129,7 @@ class ExpertStore:
         check_reads: whether ``check`` looks at what was read.
 
     Attributes:
-        layout: what it holds.
-        pages: number of pages, L * E.
-        page_bytes: bytes of each.
+        layout, pages, page_bytes: as ``Store``'s.
         direct: whether reads bypass the page cache (O_DIRECT); False where the file system refuses.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import configparser
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -84,3 +85,16 @@ def test_installed_wheel_imports_away_from_the_checkout(wheel, tmp_path):
     )
     files = json.loads(run(sys.executable, "-I", "-S", "-c", code, cwd=tmp_path))
     assert files == [str(target / "cachemoe" / name / "__init__.py") for name in PACKAGES]
+
+
+@pytest.mark.parametrize("package", ["kernels", "offload", "moe"])
+def test_dependencies_point_one_way(package):
+    order = ("kernels", "offload", "moe", "benchmarks")
+    above = "|".join(order[order.index(package) + 1 :])
+    imports = re.compile(rf"(?:from|import) cachemoe\.(?:{above})\b")
+    assert [str(path) for path in (ROOT / package).rglob("*.py") if imports.search(path.read_text())] == []
+
+
+def test_help_waits_for_no_torch():
+    code = "import sys, cachemoe.benchmarks.cli; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    assert run(sys.executable, "-c", code, cwd=ROOT) == "[]\n"

@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 import pytest
 from typer.testing import CliRunner
 
-from cachemoe.benchmarks import run_compile
+from cachemoe.benchmarks import compile_run
 from cachemoe.benchmarks.cli import app
-from cachemoe.benchmarks.compile import SHARED_MEMORY, Resources, compile_launch, defects
+from cachemoe.benchmarks.compile_ahead import SHARED_MEMORY, Resources, compile_launch, defects
 from cachemoe.benchmarks.compile_cases import cases
-from cachemoe.benchmarks.run_compile import wrong
+from cachemoe.benchmarks.compile_run import wrong
 from cachemoe.kernels.launch import Launch
 
 FINE = Resources(
@@ -44,7 +44,7 @@ def test_every_configuration(capability, tmp_path, capsys):
 
 SAME_KEY = """
 import torch
-from cachemoe.benchmarks.compile import compile_launch
+from cachemoe.benchmarks.compile_ahead import compile_launch
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.formats import PageFormat
 
@@ -94,7 +94,7 @@ ROW = asdict(FINE) | {"kernel": "fetch", "for": "any page", "trial": False, "cap
 
 
 def test_what_was_compiled_before_an_interrupt_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_compile, "ProcessPoolExecutor", CutOff)
+    monkeypatch.setattr(compile_run, "ProcessPoolExecutor", CutOff)
     result = CliRunner().invoke(app, ["compile", "--capability", "80", "--json", str(tmp_path / "report.json")])
     assert result.exit_code == 130 and "in part" in result.stdout and "interrupted" in result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -141,7 +141,7 @@ def test_what_is_wrong_is_said(changes, claims, word):
 UNSOUND = """
 import torch, triton
 import triton.language as tl
-from cachemoe.benchmarks.compile import compile_launch, read_resources
+from cachemoe.benchmarks.compile_ahead import compile_launch, read_resources
 from cachemoe.kernels.launch import Launch
 
 @triton.jit

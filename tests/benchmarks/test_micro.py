@@ -10,10 +10,20 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from cachemoe.benchmarks import bench_route
+from cachemoe.benchmarks import micro_bench_route
 from cachemoe.benchmarks.conftest import pytest_collection_modifyitems
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import IN_TURN, MATMUL, MEMORY, PINNED, Measurement, Subject, Work, aggregate, bound
+from cachemoe.benchmarks.micro_figures import (
+    IN_TURN,
+    MATMUL,
+    MEMORY,
+    PINNED,
+    Measurement,
+    Subject,
+    Work,
+    aggregate,
+    bound,
+)
 from cachemoe.benchmarks.micro_model import expected_seconds
 from cachemoe.benchmarks.micro_plot import drawable, plot_micro
 from cachemoe.benchmarks.micro_report import micro_notes, micro_tables
@@ -139,7 +149,7 @@ def test_the_geometries_are_the_published_ones():
 def session(tmp_path_factory):
     """``pytest benchmarks`` on one small part; what it printed, and the folder it wrote to."""
     folder = tmp_path_factory.mktemp("bench")
-    selected = ("bench_decode.py", "bench_route.py", "-k", "engine or original")
+    selected = ("micro_bench_decode.py", "micro_bench_route.py", "-k", "engine or original")
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--benchmark-only", f"--bench-out={folder / 'micro.json'}", *selected],
         cwd=ROOT / "benchmarks",
@@ -152,7 +162,7 @@ def session(tmp_path_factory):
 
 
 def test_what_torch_compiles_is_timed_last():
-    items = [SimpleNamespace(name=f"test_route[{run.id}]") for run in bench_route.runs()]
+    items = [SimpleNamespace(name=f"test_route[{run.id}]") for run in micro_bench_route.runs()]
     ours = [item for item in items if not item.name.endswith("compiled]")]
     pytest_collection_modifyitems(items)
     assert items[: len(ours)] == ours and len(ours) < len(items)

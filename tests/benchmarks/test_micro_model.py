@@ -12,7 +12,7 @@ from cachemoe.benchmarks.micro_model import INSTRUCTIONS, expected_seconds
 
 COUNT = """
 import json, sys
-from cachemoe.benchmarks.compile import compile_launch
+from cachemoe.benchmarks.compile_ahead import compile_launch
 from cachemoe.benchmarks.compile_loop import loop_step
 from cachemoe.benchmarks.tiles import meta_launches
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cachemoe.benchmarks import bench_tiles
+from cachemoe.benchmarks import micro_bench_tiles
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.benchmarks.tiles import (
     LAUNCHES,
@@ -70,7 +70,7 @@ def test_what_is_tried_has_been_compiled():
     compiled = [what for what, _ in tile_cases()]
     assert len(compiled) == len(set(compiled)) + len(PROMPTS) * len(PREFILL_TRIED) * 2  # a prompt has three launches
     launches = {tried: meta_launches(*tried) for tried in TRIED}
-    for geometry, kind, name, _, place in (run.values for run in bench_tiles.runs()):
+    for geometry, kind, name, _, place in (run.values for run in micro_bench_tiles.runs()):
         tiles = title(tiles_of(retiled(launches[geometry, kind][name])[place]))
         assert f"{GEOMETRIES[geometry].title}, {kind} {name}, {tiles}" in compiled
     for geometry in PROMPTS:

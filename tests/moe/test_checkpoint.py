@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_mxfp4, save_random
 
-from cachemoe.moe.checkpoint import Checkpoint, _find
+from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.models import load_model
+from cachemoe.moe.tensor_names import find
 from cachemoe.offload.errors import InputError
 
 
@@ -494,7 +495,7 @@ def test_every_tensor_of_an_expert_is_known_for_one(tmp_path, model):
 def test_taking_a_name_apart_reads_it_once(part, repeated):
     began = time.perf_counter()
     for end in ("", ".experts.down_proj", ".experts.0.down_proj.weight"):
-        _find(repeated * (3_000_000 // len(repeated)) + end, part)
+        find(repeated * (3_000_000 // len(repeated)) + end, part)
     assert time.perf_counter() - began < 10  # what is quadratic takes hours
 
 
@@ -521,7 +522,7 @@ def test_taking_a_name_apart_reads_it_once(part, repeated):
     ],
 )
 def test_names_are_taken_apart(name, part, found):
-    taken = _find(name, part)
+    taken = find(name, part)
     assert found == (taken and (taken.prefix, taken.stem, taken.layer))
 
 

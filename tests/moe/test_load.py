@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, VOCABULARY, save_mxfp4, save_random
 
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.layers import moe_layers
 from cachemoe.moe.load import load, swap
 from cachemoe.moe.models import load_model, load_without_experts
 from cachemoe.moe.pack import pack
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.shards import Shards
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Original

@@ -24,6 +24,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Pacing
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.residency import least_recently_used
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
 
 LAYERS, EXPERTS, TOP_K, FORMAT = 2, 7, 3, PageFormat("bf16", 32, 32)
@@ -85,13 +86,13 @@ def step(engine, weights, layer, seed, tokens, policy=ORIGINAL):
 
 def assert_consistent(engine):
     """The page table is a bijection on the held pages, and says of every slot what the engine holds there."""
-    for layer, held in enumerate(engine._held):
+    for layer, held in enumerate(engine._frames.held):
         assert engine.state.expert_of[layer, : len(held)].tolist() == held
         assert (engine.state.expert_of[layer, len(held) :] == -1).all()
         table = {e: s for e, s in enumerate(engine.state.slot_of[layer].tolist()) if s >= 0}
         assert table == {e: s for s, e in enumerate(held) if e >= 0}
 
-    frames = [frame for frames in engine._frames for frame in frames]
+    frames = [frame for frames in engine._frames.of_slot for frame in frames]
     if engine._staging is not None:
         staging = engine._staging
         frames += staging._free
@@ -207,7 +208,7 @@ def test_no_call_computes_more_than_it_tells_the_kernels(store, weights, calls, 
 
 @given(seeds=st.lists(st.integers(0, 99), min_size=1, max_size=12), capacity=capacities)
 def test_decode_is_bit_identical_to_resident_under_eviction(store, weights, seeds, capacity):
-    resident = engines.ResidentEngine(store, [EXPERTS] * LAYERS)
+    resident = ResidentEngine(store, [EXPERTS] * LAYERS)
     with engines.OffloadEngine(store, capacity) as engine:
         for i, seed in enumerate(seeds):
             y, _ = step(engine, weights, i % LAYERS, seed, 1)
@@ -266,7 +267,7 @@ def test_fill_brings_what_the_state_says(store, weights):
         engine.state[0].slot_of[torch.tensor([2, 6])] = torch.tensor([3, 0])
         engine.state[0].expert_of[torch.tensor([3, 0])] = torch.tensor([2, 6])
         engine.fill()
-        assert sorted(engine._held[0]) == [-1, -1, 2, 6]
+        assert sorted(engine._frames.held[0]) == [-1, -1, 2, 6]
         assert_consistent(engine)
 
 
@@ -280,7 +281,7 @@ def test_fill_keeps_the_pages_it_has(store, weights):
             engine.state.slot_of[0, torch.tensor(experts)] = torch.arange(4)
             engine.state.expert_of[0] = torch.tensor(experts)
             engine.fill()
-            assert sorted(engine._held[0]) == sorted(experts)
+            assert sorted(engine._frames.held[0]) == sorted(experts)
             assert_consistent(engine)
         assert reads == [0, 1, 2, 3, 5]
 

@@ -11,11 +11,12 @@ from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.route_cpu import place
 from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import CopyCarrier
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.link import Link
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.residency import least_recently_used
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
 
 pytestmark = pytest.mark.gpu

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.fetch import fetch
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.offload import pinned
+from cachemoe.offload import locked_memory
 from cachemoe.offload.carriers import ReadCarrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.link import Link
@@ -119,7 +119,7 @@ def watch_allocations(monkeypatch):
         owners.append(weakref.ref(buffer.base))
         return buffer
 
-    monkeypatch.setattr(pinned, "aligned_buffer", watched)
+    monkeypatch.setattr(locked_memory, "aligned_buffer", watched)
     return owners
 
 
@@ -282,7 +282,7 @@ def test_nothing_can_be_read_once_closed(store):
 @pytest.mark.parametrize("make", [PinnedStore, lambda store: PinnedLevel(store, PAGES)], ids=["store", "level"])
 def test_more_than_the_machine_has_is_refused_before_it_is_allocated(store, monkeypatch, make):
     owners = watch_allocations(monkeypatch)
-    monkeypatch.setattr(pinned, "available_memory", lambda: PAGES * SIZE - 1)
+    monkeypatch.setattr(locked_memory, "available_memory", lambda: PAGES * SIZE - 1)
     with pytest.raises(InputError, match=r"0\.00 GB of page-locked memory .* choose a smaller") as caught:
         make(store)
     assert_one_sentence(caught.value)
@@ -305,7 +305,7 @@ def test_memory_that_cannot_be_allocated_is_refused(store, monkeypatch):
     def refuse(_):
         raise MemoryError("Unable to allocate")
 
-    monkeypatch.setattr(pinned, "aligned_buffer", refuse)
+    monkeypatch.setattr(locked_memory, "aligned_buffer", refuse)
     with pytest.raises(InputError, match="refuses to page-lock") as caught:
         PinnedStore(store)
     assert_one_sentence(caught.value)
@@ -622,7 +622,7 @@ def test_fetch_reads_the_pages_where_they_lie(store):
 @pytest.mark.gpu
 def test_a_refusal_by_cuda_leaves_no_error_behind(store, monkeypatch):
     buffer = aligned_buffer(PAGES * SIZE)
-    monkeypatch.setattr(pinned, "aligned_buffer", lambda _: buffer)
+    monkeypatch.setattr(locked_memory, "aligned_buffer", lambda _: buffer)
     with PinnedStore(store) as whole:
         with pytest.raises(InputError, match="CUDA says"):  # the memory is registered already
             PinnedStore(store)

@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cachemoe.benchmarks.machine import describe
-from cachemoe.benchmarks.quality import NATS_PER_BIT, Setting, evaluate
-from cachemoe.benchmarks.text import HELD_OUT, held_out_text, load_tokens
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import moe_layers, routing_rules
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
+from cachemoe.moe.quality import NATS_PER_BIT, Setting, evaluate
 from cachemoe.moe.routers import choose
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
+from cachemoe.moe.text import HELD_OUT, held_out_text, load_tokens
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses
 

@@ -7,6 +7,7 @@ adds once a token, its counters, is left out. Without a GPU the store and the po
 """
 
 from functools import partial
+from itertools import product
 from math import ceil, gcd, lcm
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_turns import in_turns
+from cachemoe.benchmarks.micro_workload import WORKING_SET, check, fill
 from cachemoe.benchmarks.timing import Round, plan_round
-from cachemoe.benchmarks.workload import WORKING_SET, check, fill
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.policy import Policy
 from cachemoe.kernels.route import route
@@ -26,7 +28,6 @@ from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import StoreLayout
 
-REPETITIONS = range(3)
 GEOMETRY = "qwen3-30b-a3b"
 KINDS = ("bf16", "int4")
 MISSES = (0, 1, 2)
@@ -127,18 +128,7 @@ def step(
     return engine.compute(layer, x, routing)
 
 
-def runs():
-    """(kind, misses, repetition, way): both ways once, then both again."""
-    return [
-        pytest.param(kind, misses, repetition, way, id=f"{kind}-{misses}-{repetition}-{way.replace(' ', '_')}")
-        for kind in KINDS
-        for misses in MISSES
-        for repetition in REPETITIONS
-        for way in WAYS
-    ]
-
-
-@pytest.mark.parametrize(("kind", "misses", "repetition", "way"), runs())
+@pytest.mark.parametrize(("kind", "misses", "repetition", "way"), in_turns(product(KINDS, MISSES), lambda *_: WAYS))
 def test_step(measure, device, one_at_a_time, kind, misses, repetition, way):
     geometry = GEOMETRIES[GEOMETRY]
     with torch.inference_mode():

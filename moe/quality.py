@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from cachemoe.kernels.state import Residency
-from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses
@@ -69,6 +69,16 @@ class Quality:
     def miss_rate(self) -> float:
         """Misses a selection of the model's own: strategies that select fewer are held to the same measure."""
         return self.misses / max(self.selections, 1)
+
+    def costs(self, unmodified: "Quality") -> dict[str, float]:
+        """What reports say of it."""
+        return {
+            "miss_rate": self.miss_rate,
+            "perplexity": self.perplexity,
+            "perplexity_change": self.perplexity_change(unmodified),
+            "kl_nats": self.kl / self.tokens,
+            "top1_agreement": self.agreements / self.tokens,
+        }
 
 
 @dataclass(frozen=True)

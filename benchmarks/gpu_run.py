@@ -40,7 +40,7 @@ TABLES = {
     "latency-pcie": (("--profile=pcie4", "--quality-tokens=512"), 1),
 }
 # What is cut at the end of the time is the least needed.
-MICRO = tuple(f"benchmarks/bench_{name}.py" for name in ("step", "route", "fetch", "experts", "tiles", "decode"))
+MICRO = tuple(f"benchmarks/micro_bench_{name}.py" for name in ("step", "route", "fetch", "experts", "tiles", "decode"))
 SANITIZER = "compute-sanitizer"  # of the CUDA toolkit; its steps are there where it is
 SANITIZED = (
     *(f"tests/kernels/test_{name}.py" for name in ("fetch", "experts", "route")),
@@ -70,7 +70,7 @@ class Step:
 def gpu_steps(folder: Path, rehearse: bool) -> list[Step]:
     """The steps, in order; what they write goes into ``folder``."""
     python = sys.executable
-    describe = "import json; from cachemoe.benchmarks.machine import describe; print(json.dumps(describe()))"
+    describe = "import json; from cachemoe.moe.machine import describe; print(json.dumps(describe()))"
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     # Most of the tests' time is compiling kernels: where pytest-xdist is installed, on several cores.
     spread = ("-n", str(min(8, len(os.sched_getaffinity(0))))) if find_spec("xdist") and not rehearse else ()

@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_turns import REPETITIONS, in_turns
+from cachemoe.benchmarks.micro_workload import Case, Workload
 from cachemoe.benchmarks.tiles import (
     LAUNCHES,
     PREFILL_TRIED,
@@ -22,24 +24,18 @@ from cachemoe.benchmarks.tiles import (
     title,
 )
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import Case, Workload
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-REPETITIONS = range(3)
-
 
 def runs():
     """(geometry, kind, launch, repetition, tiles): all tiles of a launch once, then all again."""
-    return [
-        pytest.param(geometry, kind, name, repetition, place, id=f"{geometry}-{kind}-{name}-{repetition}-{place}")
-        for geometry, kind in TRIED
-        for name, launch in meta_launches(geometry, kind).items()
-        for repetition in REPETITIONS
-        for place, _ in enumerate(retiled(launch))
-    ]
+    places = {
+        (*tried, name): range(len(retiled(launch))) for tried in TRIED for name, launch in meta_launches(*tried).items()
+    }
+    return in_turns(places, lambda *case: places[case])
 
 
 class Trial:

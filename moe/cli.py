@@ -1,5 +1,6 @@
-"""The commands on a user's own checkpoint: info, pack, generate, quality and trace."""
+"""The commands on a user's own checkpoint: info, pack, verify, generate, quality and trace."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -8,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cachemoe.benchmarks.terminal import check_destination, console, one_sentence, save_report
 from cachemoe.moe.progress import show_progress
 from cachemoe.moe.sizes import size_text
+from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[
@@ -115,6 +116,16 @@ def pack(
             console.print(table)
 
 
+def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
+    """Check every page of a store against its checksum."""
+    with one_sentence():
+        from cachemoe.offload.store import ExpertStore
+
+        with ExpertStore(store) as opened, show_progress("reading every page", opened.pages) as advance:
+            opened.verify(advance)
+        console.print(f"{store}: {opened.pages} pages, all as they were written.", highlight=False)
+
+
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
@@ -137,12 +148,12 @@ def generate(
 
         import torch
 
-        from cachemoe.benchmarks.run_models import check_tokenizer, check_tokens
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.hub import checkpoint_folder
         from cachemoe.moe.load import load
         from cachemoe.moe.models import outside, text_streamer
         from cachemoe.moe.strategies import Strategy
+        from cachemoe.moe.text import check_tokenizer, check_tokens
         from cachemoe.offload.errors import InputError
 
         folder = checkpoint_folder(checkpoint, revision)
@@ -152,7 +163,7 @@ def generate(
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
         model, tokenizer = load(folder, pool, strategy, format, store, eviction)
-        try:
+        with closing(model.cachemoe):
             with outside("the tokenizer fails on the prompt"):
                 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
             check_tokens(inputs["input_ids"], shape)
@@ -162,8 +173,6 @@ def generate(
             with outside(f"{checkpoint} cannot go on from the prompt"), torch.inference_mode():
                 model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=text_streamer(tokenizer))
             Console(stderr=True).print(str(model.cachemoe), style="dim", highlight=False)
-        finally:
-            model.cachemoe.close()
 
 
 def quality(
@@ -190,8 +199,8 @@ def quality(
 ):
     """What each routing costs a model: misses, perplexity, divergence and agreement, stepped token by token."""
     with one_sentence():
-        from cachemoe.benchmarks.quality_report import quality_table
-        from cachemoe.benchmarks.run_models import run_quality
+        from cachemoe.moe.quality_report import quality_table
+        from cachemoe.moe.quality_run import run_quality
 
         check_destination(json_path)
         strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
@@ -214,8 +223,8 @@ def trace(
 ):
     """Record a model's router logits on a text: what policies need, without the model. The format: moe/trace.py."""
     with one_sentence():
-        from cachemoe.benchmarks.run_models import run_trace
         from cachemoe.moe.trace import RoutingTrace
+        from cachemoe.moe.trace_run import run_trace
 
         check_destination(out)
         if out.exists():
@@ -227,3 +236,6 @@ def trace(
             f"{out}: {count} tokens, {layers} layers, {experts} experts, {size_text(out.stat().st_size)}.",
             highlight=False,
         )
+
+
+COMMANDS = (info, pack, verify, generate, quality, trace)

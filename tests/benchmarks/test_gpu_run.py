@@ -11,10 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cachemoe.benchmarks import run_gpu
+from cachemoe.benchmarks import gpu_run
 from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.gpu_report import gpu_summary, gpu_tables
-from cachemoe.benchmarks.run_gpu import Step, gpu_steps, junit, run_steps
+from cachemoe.benchmarks.gpu_run import Step, gpu_steps, junit, run_steps
 
 JUNIT = """<testsuites><testsuite name="pytest">
 <testcase classname="tests.a" name="test_good"/>
@@ -66,12 +66,12 @@ def test_a_failing_step_shows_the_end_of_its_output_and_the_next_runs(run):
     assert statuses(report) == ["failed", "passed"]
     assert report["steps"][0]["exit_code"] == 1
     assert report["steps"][0]["output_tail"].strip().endswith("the reason")
-    assert len(report["steps"][0]["output_tail"]) <= run_gpu.TAIL
+    assert len(report["steps"][0]["output_tail"]) <= gpu_run.TAIL
     assert "output_tail" not in report["steps"][1]
 
 
 def test_a_step_that_hangs_is_interrupted_with_its_children_and_the_next_runs(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(run_gpu, "GRACE_S", 0.2)
+    monkeypatch.setattr(gpu_run, "GRACE_S", 0.2)
     pids = tmp_path / "pids"
     deaf = "import os, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     child = "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
@@ -113,7 +113,7 @@ def test_ctrl_c_leaves_what_was_measured(run, monkeypatch):
     @contextmanager
     def progress(description, total):
         if description.startswith("two"):
-            monkeypatch.setattr(run_gpu.subprocess.Popen, "wait", _once(interrupted, run_gpu.subprocess.Popen.wait))
+            monkeypatch.setattr(gpu_run.subprocess.Popen, "wait", _once(interrupted, gpu_run.subprocess.Popen.wait))
         yield lambda: None
 
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +133,7 @@ def _once(first, then):
 
 def test_a_step_that_leaves_no_result_failed(run, tmp_path):
     report, _ = run(
-        step("nothing", "", lambda output: run_gpu.read_json(tmp_path / "absent.json")),
+        step("nothing", "", lambda output: gpu_run.read_json(tmp_path / "absent.json")),
         step("complains", "", lambda output: {"complaint": "nothing ran"}),
     )
     assert statuses(report) == ["failed", "failed"]
@@ -172,8 +172,8 @@ def test_what_is_needed_least_comes_last(tmp_path, monkeypatch):
     names = [step.name for step in gpu_steps(tmp_path, True)]
     tables = ["latency", "latency-phone", "latency-pcie"]
     assert names == ["environment", "compile", "correctness", *tables, "microbenchmarks"]
-    (tmp_path / run_gpu.SANITIZER).write_text("#!/bin/sh")
-    (tmp_path / run_gpu.SANITIZER).chmod(0o755)
+    (tmp_path / gpu_run.SANITIZER).write_text("#!/bin/sh")
+    (tmp_path / gpu_run.SANITIZER).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     names += ["memcheck", "racecheck"]
     assert [step.name for step in gpu_steps(tmp_path, False)] == names
@@ -182,14 +182,14 @@ def test_what_is_needed_least_comes_last(tmp_path, monkeypatch):
     for step in gpu_steps(tmp_path, False):
         for argument in step.command:
             if argument.startswith(("tests/", "benchmarks/")):
-                assert (run_gpu.ROOT / argument).exists(), argument
+                assert (gpu_run.ROOT / argument).exists(), argument
 
 
 def test_more_minutes_are_more_for_every_step(monkeypatch, tmp_path):
     def limits(minutes):
         report, steps = {}, [step(each.name, "", share=each.share) for each in gpu_steps(tmp_path, True)]
-        monkeypatch.setattr(run_gpu, "monotonic", lambda: 0.0)  # steps that take no time
-        monkeypatch.setattr(run_gpu, "run_step", lambda step, limit, environment, entry: entry.update(limit=limit))
+        monkeypatch.setattr(gpu_run, "monotonic", lambda: 0.0)  # steps that take no time
+        monkeypatch.setattr(gpu_run, "run_step", lambda step, limit, environment, entry: entry.update(limit=limit))
         run_steps(steps, 60.0 * minutes, {}, report, lambda: None, silent)
         return [entry["limit"] for entry in report["steps"]]
 
@@ -199,15 +199,15 @@ def test_more_minutes_are_more_for_every_step(monkeypatch, tmp_path):
 
 
 def test_the_report_names_its_commit(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
-    assert run_gpu.commit() is None
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    assert gpu_run.commit() is None
     for command in ("init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m first"):
         subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
-    first = run_gpu.commit()
+    first = gpu_run.commit()
     assert len(first) == 40 and int(first, 16)
     (tmp_path / "file").write_text("")
     subprocess.run(["git", "add", "file"], cwd=tmp_path, check=True)
-    assert run_gpu.commit() == f"{first}+"
+    assert gpu_run.commit() == f"{first}+"
 
 
 def test_the_microbenchmarks_figures_survive_a_kill_without_junit(tmp_path):
@@ -235,7 +235,7 @@ def quick_steps(monkeypatch):
             step("hides the GPU", "import os; print(repr(os.environ.get('CUDA_VISIBLE_DEVICES')))", lambda o: {"o": o}),
         ]
 
-    monkeypatch.setattr(run_gpu, "gpu_steps", steps)
+    monkeypatch.setattr(gpu_run, "gpu_steps", steps)
 
 
 def test_a_rehearsal_writes_one_file_and_the_pictures_and_hides_the_gpu(quick_steps, tmp_path):
@@ -268,7 +268,7 @@ def test_the_compilations_without_defects_are_counted_alone(tmp_path):
 
 
 def test_a_failed_step_exits_with_1(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_gpu, "gpu_steps", lambda folder, rehearse: [step("bad", "raise SystemExit(3)")])
+    monkeypatch.setattr(gpu_run, "gpu_steps", lambda folder, rehearse: [step("bad", "raise SystemExit(3)")])
     result = CliRunner().invoke(app, ["gpu", "--rehearse", "--out", str(tmp_path / "gpu.json")])
     assert result.exit_code == 1
     assert json.loads((tmp_path / "gpu.json").read_text())["steps"][0]["exit_code"] == 3
@@ -284,7 +284,7 @@ def test_without_a_gpu_it_says_what_would_run(monkeypatch, tmp_path):
 
 
 def test_away_from_the_sources_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
     result = CliRunner().invoke(app, ["gpu", "--rehearse", "--out", str(tmp_path / "gpu.json")])
     assert result.exit_code == 2
     assert "checkout" in result.stderr

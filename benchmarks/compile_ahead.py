@@ -81,13 +81,18 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         driver.set_active(None)  # Triton looks for the machine's own when it next needs one
 
 
-def read_resources(compiled: Any) -> Resources:
-    """What a kernel uses, from what ``compile_launch`` gave."""
+def told(compiled: Any, tool: str, option: str) -> str:
+    """What one of CUDA's tools, as Triton brings them, says of what ``compile_launch`` gave."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_resources(compiled: Any) -> Resources:
+    """What a kernel uses, from what ``compile_launch`` gave."""
+    usage = told(compiled, "cuobjdump", "-res-usage")
     ptx = compiled.asm["ptx"]
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
     return Resources(

@@ -15,15 +15,15 @@ import torch.nn.functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_turns import in_turns
+from cachemoe.benchmarks.micro_workload import Case, Workload, check
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import Case, Workload, check
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.formats import FLOATS
 from cachemoe.kernels.quantize import unpack_nibbles
 
 CUDA = torch.cuda.is_available()
-REPETITIONS = range(3)
 PREFILL = 512
 DECODE_KINDS = ("bf16", "int8", "int4")
 # A prompt keeps a CPU busy for a second a call: there, only two models' layers.
@@ -215,15 +215,9 @@ IMPLEMENTATIONS = {
 MISSING = [name for name, how in IMPLEMENTATIONS.items() if how.module and find_spec(how.module) is None]
 
 
-def runs():
-    """(case, repetition, implementation): every implementation of a case once, then all of them again."""
-    made = []
-    for case in CASES:
-        names = [name for name, how in IMPLEMENTATIONS.items() if name not in MISSING and how.supports(case)]
-        for repetition in REPETITIONS:
-            for name in names:
-                made.append(pytest.param(case, repetition, name, id=f"{case}-{repetition}-{name.replace(' ', '_')}"))
-    return made
+def measured(case: Case) -> list[str]:
+    """The implementations that are here and can do a case."""
+    return [name for name, how in IMPLEMENTATIONS.items() if name not in MISSING and how.supports(case)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -232,7 +226,7 @@ def say_what_is_missing(session):
         session.note(f"Not installed, and so not measured: {', '.join(MISSING)}.")
 
 
-@pytest.mark.parametrize(("case", "repetition", "implementation"), runs())
+@pytest.mark.parametrize(("case", "repetition", "implementation"), in_turns(((case,) for case in CASES), measured))
 def test_experts(measure, device, one_at_a_time, case, repetition, implementation):
     how = IMPLEMENTATIONS[implementation]
     with torch.inference_mode():

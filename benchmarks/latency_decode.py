@@ -8,21 +8,22 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.foresight import NO_PREFETCH, ORACLE, make_prefetcher
-from cachemoe.benchmarks.quality import Evaluation, Setting
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.kernels.state import STATE, Residency
-from cachemoe.moe.checkpoint import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.policies.rule import EXACT
+from cachemoe.moe.quality import Evaluation, Setting
 from cachemoe.moe.routers import RoutingRule
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.device_engine import DeviceEngine
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.timeline import Timeline
 
 RESIDENT = "resident"

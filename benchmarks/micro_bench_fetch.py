@@ -10,30 +10,19 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import PINNED, Subject, Work
+from cachemoe.benchmarks.micro_figures import PINNED, Subject, Work
+from cachemoe.benchmarks.micro_turns import in_turns
+from cachemoe.benchmarks.micro_workload import check, fill
 from cachemoe.benchmarks.timing import plan_round
-from cachemoe.benchmarks.workload import check, fill
 from cachemoe.kernels.experts import experts, experts_read_through
 from cachemoe.kernels.fetch import fetch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are fetched from pinned memory on a GPU")
 
-REPETITIONS = range(3)
-KINDS = ("bf16", "int4")
+CASES = [(name, kind) for name in GEOMETRIES for kind in ("bf16", "int4")]
 CALLS = 4  # distinct sets of pages taken in turns: host memory is not cached on the device
 IMPLEMENTATIONS = ("cachemoe", "copy engine, page by page", "gathered on the host, one copy")
 WAYS = ("cachemoe", "cachemoe, fetched before")
-
-
-def runs(implementations):
-    """(geometry, kind, repetition, implementation): every implementation of a geometry once, then all again."""
-    return [
-        pytest.param(name, kind, repetition, how, id=f"{name}-{kind}-{repetition}-{how.replace(' ', '_')}")
-        for name in GEOMETRIES
-        for kind in KINDS
-        for repetition in REPETITIONS
-        for how in implementations
-    ]
 
 
 def make_pages(name: str, kind: str):
@@ -84,7 +73,7 @@ def gather_calls(pages, pool):
 MAKERS = dict(zip(IMPLEMENTATIONS, (fetch_calls, copy_calls, gather_calls), strict=True))
 
 
-@pytest.mark.parametrize(("name", "kind", "repetition", "implementation"), runs(IMPLEMENTATIONS))
+@pytest.mark.parametrize(("name", "kind", "repetition", "implementation"), in_turns(CASES, lambda *_: IMPLEMENTATIONS))
 def test_fetch(measure, device, one_at_a_time, name, kind, repetition, implementation):
     pages, pool = one_at_a_time((name, kind), partial(make_pages, name, kind))
     wanted, calls = MAKERS[implementation](pages, pool)
@@ -115,7 +104,7 @@ def before_calls(pages, pool, page_format, x, gates):
     return wanted, [partial(run, fetch_pages) for fetch_pages in fetches]
 
 
-@pytest.mark.parametrize(("name", "kind", "repetition", "implementation"), runs(WAYS))
+@pytest.mark.parametrize(("name", "kind", "repetition", "implementation"), in_turns(CASES, lambda *_: WAYS))
 def test_read_through(measure, device, one_at_a_time, name, kind, repetition, implementation):
     page_format, k = GEOMETRIES[name].page_format(kind), GEOMETRIES[name].top_k
     pages, pool = one_at_a_time((name, kind), partial(make_pages, name, kind))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cachemoe.benchmarks.quality import Setting, evaluate
 from cachemoe.kernels.reference_route import route
 from cachemoe.kernels.state import GateScores, Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.models import load_model
+from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import least_recently_used

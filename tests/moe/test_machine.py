@@ -1,9 +1,9 @@
-"""The machine's description and speeds."""
+"""The machine's description."""
 
 import pytest
 import torch
 
-from cachemoe.benchmarks import machine
+from cachemoe.moe import machine
 
 
 def test_a_machine_without_a_gpu_says_so(monkeypatch):
@@ -33,17 +33,10 @@ def test_nvidia_smis_answer_is_read(monkeypatch, tmp_path):
     assert (found["driver_version"], found["clocks.mem"], found["power.limit"]) == ("580.1", "2619 MHz", "700.00 W")
 
 
-def test_the_cpus_matmul_rate_is_a_rate():
-    assert machine.matmul_rate(torch.device("cpu")) > 0
-
-
 @pytest.mark.gpu
-@pytest.mark.gpu_only("its driver and its speeds")
-def test_the_gpu_is_described_and_its_speeds_are_rates():
+@pytest.mark.gpu_only("its driver")
+def test_the_gpu_is_described():
     gpu = machine.describe()["gpu"]
     assert gpu["name"] == torch.cuda.get_device_name()
     assert gpu["l2_bytes"] > 0
     assert gpu["driver_version"]
-    assert machine.matmul_rate(torch.device("cuda")) > 0
-    # Memory is faster than the link to it.
-    assert machine.device_copy_bandwidth(1 << 28) > machine.pinned_copy_bandwidth(1 << 27) > 0

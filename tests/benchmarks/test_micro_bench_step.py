@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cachemoe.benchmarks import bench_fetch, bench_step, timing
-from cachemoe.benchmarks.bench_step import MISSES, SCORES, STRATEGY, Steps, logits_of, wanted
+from cachemoe.benchmarks import micro_bench_fetch, micro_bench_step, timing
 from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
+from cachemoe.benchmarks.micro_bench_step import MISSES, SCORES, STRATEGY, Steps, logits_of, wanted
 from cachemoe.kernels.route import route
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import policy_of
@@ -17,7 +17,7 @@ TINY = Geometry("tiny", 64, 32, experts=4, top_k=2, layers=1)
 
 @pytest.mark.parametrize("misses", MISSES)
 def test_every_token_misses_as_often_as_it_should(misses):
-    geometry = GEOMETRIES[bench_step.GEOMETRY]
+    geometry = GEOMETRIES[micro_bench_step.GEOMETRY]
     ids = wanted(geometry.experts, geometry.top_k, misses)
     logits = logits_of(ids, geometry.experts).view(1, len(ids), -1)
     state = Residency.empty(torch.tensor([geometry.experts * 3 // 4]), geometry.experts)
@@ -32,21 +32,21 @@ def test_every_token_misses_as_often_as_it_should(misses):
 @pytest.fixture
 def small(monkeypatch):
     """One layer, and each call of a round once; without a GPU all is interpreted."""
-    monkeypatch.setattr(bench_step, "WORKING_SET", 1)
+    monkeypatch.setattr(micro_bench_step, "WORKING_SET", 1)
     monkeypatch.setattr(timing, "REPLAY_S", 1e-9)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", bench_step.WAYS)
+@pytest.mark.parametrize("way", micro_bench_step.WAYS)
 def test_a_replay_misses_as_often_and_computes_what_the_cpu_does(small, monkeypatch, way):
-    outputs, step = [], bench_step.step
+    outputs, step = [], micro_bench_step.step
 
     def noted(engine, x, layer, logits, policy, routing):
         y = step(engine, x, layer, logits, policy, routing)
         outputs.append((y, x, routing))
         return y
 
-    monkeypatch.setattr(bench_step, "step", noted)
+    monkeypatch.setattr(micro_bench_step, "step", noted)
     steps = Steps(TINY, "bf16", CUDA)
     timed, _ = steps.round(way, 1)
     captured = outputs[-timed.calls :]
@@ -61,7 +61,7 @@ def test_a_replay_misses_as_often_and_computes_what_the_cpu_does(small, monkeypa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", bench_fetch.WAYS)
+@pytest.mark.parametrize("implementation", micro_bench_fetch.WAYS)
 def test_all_that_is_missing_is_read_through_or_fetched_before(small, monkeypatch, implementation):
     monkeypatch.setitem(GEOMETRIES, "tiny", TINY)
     measured = []
@@ -74,5 +74,5 @@ def test_all_that_is_missing_is_read_through_or_fetched_before(small, monkeypatc
         return make()
 
     # It checks the output and the slots before it measures.
-    bench_fetch.test_read_through(measure, CUDA, one_at_a_time, "tiny", "bf16", 0, implementation)
-    assert measured == [(TINY.top_k * TINY.page_format("bf16").weight_bytes, bench_fetch.CALLS)]
+    micro_bench_fetch.test_read_through(measure, CUDA, one_at_a_time, "tiny", "bf16", 0, implementation)
+    assert measured == [(TINY.top_k * TINY.page_format("bf16").weight_bytes, micro_bench_fetch.CALLS)]

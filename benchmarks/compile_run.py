@@ -12,7 +12,7 @@ import triton
 from rich import box
 from rich.table import Table
 
-from cachemoe.benchmarks.compile import SHARED_MEMORY, compile_launch, defects, read_resources
+from cachemoe.benchmarks.compile_ahead import SHARED_MEMORY, compile_launch, defects, read_resources
 from cachemoe.benchmarks.compile_cases import cases
 from cachemoe.benchmarks.tiles import tile_cases
 from cachemoe.kernels.launch import Launch

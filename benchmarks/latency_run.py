@@ -8,26 +8,36 @@ from pathlib import Path
 
 import torch
 
-from cachemoe.benchmarks import machine
-from cachemoe.benchmarks.foresight import NO_PREFETCH, STAGING, check_prefetchers
-from cachemoe.benchmarks.latency import ORIGINAL, DecodePlan, decode_rows, rows_at
+from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows, rows_at
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, STAGING, check_prefetchers
+from cachemoe.benchmarks.latency_report import capacity_report
+from cachemoe.benchmarks.latency_timeline import plot_timeline
 from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
-from cachemoe.benchmarks.quality import Setting, evaluate
-from cachemoe.benchmarks.report import capacity_report
-from cachemoe.benchmarks.text import HELD_OUT, load_tokens
-from cachemoe.benchmarks.timeline_plot import plot_timeline
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint, MoeShape
+from cachemoe.benchmarks.speeds import (
+    device_copy_bandwidth,
+    expert_bandwidth,
+    memory_bandwidth,
+    pinned_copy_bandwidth,
+    store_bandwidths,
+)
+from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
+from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.quality import Setting, evaluate
+from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sizes import layer_slots
 from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
+from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import eviction_policy
-from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.resident_engine import ResidentEngine
+from cachemoe.offload.store import ExpertStore, Store
 from cachemoe.offload.timeline import Timeline
 
 SEGMENTS = 3
@@ -130,7 +140,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     return {
         "command": "latency",
         "settings": asdict(options) | names | {"segments": SEGMENTS, "prefix": PREFIX},
-        "machine": machine.describe() | speeds,
+        "machine": describe() | speeds,
         "model": {
             "name": checkpoint.path.name,
             "fingerprint": fingerprint(checkpoint, progress),
@@ -186,16 +196,16 @@ def _check_drive(options: LatencyOptions, level: str) -> None:
         raise InputError(f"--drive {GRAPH} has no host to pace the link: leave --profile out")
 
 
-def _speeds(file: ExpertStore, store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:
+def _speeds(file: ExpertStore, store: Store, resident: ResidentEngine, shape: MoeShape, device: str) -> dict:
     # Memory first: what the disk's measurement lets go of keeps the system busy for a while.
-    experts = machine.expert_bandwidth(resident, shape.experts, shape.top_k, device)
-    memory = machine.device_copy_bandwidth() if device == "cuda" else machine.memory_bandwidth()
-    disk = machine.store_bandwidths(file)
+    experts = expert_bandwidth(resident, shape.experts, shape.top_k, device)
+    memory = device_copy_bandwidth() if device == "cuda" else memory_bandwidth()
+    disk = store_bandwidths(file)
     ratios = [engine / bare for bare, engine in zip(disk["bare"], disk["engine"], strict=True)]
     if device == "cuda":
-        link = machine.pinned_copy_bandwidth()
+        link = pinned_copy_bandwidth()
     else:
-        link = statistics.median((disk if store is file else machine.store_bandwidths(store))["bare"])
+        link = statistics.median((disk if store is file else store_bandwidths(store))["bare"])
     return {
         "disk_bytes_per_second": statistics.median(disk["bare"]),
         "engine_disk_bytes_per_second": statistics.median(disk["engine"]),
@@ -227,11 +237,8 @@ def _default_strategies(shape: MoeShape) -> list[str]:
 
 def _capacity(text: str, shape: MoeShape) -> int:
     """Slots of a layer, from ``50%`` or ``30``."""
-    try:
-        slots = float(text.removesuffix("%")) / 100 * shape.experts if text.endswith("%") else int(text)
-        slots = round(slots)
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"--capacity is a number of experts or a percentage such as 50%, not {text!r}") from error
+    if (slots := layer_slots(text.strip(), shape.experts)) is None:
+        raise InputError(f"--capacity is a number of experts or a percentage such as 50%, not {text!r}")
     if not shape.top_k <= slots <= shape.experts:
         raise InputError(
             f"--capacity {text} is {slots} experts a layer: it must lie between the {shape.top_k} that a token uses "

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from cachemoe.benchmarks.timeline_plot import COLOURS, _lanes, plot_timeline
+from cachemoe.benchmarks.latency_timeline import COLOURS, _lanes, plot_timeline
 from cachemoe.offload.timeline import Span, Timeline
 
 

@@ -1,17 +1,10 @@
-"""The machine that a figure comes from: what it is, and how fast its disk, memory, link and matmuls are."""
+"""How fast the machine's disk, memory, link and matmuls are."""
 
-import os
-import platform
 import random
-import shutil
 import statistics
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -20,69 +13,14 @@ from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.state import Routing
 from cachemoe.offload.carriers import READERS, chunk_size
 from cachemoe.offload.counters import Counters
-from cachemoe.offload.engine import OffloadEngine, ResidentEngine
-from cachemoe.offload.store import aligned_buffer
+from cachemoe.offload.engine import OffloadEngine
+from cachemoe.offload.resident_engine import ResidentEngine
+from cachemoe.offload.store import Store, aligned_buffer
 
 MOST_MATMUL_S = 0.1
 
 
-def describe() -> dict:
-    """Processor, memory, threads, GPU, versions and date."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    packages = ("cachemoe", "torch", "triton", "transformers", "safetensors", "numpy", "matplotlib")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "versions": {package: _version(package) for package in packages},
-        "gpu": describe_gpu() if torch.cuda.is_available() else None,
-    }
-
-
-def describe_gpu() -> dict:
-    """The current CUDA device; what only nvidia-smi knows is None without it.
-
-    Raises:
-        RuntimeError: without a CUDA device.
-    """
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "name": device.name,
-        "capability": f"{device.major}.{device.minor}",
-        "memory_bytes": device.total_memory,
-        "multiprocessors": device.multi_processor_count,
-        "l2_bytes": device.L2_cache_size,
-        "cuda": torch.version.cuda,
-    } | _nvidia_smi(device.uuid)
-
-
-def _nvidia_smi(uuid) -> dict[str, str | None]:
-    """Driver, clocks and power limit, in nvidia-smi's own words and units."""
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
-    if shutil.which("nvidia-smi") is None:
-        return dict.fromkeys(fields)
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    if answer.returncode != 0:  # a part of a GPU has a name that this query does not take
-        return dict.fromkeys(fields) | {"nvidia_smi": (answer.stdout + answer.stderr).strip()}
-    return dict(zip(fields, (value.strip() for value in answer.stdout.split(",")), strict=True))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def store_bandwidths(store, slots: int = 12) -> dict[str, list[float]]:
+def store_bandwidths(store: Store, slots: int = 12) -> dict[str, list[float]]:
     """Bytes a second at which pages are read: bare, and by an engine that fills its pool; three times each, in turns.
 
     Both read the same number of random pages at the link's queue depth and chunk size.

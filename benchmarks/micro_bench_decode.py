@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_turns import REPETITIONS
 from cachemoe.benchmarks.payload import PAYLOAD_FORMATS, random_pages
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts_cpu import side_by_side
@@ -21,7 +22,6 @@ from cachemoe.offload.prefetch import NextLayerGate
 from cachemoe.offload.store import ExpertStore, StoreLayout, write_store
 from cachemoe.offload.timeline import Timeline
 
-REPETITIONS = range(3)
 GEOMETRY = "qwen1.5-moe"
 LAYERS, EXPERTS, TOP_K, PAGE_FORMAT = 2, 60, 4, PAYLOAD_FORMATS[GEOMETRY]
 WORK = Work(TOP_K * PAGE_FORMAT.weight_bytes)

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
-from cachemoe.benchmarks.micro import Subject, Work
+from cachemoe.benchmarks.micro_figures import Subject, Work
+from cachemoe.benchmarks.micro_turns import in_turns
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.route import route
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.offload.residency import least_recently_used
 
-REPETITIONS = range(3)
 TOKENS = 200  # distinct tokens taken in turns
 TOP_J = 2
 PRIOR = 0.2
@@ -27,16 +27,9 @@ IMPLEMENTATIONS = ("cachemoe", "eager selection", "eager selection, compiled")
 
 def runs():
     """(geometry, strategy, repetition, implementation), implementations innermost."""
-    made = []
-    for geometry, strategies in STRATEGIES.items():
-        for repetition in REPETITIONS:
-            for strategy in strategies:
-                # The baselines know no windows.
-                names = IMPLEMENTATIONS if strategy.startswith("cache-prior") else IMPLEMENTATIONS[:1]
-                for name in names:
-                    identity = f"{geometry}-{strategy}-{repetition}-{name.replace(' ', '_')}"
-                    made.append(pytest.param(geometry, strategy, repetition, name, id=identity))
-    return made
+    cases = [(geometry, strategy) for geometry, strategies in STRATEGIES.items() for strategy in strategies]
+    # The baselines know no windows.
+    return in_turns(cases, lambda _, strategy: IMPLEMENTATIONS[: None if strategy.startswith("cache-prior") else 1])
 
 
 def eager_selection(logits, resident, mean_range, top_k: int):

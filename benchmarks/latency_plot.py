@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from cachemoe.benchmarks.latency import FREE_MISSES, ORIGINAL, RESIDENT
+from cachemoe.benchmarks.latency_decode import FREE_MISSES, ORIGINAL, RESIDENT
 
 COLOURS = {
     str(ORIGINAL): "#444444",

@@ -108,7 +108,7 @@ def test_a_tokenizer_that_cannot_be_had_ends_in_a_sentence(run, copy):
 
 
 def test_another_models_tokenizer_is_refused(run, copy, monkeypatch):
-    monkeypatch.setattr("cachemoe.benchmarks.run_models.int", lambda _: 256, raising=False)
+    monkeypatch.setattr("cachemoe.moe.text.int", lambda _: 256, raising=False)
     for command in (("generate", copy, "--prompt", "x"), ("quality", copy, "--tokens", "64", "--context", "32")):
         assert "gives token 256, and the model has 256" in run(*command, fails=True)
 

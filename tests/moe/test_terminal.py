@@ -5,7 +5,7 @@ from math import inf, nan
 
 import pytest
 
-from cachemoe.benchmarks.terminal import save_report
+from cachemoe.moe.terminal import save_report
 
 
 def test_every_figure_that_is_not_finite_is_null_and_says_why(tmp_path):

@@ -1,0 +1,122 @@
+"""The commands that compare with other ways of running the same model, and the one that makes a model to do it with."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachemoe.moe.progress import show_progress
+from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
+
+Made = Annotated[Path, typer.Argument(help="A checkpoint; cachemoe synthetic makes one.")]
+BUILT_IN = "the built-in tinymoe"
+
+
+def swap_overhead(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint that fits into memory five times.", show_default=BUILT_IN),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="How often each implementation decodes.")] = 7,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded on the clock each time.")] = 24,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/swap.json"),
+):
+    """Decode through the swapped path and through transformers' own, everything resident."""
+    with one_sentence():
+        from cachemoe.benchmarks.ratios import ratio_table
+        from cachemoe.benchmarks.swap_overhead import BASELINE, measure
+        from cachemoe.moe.checkpoint import TINYMOE
+
+        check_destination(json_path)
+        report = measure(folder or TINYMOE, rounds, tokens, show_progress)
+        title = f"{report['model']}, {report['dtype']}: decode, everything resident"
+        console.print(ratio_table(title, "implementation", report["rows"], BASELINE))
+        save_report(report, json_path)
+
+
+def compare_offload(
+    folder: Made,
+    pool: Annotated[str, typer.Option(help="As load takes it; the others get the same memory.")] = "50%",
+    rounds: Annotated[int, typer.Option(min=3, help="How often each decodes.")] = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens on the clock, after as many to warm up.")] = 16,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/offload.json"),
+):
+    """Decode from disk in the same memory through cachemoe, through mmap, and through accelerate."""
+    with one_sentence():
+        from cachemoe.benchmarks.compare_offload import CACHEMOE, compare
+        from cachemoe.benchmarks.ratios import ratio_table
+        from cachemoe.moe.sizes import size_text
+
+        check_destination(json_path)
+        report = compare(folder, pool, rounds, tokens, show_progress)
+        title = f"{report['model']}, {size_text(report['weights_bytes'])} in {size_text(report['limit_bytes'])}"
+        console.print(ratio_table(title, "way", report["rows"], CACHEMOE))
+        save_report(report, json_path)
+
+
+def memory_limit(
+    folder: Made,
+    pool: Annotated[str, typer.Option(help="As load takes it.")] = "25%",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Where every figure goes.")] = None,
+):
+    """Run a checkpoint under a limit of memory below its weights, through cachemoe and without."""
+    with one_sentence():
+        from cachemoe.benchmarks.memory_limit import run_limited
+        from cachemoe.moe.machine import describe
+        from cachemoe.moe.sizes import size_text
+
+        if json_path is not None:
+            check_destination(json_path)
+        report = run_limited(folder, pool)
+        loaded, unmodified = report["loaded"], report["unmodified"]
+        limit, weights = (size_text(report[name]) for name in ("limit_bytes", "weights_bytes"))
+        print(f"limit {limit} of address space, weights {weights}")
+        if loaded["error"] is None:
+            over = loaded["peak_bytes"] / report["budget_bytes"]
+            print(f"load: generated; peak {size_text(loaded['peak_bytes'])}, {over:.2f} of pool and dense weights")
+        else:
+            print(f"load: {loaded['error']}")
+        print(f"unmodified: {unmodified['error'] or 'generated'}")
+        if json_path is not None:
+            save_report(report | {"pool": pool, "machine": describe()}, json_path)
+
+
+def verify_cost(
+    folder: Annotated[Path | None, typer.Argument(help="A checkpoint with a tokenizer.", show_default=BUILT_IN)] = None,
+    pool: Annotated[str, typer.Option(help="Of each way; both are in memory.")] = "50%",
+    rounds: Annotated[int, typer.Option(min=3, help="How often each way decodes.")] = 9,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded on the clock each time.")] = 32,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/verify.json"),
+):
+    """Decode with pages verified as they land, and without."""
+    with one_sentence():
+        from rich.table import Table
+
+        from cachemoe.benchmarks.ratios import ratio_table
+        from cachemoe.benchmarks.verify_cost import BASELINE, measure
+        from cachemoe.moe.checkpoint import TINYMOE
+
+        check_destination(json_path)
+        report = measure(folder or TINYMOE, pool, rounds, tokens, show_progress)
+        title = f"{report['model']}, pool {pool}: decode, pages verified on each read, and never"
+        console.print(ratio_table(title, "verify", report["rows"], BASELINE))
+        table = Table.grid(padding=(0, 2))
+        table.add_row("one page", f"{report['page_bytes'] / 1e6:.2f} MB")
+        table.add_row("read by one thread, checked", f"{report['read_ms']:.2f} ms")
+        table.add_row("its checksum, XXH3", f"{report['checksum_ms']:.2f} ms")
+        console.print(table)
+        save_report(report, json_path)
+
+
+def synthetic(
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes.")],
+    gigabytes: Annotated[float, typer.Option(help="Of weights, at least.")] = 3.2,
+):
+    """Write a random Qwen3-MoE checkpoint of a given size."""
+    with one_sentence():
+        from cachemoe.benchmarks.synthetic import write_synthetic
+
+        write_synthetic(folder, gigabytes, show_progress)
+
+
+COMMANDS = (swap_overhead, compare_offload, memory_limit, verify_cost, synthetic)

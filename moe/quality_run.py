@@ -1,0 +1,94 @@
+"""One run of ``cachemoe quality``, from options to the report."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from cachemoe.moe.hub import checkpoint_folder
+from cachemoe.moe.load import load
+from cachemoe.moe.machine import describe
+from cachemoe.moe.models import outside
+from cachemoe.moe.progress import Progress
+from cachemoe.moe.quality import Evaluation, Setting, evaluate
+from cachemoe.moe.sizes import slots_of
+from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.text import HELD_OUT, check_tokenizer, windows_of
+from cachemoe.offload.residency import eviction_policy
+
+
+def run_quality(
+    path: str,
+    revision: str | None,
+    text: Path | None,
+    capacities: Sequence[str],
+    strategies: Sequence[str],
+    top_j: int,
+    eviction: str,
+    tokens: int,
+    context: int,
+    pool: str | None,
+    format: str | None,
+    progress: Progress,
+) -> dict:
+    """What each strategy costs at each capacity, stepped through a text: see ``evaluate``.
+
+    Args:
+        pool, format: of the engine that computes, exactly; the capacities are simulated beside it.
+
+    Raises:
+        InputError: for a checkpoint or options that cannot be.
+    """
+    evict, folder = eviction_policy(eviction), checkpoint_folder(path, revision)
+    check_tokenizer(folder)
+    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
+    with closing(model.cachemoe):
+        with outside(f"{path} cannot be computed in float32"):
+            model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
+        shape, pooled = model.cachemoe.shape, model.cachemoe
+        parsed = [Strategy.parse(each, shape.experts, shape.top_k, top_j) for each in strategies]
+        parsed = list(dict.fromkeys([Strategy("original"), *parsed]))
+        page = pooled.engine.page_format.page_bytes
+        slots = [max(slots_of(each, shape, page)) for each in capacities]
+        settings = [Setting(strategy, count) for count in dict.fromkeys(slots) for strategy in parsed]
+        windows = windows_of(text, tokenizer, tokens, context, shape).to(model.device)
+        failed = outside(f"{path} cannot be run on the text")
+        with progress("quality, stepped through the text", len(windows)) as advance, failed:
+            evaluation = evaluate(model, shape, windows, settings, evict, advance)
+        name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
+    return {
+        "command": "quality",
+        "model": {
+            "name": name,
+            "experts": shape.experts,
+            "layers": len(shape.layers),
+            "k": shape.top_k,
+            "pages": pages,
+        },
+        "text": text.name if text else HELD_OUT,
+        "context": context,
+        "tokens": evaluation.unmodified.tokens,
+        "eviction": eviction,
+        "machine": describe(),
+        "unmodified": {
+            "nats_per_token": evaluation.unmodified.nats_per_token,
+            "perplexity": evaluation.unmodified.perplexity,
+        },
+        "rows": _rows(settings, evaluation, shape.experts),
+    }
+
+
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
+    belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
+    return [
+        {
+            "capacity": setting.capacity,
+            "capacity_fraction": setting.capacity / experts,
+            "strategy": str(setting.strategy),
+            "label": setting.strategy.label,
+            "top_j": setting.strategy.top_j,
+            "belady_miss_rate": belady[setting.capacity],
+            "nats_per_token": quality.nats_per_token,
+        }
+        | quality.costs(evaluation.unmodified)
+        for setting, quality in zip(settings, evaluation.settings, strict=True)
+    ]
