@@ -14,13 +14,13 @@ from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.reference_route import candidates, gate_scores
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import QUANTILES, Calibration
-from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.policies.naee_prune import ABSENT
 from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.routers import RoutingRule, own_choice
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Pruning
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import least_recently_used

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from cachemoe.kernels.policy import ORIGINAL
+from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.kernels.state import Routing
 from cachemoe.moe.calibration import Calibration
@@ -47,21 +47,37 @@ class Chooser:
         miss_cost: float = 0.0,
         gates_prompts: bool = True,
     ):
-        self._evict, rule = evict, strategies[0].rule
-        known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
-        self._policies = [policy_of(*strategies, layer=layer, **known) for layer in range(len(rules))]
-        self._leaves_prompts = rule.decode_only and not gates_prompts
+        self._evict, self._rule = evict, strategies[0].rule
+        self._known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
+        self._policies = self._policies_of(strategies, len(rules))
+        self._leaves_prompts = self._rule.decode_only and not gates_prompts
         self._rules, self._offsets = [each.to(device) for each in rules], None
         self.places = top_k
         if calibration is not None:
             self.places = strategies[0].places(calibration.removal.shape[1], top_k)
-        if rule.offsets is not None:
-            self._shift([rule.offsets(calibration, s.value) for s in strategies], rule.function, device)
+        if self._rule.offsets is not None:
+            self._shift([self._rule.offsets(calibration, s.value) for s in strategies], self._rule.function, device)
         self.knobs = None
         if self._policies[0].knobs is not None:
             self.knobs = torch.stack([policy.knobs for policy in self._policies]).to(device)
             pairs = zip(self._policies, self.knobs, strict=True)
             self._policies = [replace(policy, knobs=knobs) for policy, knobs in pairs]
+
+    def retune(self, strategies: Sequence[Strategy]) -> bool:
+        """Go on by other strategies if they differ in knobs alone; whether they do.
+
+        Args:
+            strategies: of the B caches.
+        """
+        new = self._policies_of(strategies, len(self._policies))
+        same = strategies[0].rule is self._rule and new[0].bounded == self._policies[0].bounded
+        if self.knobs is None or not same or self._rule.offsets is not None:
+            return False
+        self.knobs.copy_(torch.stack([policy.knobs for policy in new]))
+        return True
+
+    def _policies_of(self, strategies: Sequence[Strategy], layers: int) -> list[Policy]:
+        return [policy_of(*strategies, layer=layer, **self._known) for layer in range(layers)]
 
     def _shift(self, offsets: list[torch.Tensor], function: str | None, device) -> None:
         """Have ``[L, E]`` offsets of each cache added to what is selected by: logits, or their scores' correction."""
@@ -69,7 +85,7 @@ class Chooser:
         if function is not None:
             if any(rule.correction is not None or rule.weigh is not None for rule in self._rules):
                 raise InputError("the model selects by more than its logits, which relu-literal would leave out")
-            scores = [replace(rule.scores, function=function) for rule in self._rules]
+            scores = [replace(rule.scores, function=function, renormalise=False, scale=1.0) for rule in self._rules]
             self._rules = [replace(rule, scores=each) for rule, each in zip(self._rules, scores, strict=True)]
         if any(rule.correction is not None for rule in self._rules):
             pairs = zip(self._rules, every_layer, strict=True)

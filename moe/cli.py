@@ -1,4 +1,4 @@
-"""The commands on a user's own checkpoint: info, pack, verify, generate, quality and trace."""
+"""The commands on a user's own checkpoint: info, pack, verify, generate, quality, trace and calibrate."""
 
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +13,10 @@ from cachemoe.moe.progress import show_progress
 from cachemoe.moe.sizes import size_text
 from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
+ROUTINGS = (
+    "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, or with a calibration "
+    "relu-route, relu-literal, naee-skip:q, naee-prune:r, adap-skip:T; of those that swap also ,max-regret=bound"
+)
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[
     str | None,
@@ -29,6 +33,9 @@ Pool = Annotated[
     ),
 ]
 TopJ = Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Made by cachemoe calibrate, for strategies that need one.", show_default=False)
+]
 Eviction = Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")]
 Text = Annotated[
     Path | None,
@@ -131,10 +138,12 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the model goes on from.")],
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
     pool: Pool = None,
-    routing: Annotated[
-        str, typer.Option(help="original (exact), pruning:K', max-rank:M, cumsum:p or cache-prior:lambda.")
-    ] = "original",
+    routing: Annotated[str, typer.Option(help=f"{ROUTINGS}; original is exact.")] = "original",
     top_j: TopJ = 2,
+    calibration: Calibration = None,
+    capacity: Annotated[
+        str, typer.Option(help="How layers share the pool: even, or adaptive, as a calibration's misses say.")
+    ] = "even",
     format: Format = None,
     store: Annotated[
         Path | None, typer.Option(help="Made by cachemoe pack.", show_default="one in the cache directory")
@@ -162,7 +171,9 @@ def generate(
         if not prompt:
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
-        model, tokenizer = load(folder, pool, strategy, format, store, eviction)
+        model, tokenizer = load(
+            folder, pool, strategy, format, store, eviction, calibration=calibration, capacity=capacity
+        )
         with closing(model.cachemoe):
             with outside("the tokenizer fails on the prompt"):
                 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -189,6 +200,7 @@ def quality(
         ),
     ] = None,
     top_j: TopJ = 2,
+    calibration: Calibration = None,
     eviction: Eviction = "lru",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
@@ -204,7 +216,7 @@ def quality(
 
         check_destination(json_path)
         strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
-        options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format)
+        options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format, calibration)
         report = run_quality(checkpoint, revision, *options, show_progress)
         for table in quality_table(report):
             console.print(table)
@@ -238,4 +250,35 @@ def trace(
         )
 
 
-COMMANDS = (info, pack, verify, generate, quality, trace)
+def calibrate(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="The calibration to make, a .safetensors file.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text in UTF-8.", show_default="the end of the Python language reference's prose"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
+    pool: Pool = None,
+    format: Format = None,
+    revision: Revision = None,
+):
+    """Measure what some strategies have to know of a model: thresholds, sensitivities, experts that it can do without.
+
+    The text is to be like the one that the model will be used on, and another than quality is measured on. The format:
+    moe/calibration.py.
+    """
+    with one_sentence():
+        from cachemoe.moe.calibrate_run import run_calibrate
+        from cachemoe.moe.calibration import Calibration as Made
+
+        check_destination(out)
+        if out.exists():
+            Made.load(out)  # refuses anything but a calibration: nothing else is replaced
+        made = run_calibrate(checkpoint, revision, text, tokens, context, pool, format, show_progress)
+        made.save(out)
+        layers, experts = made.removal.shape
+        console.print(f"{out}: {made.name}, {layers} layers, {experts} experts, {made.tokens} tokens.", highlight=False)
+
+
+COMMANDS = (info, pack, verify, generate, quality, trace, calibrate)

@@ -120,6 +120,19 @@ def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
         raise InputError(f"{name} has an activation that cachemoe does not compute: see moe/architectures.py")
 
 
+def router_marks(layers: list[MoeLayer]) -> list[tuple]:
+    """What tells whether routers, or the blocks around them, have been changed: another mark is another router."""
+    return [tuple(_mark(module) for module in (layer.router, layer.block)) for layer in layers]
+
+
+def _mark(module: torch.nn.Module) -> tuple:
+    """Its identity, its numbers, and its tensors, with how often each was written to."""
+    plain = tuple((n, v) for n, v in sorted(vars(module).items()) if isinstance(v, (bool, int, float, str)))
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    written = tuple((n, id(t), -1 if t.is_inference() else t._version) for n, t in tensors)
+    return id(module), plain, written
+
+
 @dataclass(frozen=True)
 class Probe:
     """What a router does with random hidden states.

@@ -10,6 +10,8 @@ from secrets import token_hex
 import torch
 
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.moe.budgets import budgets
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
 from cachemoe.moe.hub import checkpoint_folder
@@ -46,6 +48,8 @@ def load(
     verify: str = "read",
     progress: Progress = show_progress,
     revision: str | None = None,
+    calibration: str | os.PathLike | None = None,
+    capacity: str = "even",
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
@@ -63,6 +67,9 @@ def load(
             all of them now, and never again; ``off``.
         progress: shows what takes long.
         revision: of a hub id: branch, tag or commit; None: its main branch.
+        calibration: made by ``cachemoe calibrate`` of this checkpoint, for routings that need one.
+        capacity: how the layers share the pool: ``even``, or ``adaptive``, as they would miss least together on the
+            calibration's text.
 
     Returns:
         The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer: None if it has none,
@@ -75,6 +82,8 @@ def load(
     shape = checkpoint.shape
     routing = checked(routing, shape.experts, shape.top_k)
     evict = eviction_policy(eviction)
+    known = None if calibration is None else Calibration.load(calibration)
+    routing.check_calibration(known)
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)
@@ -87,7 +96,10 @@ def load(
             if format not in (None, kind.kind):
                 raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
             layout = checkpoint.layout(kind.kind, kind.group)
-        capacity = slots_of(pool, shape, layout.page_format.page_bytes)
+        slots = slots_of(pool, shape, layout.page_format.page_bytes)
+        if capacity != "even":
+            slots = _adaptive(capacity, slots, known)
+        routing.check_slots(min(slots), shape.experts, shape.top_k)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
         except InputError as error:  # a model needs none
@@ -105,9 +117,9 @@ def load(
         if verify == "open":
             with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                 opened.verify(advance)
-        engine = _engine(stack, opened, capacity, device, evict, progress)
+        engine = _engine(stack, opened, slots, device, evict, progress)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules).keep(stack.pop_all())
+        PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules, known).keep(stack.pop_all())
     return model, tokenizer
 
 
@@ -119,6 +131,7 @@ def swap(
     format: str | None = None,
     eviction: str = "lru",
     progress: Progress = show_progress,
+    calibration: str | os.PathLike | None = None,
 ) -> PooledExperts:
     """Swap kernels and pool into a transformers model that is in memory; its experts' own parameters are freed.
 
@@ -127,7 +140,7 @@ def swap(
             Without a pool that goes layer by layer, and a model interrupted in between is of no use any more.
         pool: as for ``load``: the experts move to a file in the cache directory that goes when they are closed. None:
             all stay in memory, as pages, and only the kernels are swapped.
-        routing, format, eviction, progress: as for ``load``.
+        routing, format, eviction, progress, calibration: as for ``load``.
 
     Returns:
         What is then ``model.cachemoe`` too.
@@ -138,6 +151,8 @@ def swap(
     experts = ModelExperts(model)
     routing = checked(routing, experts.shape.experts, experts.shape.top_k)
     evict = eviction_policy(eviction)
+    known = None if calibration is None else Calibration.load(calibration)
+    routing.check_calibration(known)
     layout = experts.layout(format)
     rules = check_model(model, experts.shape.top_k, layout.page_format, routing)
     with ExitStack() as stack:
@@ -158,7 +173,7 @@ def swap(
                 with suppress(OSError):
                     path.unlink()
             engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
-        PooledExperts(model, experts, layout, engine, routing, evict, rules).keep(stack.pop_all())
+        PooledExperts(model, experts, layout, engine, routing, evict, rules, known).keep(stack.pop_all())
     return model.cachemoe
 
 
@@ -184,6 +199,20 @@ def check_model(model, top_k: int, page_format: PageFormat, routing: Strategy) -
     for layer in layers:
         check_experts(layer, page_format)
     return None if routing.label == EXACT else routing_rules(layers, top_k, "cpu")
+
+
+def _adaptive(capacity: str, slots: list[int], calibration: Calibration | None) -> list[int]:
+    """As many slots, shared as the calibration's misses say."""
+    if capacity != "adaptive":
+        raise InputError(f"capacity is even or adaptive, not {capacity!r}")
+    if calibration is None:
+        raise InputError(
+            "an adaptive capacity needs a calibration of the model: make one with `cachemoe calibrate MODEL --out "
+            "FILE`, and give it as --calibration FILE, or calibration=FILE in Python"
+        )
+    if len(calibration.misses) != len(slots):
+        raise InputError(f"the calibration is of another model, {calibration.name}: make one of this model")
+    return budgets(calibration.misses, sum(slots))
 
 
 def _device(name: torch.device | str | None) -> torch.device:

@@ -12,11 +12,12 @@ import torch
 
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.state import Residency, Routing
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_count, moe_layers, routing_rules
+from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
@@ -64,6 +65,7 @@ class PooledExperts:
         routing: see ``routing``.
         evict: eviction policy.
         rules: of the routers, if they have just been asked; else they are when a routing needs them.
+        calibration: of the model, for routings that need one.
 
     Attributes:
         shape: of the MoE layers.
@@ -84,17 +86,21 @@ class PooledExperts:
         routing: Strategy,
         evict: Callable,
         rules: list[RoutingRule] | None = None,
+        calibration: Calibration | None = None,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
-        self._model, self._evict = model, evict
+        self._model, self._evict, self._calibration = model, evict, calibration
+        if calibration is not None:
+            calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
         self._lock = Lock()
         _POOLED.add(self)
         self._rounded = rounds(layout.page_format, source.dtype)
         layers = moe_layers(model)
         check_count(model, layers, self.shape)
         self._activations = [getattr(layer.experts, "act_fn", None) for layer in layers]
-        self._rules, self._seen = rules, None
+        self._rules, self._marks, self._seen = rules, None, None
+        self._chooser: Chooser | None = None
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
         self._is_closed = False
@@ -117,7 +123,11 @@ class PooledExperts:
     def routing(self, routing: Strategy | str | None) -> None:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
-        self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
+        routing.check_calibration(self._calibration)
+        routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
+        if not self._retuned(routing):
+            self._chooser = None
+            self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
         self._routing = routing
 
     @property
@@ -182,9 +192,22 @@ class PooledExperts:
         return self.engine.counters
 
     def _router(self, routing: Strategy) -> Callable[..., Routing]:
-        """What routes by that strategy. Routers are asked each time: they may have been changed since."""
-        rules, self._rules = self._rules or routing_rules(self._swap.layers, self.shape.top_k, "cpu"), None
-        return partial(self._route, Chooser(rules, self.shape.top_k, [routing], self._evict))
+        """What routes by that strategy. Routers are asked again if they have been changed since."""
+        marks = router_marks(self._swap.layers)
+        if self._rules is None or self._marks not in (None, marks):
+            self._rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
+        self._marks = marks
+        cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
+        known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
+        self._chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
+        return partial(self._route, self._chooser)
+
+    def _retuned(self, routing: Strategy) -> bool:
+        """Whether other numbers for the chooser in place are all that the routing needs."""
+        if self._chooser is None or routing.label == EXACT or router_marks(self._swap.layers) != self._marks:
+            return False
+        with self._lock:
+            return self._chooser.retune([routing])
 
     def _state(self, layer: int) -> Residency:
         """``[1, ...]``, the engine's: another after it was resized."""
@@ -212,9 +235,9 @@ class PooledExperts:
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)
-        count, before = self.layers[layer], self.counters.misses
+        count, before, selected = self.layers[layer], self.counters.misses, self.counters.selections
         y = self.engine.forward(layer, hidden.contiguous(), routing)
-        count.selections += routing.ids.numel()
+        count.selections += self.counters.selections - selected
         count.misses += self.counters.misses - before
         return y
 

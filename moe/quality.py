@@ -6,12 +6,15 @@ exactly as token-by-token decode would. All settings ride in one batch, each wit
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from cachemoe.kernels.state import Residency
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
@@ -37,8 +40,11 @@ class Quality:
         state: the caches after the text, ``[L]``.
         nats: ``[windows]`` negative log-likelihood of the scored tokens.
         tokens: scored tokens; a window's first token is not predicted.
-        selections: what the model itself selects, K experts a token and layer, pruned or not.
+        selections: what the model itself selects, K experts a token and layer, dropped or not.
         misses: pages that token-by-token decode would have fetched.
+        runs: experts that ran.
+        swaps: of these, such as were not among the model's own K.
+        control: the same text with as many experts dropped, or swapped, by chance; None where none were.
     """
 
     state: Residency
@@ -46,8 +52,11 @@ class Quality:
     tokens: int = 0
     selections: int = 0
     misses: int = 0
+    runs: int = 0
+    swaps: int = 0
     kl: float = 0.0
     agreements: int = 0
+    control: "Quality | None" = None
 
     @property
     def nats_per_token(self) -> float:
@@ -78,6 +87,9 @@ class Quality:
             "perplexity_change": self.perplexity_change(unmodified),
             "kl_nats": self.kl / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
+            "experts_swapped": self.swaps / max(self.selections, 1),
+            "control_kl_nats": self.control and self.control.kl / self.control.tokens,
+            "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
         }
 
 
@@ -106,6 +118,9 @@ def evaluate(
     settings: Sequence[Setting],
     evict: Callable,
     progress: Callable[[], None] = lambda: None,
+    calibration: Calibration | None = None,
+    miss_cost: float = 0.0,
+    controls: bool = False,
 ) -> Evaluation:
     """Run the text through the unmodified model and through every setting.
 
@@ -114,17 +129,50 @@ def evaluate(
         windows: ``[windows, context]`` tokens; attention starts afresh in each window, the caches live on.
         settings: strategies and capacities.
         evict: eviction policy.
-        progress: called after each window.
+        progress: called after each window; with controls twice as often.
+        calibration, miss_cost: as for ``Chooser``.
+        controls: whether settings that drop or swap experts are run once more, with as many dropped or swapped by
+            chance.
+
+    Raises:
+        InputError: if a strategy needs a calibration or more slots than it has.
     """
+    for setting in settings:
+        setting.strategy.check_slots(setting.capacity, shape.experts, shape.top_k)
+    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
+    known = {"calibration": calibration, "miss_cost": miss_cost}
+    run = partial(_evaluate, model, shape, windows, evict=evict, rules=rules, progress=progress, known=known)
+    evaluation = run(settings)
+    if controls:
+        chosen = {i: c for i, s in enumerate(settings) if (c := control_of(s, evaluation.settings[i], shape))}
+        if chosen:
+            for i, control in zip(chosen, run(list(chosen.values())).settings, strict=True):
+                evaluation.settings[i].control = control
+    return evaluation
+
+
+def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting | None:
+    """What drops, or swaps, as many experts as a setting did, by chance; None where that is none."""
+    if setting.strategy.name in ("random-drop", "random-swap"):
+        return None
+    k, j = shape.top_k, setting.strategy.top_j
+    dropped, swapped = 1 - quality.runs / quality.selections, quality.swaps / quality.selections
+    if setting.strategy.rule.key is not None and swapped > 0 and j < k:
+        return Setting(Strategy("random-swap", min(1.0, swapped * k / (k - j)), j), setting.capacity)
+    if dropped > 0 and k > 1:
+        return Setting(Strategy("random-drop", min(1.0, dropped * k / (k - 1))), setting.capacity)
+    return None
+
+
+def _evaluate(model, shape, windows, settings, evict, rules, progress, known) -> Evaluation:
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
-    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     batches = []
     for members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
-        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict)
+        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict, **known)
         for row, i in enumerate(members):
             qualities[i] = Quality(state[:, row])
         batches.append(([qualities[i] for i in members], state, chooser))
@@ -136,19 +184,24 @@ def evaluate(
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
         for rows, state, chooser in batches:
-            misses = torch.zeros(len(rows), dtype=torch.int64)
+            counts = torch.zeros(3, len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, rows=rows, state=state, chooser=chooser, misses=misses):
+            def route_layer(layer, logits, hidden, rows=rows, state=state, chooser=chooser, counts=counts):
                 logits = logits.unflatten(0, (len(rows), -1)).cpu()
                 routing = chooser.route(layer, logits, state[layer])
-                misses += routing.misses.count
+                ran = routing.slots >= 0
+                own, _ = own_choice(rules[layer], logits, shape.top_k)
+                others = (routing.ids[..., None] != own[..., None, :]).all(-1)
+                counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing
 
             with Swap(model, route_layer):
                 logits = model(window.expand(len(rows), -1)).logits[:, :-1]
             _score(rows, _log_probabilities(logits), reference, window[1:])
-            for quality, missed in zip(rows, misses.tolist(), strict=True):
-                quality.misses += missed
+            for quality, (misses, runs, swaps) in zip(rows, counts.T.tolist(), strict=True):
+                quality.misses += misses
+                quality.runs += runs
+                quality.swaps += swaps
                 quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))

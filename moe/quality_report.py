@@ -5,15 +5,18 @@ from rich.table import Table
 
 # What a routing costs; the latency tables show the same.
 COST_COLUMNS = (
-    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("perp-\nlexity", lambda r: f"{r['perplexity']:.3f}"),
     ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}"),
     ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
 )
 COLUMNS = (
     ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),
+    ("k_eff", lambda r: f"{r['k_eff']:.2f}"),
+    ("swap\n%", lambda r: f"{100 * r['experts_swapped']:.1f}"),
     *COST_COLUMNS,
-    ("label", lambda r: r["label"]),
+    ("KL by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}"),
+    ("changed", lambda r: r["label"].removesuffix(" changed")),
 )
 
 
@@ -31,8 +34,8 @@ def quality_table(report: dict) -> list[Table]:
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
         table.add_column("strategy", no_wrap=True)
         for heading, _ in COLUMNS:
-            table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
+            table.add_column(heading, justify="left" if heading == "changed" else "right", no_wrap=True)
         for row in rows:
-            table.add_row(row["strategy"], *(text(row) for _, text in COLUMNS))
+            table.add_row(row["strategy"].replace(",", ",\n"), *(text(row) for _, text in COLUMNS))
         made.append(table)
     return made

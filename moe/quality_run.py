@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.load import load
 from cachemoe.moe.machine import describe
@@ -28,17 +29,20 @@ def run_quality(
     context: int,
     pool: str | None,
     format: str | None,
+    calibration: Path | None,
     progress: Progress,
 ) -> dict:
     """What each strategy costs at each capacity, stepped through a text: see ``evaluate``.
 
     Args:
         pool, format: of the engine that computes, exactly; the capacities are simulated beside it.
+        calibration: of the model, for strategies that need one.
 
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
     evict, folder = eviction_policy(eviction), checkpoint_folder(path, revision)
+    known = None if calibration is None else Calibration.load(calibration)
     check_tokenizer(folder)
     model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
     with closing(model.cachemoe):
@@ -50,10 +54,15 @@ def run_quality(
         page = pooled.engine.page_format.page_bytes
         slots = [max(slots_of(each, shape, page)) for each in capacities]
         settings = [Setting(strategy, count) for count in dict.fromkeys(slots) for strategy in parsed]
+        for strategy in parsed:
+            strategy.check_calibration(known)
+        if known is not None:
+            known.check(pooled.fingerprint, len(shape.layers), shape.experts, shape.top_k)
         windows = windows_of(text, tokenizer, tokens, context, shape).to(model.device)
+        miss_cost = pooled.engine.miss_cost()
         failed = outside(f"{path} cannot be run on the text")
-        with progress("quality, stepped through the text", len(windows)) as advance, failed:
-            evaluation = evaluate(model, shape, windows, settings, evict, advance)
+        with progress("quality, stepped through the text, and by chance", 2 * len(windows)) as advance, failed:
+            evaluation = evaluate(model, shape, windows, settings, evict, advance, known, miss_cost, controls=True)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
     return {
         "command": "quality",
@@ -69,15 +78,17 @@ def run_quality(
         "tokens": evaluation.unmodified.tokens,
         "eviction": eviction,
         "machine": describe(),
+        "miss_cost": miss_cost,
+        "calibration": calibration and calibration.name,
         "unmodified": {
             "nats_per_token": evaluation.unmodified.nats_per_token,
             "perplexity": evaluation.unmodified.perplexity,
         },
-        "rows": _rows(settings, evaluation, shape.experts),
+        "rows": _rows(settings, evaluation, shape.experts, shape.top_k),
     }
 
 
-def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int, top_k: int) -> list[dict]:
     belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
     return [
         {
@@ -88,6 +99,7 @@ def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> 
             "top_j": setting.strategy.top_j,
             "belady_miss_rate": belady[setting.capacity],
             "nats_per_token": quality.nats_per_token,
+            "k_eff": quality.runs / quality.selections * top_k,
         }
         | quality.costs(evaluation.unmodified)
         for setting, quality in zip(settings, evaluation.settings, strict=True)

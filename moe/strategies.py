@@ -111,9 +111,30 @@ class Strategy:
     def rule(self) -> Rule:
         return RULES[self.name]
 
+    def check_calibration(self, calibration: Calibration | None) -> None:
+        """Whether there is the calibration that the rule needs.
+
+        Raises:
+            InputError: if it is missing.
+        """
+        if self.rule.needs_calibration and calibration is None:
+            raise InputError(
+                f"{self.name} needs a calibration of the model: make one with `cachemoe calibrate MODEL --out FILE`, "
+                "and give it as --calibration FILE, or calibration=FILE in Python"
+            )
+
     def places(self, experts: int, top_k: int) -> int:
         """Experts of a token that routing chooses, for the grade to drop some of: K, or what the rule says."""
         return top_k if self.rule.places is None else self.rule.places(top_k, experts)
+
+    def check_slots(self, slots: int, experts: int, top_k: int) -> None:
+        """Whether so many slots of a layer hold all that a token may choose.
+
+        Raises:
+            InputError: if not.
+        """
+        if slots < (places := self.places(experts, top_k)):
+            raise InputError(f"{self} may choose {places} experts for a token: {slots} slots of a layer are too few")
 
     @property
     def label(self) -> str:
@@ -187,11 +208,7 @@ def policy_of(
     if len({s.name for s in strategies}) > 1:
         raise ValueError(f"one policy routes all caches, not {', '.join(sorted({s.name for s in strategies}))}")
     rule = strategies[0].rule
-    if rule.needs_calibration and calibration is None:
-        raise InputError(
-            f"{rule.name} needs a calibration of the model: make one with `cachemoe calibrate MODEL --out FILE`, and "
-            "give it as --calibration FILE, or calibration=FILE in Python"
-        )
+    strategies[0].check_calibration(calibration)
     if rule.key is None and rule.grade is None:
         return ORIGINAL
     rows = []

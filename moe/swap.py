@@ -10,7 +10,7 @@ import torch
 
 from cachemoe.kernels.state import Routing
 from cachemoe.moe.doors import NoBackward, refuse_transforms
-from cachemoe.moe.layers import Probe, moe_layers, probe
+from cachemoe.moe.layers import Probe, moe_layers, probe, router_marks
 from cachemoe.moe.routers import RouterOutput
 from cachemoe.offload.packed import to_device
 
@@ -52,6 +52,7 @@ class Swap:
         self.layers = moe_layers(model)
         self._route, self._experts, self._place = route, experts, place
         self.lock = lock or Lock()
+        self._asked, self._marks = [], None
         self._probes = self._probed(route)
 
     @property
@@ -95,7 +96,12 @@ class Swap:
         self._routed.clear()
 
     def _probed(self, route: RouteLayer | None) -> list[Probe]:
-        return [] if route is None else [probe(layer) for layer in self.layers]
+        """Of each router, which is asked again only if it has been changed."""
+        if route is None:
+            return []
+        if (marks := router_marks(self.layers)) != self._marks:
+            self._asked, self._marks = [probe(layer) for layer in self.layers], marks
+        return self._asked
 
     def _replace_routers(self) -> list[tuple[torch.nn.Module, Callable | None]]:
         # The route goes with the forward: a thread that is within one keeps its own.

@@ -24,8 +24,8 @@ def _content(path: Path | None) -> bytes:
         raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
 
 
-def tokenized(path: Path | None, tokenizer, needed: int) -> torch.Tensor:
-    """Text as a model's tokens, from its start.
+def tokenized(path: Path | None, tokenizer, needed: int, from_end: bool = False) -> torch.Tensor:
+    """Text as a model's tokens, from its start, or its end.
 
     Args:
         path: a text file in UTF-8; None for ``held_out_text``.
@@ -40,7 +40,8 @@ def tokenized(path: Path | None, tokenizer, needed: int) -> torch.Tensor:
     """
     text = _content(path).decode(errors="replace")
     # No tokenizer makes less than a token of 16 characters of prose.
-    return torch.tensor(tokenizer(text[: 16 * needed], add_special_tokens=False, verbose=False)["input_ids"][:needed])
+    part, kept = (slice(-16 * needed, None), slice(-needed, None)) if from_end else (slice(16 * needed), slice(needed))
+    return torch.tensor(tokenizer(text[part], add_special_tokens=False, verbose=False)["input_ids"][kept])
 
 
 def load_tokens(path: Path | None, vocabulary: int, needed: int) -> torch.Tensor:
@@ -91,8 +92,10 @@ def check_tokens(ids: torch.Tensor, shape: MoeShape) -> None:
         )
 
 
-def windows_of(text: Path | None, tokenizer, tokens: int, context: int, shape: MoeShape) -> torch.Tensor:
-    """``[windows, context]`` of the text, as many as ``tokens`` and the text have.
+def windows_of(
+    text: Path | None, tokenizer, tokens: int, context: int, shape: MoeShape, from_end: bool = False
+) -> torch.Tensor:
+    """``[windows, context]`` of the text, from its start or its end, as many as ``tokens`` and the text have.
 
     Raises:
         InputError: if that is none, the context is longer than the model's, or the tokenizer is not the model's.
@@ -103,7 +106,7 @@ def windows_of(text: Path | None, tokenizer, tokens: int, context: int, shape: M
     if longest is not None and context > longest:
         raise InputError(f"--context {context} is more than the {longest} tokens that the model takes")
     with outside("the tokenizer fails on the text"):
-        ids = tokenized(text, tokenizer, tokens // context * context)
+        ids = tokenized(text, tokenizer, tokens // context * context, from_end)
     if len(ids) < context:
         raise InputError(f"{text or HELD_OUT} gives {len(ids)} tokens, less than one --context of {context}")
     check_tokens(ids, shape)

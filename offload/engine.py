@@ -6,6 +6,8 @@ land in: the bits do not depend on it.
 """
 
 from collections.abc import Callable, Sequence
+from math import log1p
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -25,6 +27,7 @@ from cachemoe.offload.store import Store
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
+COST_SAMPLES = 9
 MOST_TIMES = 10_000  # events kept before they are read, if nobody asks
 
 
@@ -183,6 +186,34 @@ class OffloadEngine:
         except BaseException:
             self._recover()
             raise
+
+    def miss_cost(self) -> float:
+        """The logarithm of how many times as long an absent expert's output takes as a resident's, measured now.
+
+        Of one token and one expert at a time, medians. The first slot of layer 0 gives up its page.
+        """
+        layers, experts = self.state.slot_of.shape
+        self._frames.held[0][0], frame = -1, self._frames.of_slot[0][0]
+        x = torch.randn(1, self.page_format.hidden).to(self._pool.pages.device, self.page_format.compute_dtype)
+        where, gates, y = torch.tensor([[frame]], device="cpu"), torch.ones(1, 1, device="cpu"), torch.empty_like(x)
+        fetches, runs = [], []
+        try:
+            for i in range(COST_SAMPLES):
+                self._frames.pool.wait()
+                start = perf_counter()
+                for _ in self._link.landed([self._link.request(i % layers, i % experts, frame)]):
+                    self._frames.pool.wait()
+                landed = perf_counter()
+                self._compute(x, where, gates, y)
+                self._frames.pool.wait()
+                fetches.append(landed - start)
+                runs.append(perf_counter() - landed)
+            self._frames.settle(0)
+        except BaseException:
+            self._recover()
+            raise
+        self._busy_s = self._link.busy_s
+        return log1p(median(fetches) / median(runs))
 
     def synchronize(self) -> None:
         """Wait for what is queued on the device, and bring the counters' times up to date."""

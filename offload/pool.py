@@ -44,6 +44,11 @@ class ExpertPool:
         """The bytes of a frame in DRAM, 4 KiB-aligned, for a read to fill."""
         return (self._views or self._look())[1][frame]
 
+    def wait(self) -> None:
+        """Until what is queued on a GPU is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def resize(self, frames: int) -> None:
         """Change F; the frames that stay keep their pages.
 

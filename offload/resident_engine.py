@@ -71,6 +71,10 @@ class ResidentEngine:
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
         self._compute = Compute(self._pool, layout)
 
+    def miss_cost(self) -> float:
+        """As ``OffloadEngine.miss_cost``: no expert is absent."""
+        return 0.0
+
     def holds_all(self, layer: int) -> bool:
         """As ``OffloadEngine.holds_all``."""
         return True

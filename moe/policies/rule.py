@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
@@ -36,7 +37,7 @@ class Rule:
         knob_b: (value, K) -> the knob ``b``.
         thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer; None: ``a`` is the value.
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
-        function: of the scores, in place of the model's.
+        function: of the scores, in place of the model's; they are the weights as they are.
         decode_only: whether ``load`` leaves prompts alone.
         is_exact: (value) -> whether it can only choose what the model would.
         changes: what it changes otherwise.
@@ -54,6 +55,11 @@ class Rule:
     decode_only: bool = False
     is_exact: Callable[[float | None], bool] = lambda value: False
     changes: str = ROUTING_CHANGED
+
+    @property
+    def sees_cost(self) -> bool:
+        """Whether it asks what an absent expert costs."""
+        return any("cost" in signature(function).parameters for function in (self.key, self.grade) if function)
 
     @property
     def needs_calibration(self) -> bool:
