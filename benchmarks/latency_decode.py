@@ -8,16 +8,17 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, ORACLE, make_prefetcher
+from cachemoe.benchmarks.latency_prefetch import GATE, NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.layers import gates_of, moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.quality import Evaluation, Setting
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sources import NextGate
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -68,6 +69,7 @@ class DecodePlan:
         native: whether the engine's experts are the model's own, or a payload beside them.
         ahead: layers that prefetchers look ahead.
         timeline: records routing and the tokens' beginnings, if given.
+        known: what ``Chooser`` is told of the model and the machine.
     """
 
     windows: torch.Tensor
@@ -76,6 +78,7 @@ class DecodePlan:
     native: bool
     ahead: int
     timeline: Timeline | None = None
+    known: dict = field(default_factory=dict)
 
 
 def rows_at(
@@ -106,16 +109,19 @@ def rows_at(
         Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, original.state.clone().with_slots(capacity)),
     ]
     for s, q in here:
-        for prefetch in prefetchers:
+        for prefetch in [GATE] if s.strategy.rule.prefetches else prefetchers:
             if prefetch != ORACLE or s.strategy.label == EXACT:
-                name = str(s.strategy) if prefetch == NO_PREFETCH else f"{s.strategy} + {prefetch}"
+                own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
+                name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
                 # The state came from a batch whose largest capacity was higher.
                 rows.append(Decode(name, s, offload, q.state.clone().with_slots(capacity), prefetch))
     if driven is not None:
         everything = Setting(ORIGINAL, shape.experts)
         rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
         for s, q in here:
-            rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
+            rule = s.strategy.rule
+            if rule.places is None and not rule.ahead and not rule.prefetches:  # as many places as the engine has
+                rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
 
@@ -145,14 +151,24 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
 def _decode_segment(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
-    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict)
+    engine, strategies = row.engine, [row.setting.strategy]
+    chooser = Chooser(rules, shape.top_k, strategies, plan.evict, gates_prompts=False, **plan.known)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
-    def route_layer(layer, logits, hidden):
+    def choose(layer, logits):
         return chooser.route(layer, logits[None].cpu(), states[layer])
+
+    acquire = engine.acquire if isinstance(engine, OffloadEngine) else None
+    source = NextGate(gates_of(moe_layers(model)), choose, acquire) if chooser.ahead else None
+
+    def route_layer(layer, logits, hidden):
+        return source.route(layer, logits, hidden) if source else choose(layer, logits)
+
+    def run(layer, x, routing, gate_input=None):
+        return engine.forward(layer, x, source.claim(layer, routing) if source else routing, gate_input)
 
     def route_timed(layer, logits, hidden):
         nonlocal route_s
@@ -166,7 +182,7 @@ def _decode_segment(
 
     def route_and_move(layer, logits, hidden):
         routing = route_timed(layer, logits, hidden)
-        engine.forward(layer, payload_input, routing, gate_input=hidden)
+        run(layer, payload_input, routing, hidden)
         return routing
 
     swap = Swap(model, route_layer)
@@ -193,7 +209,7 @@ def _decode_segment(
     model.set_experts_implementation(DECODE_EXPERTS)
     with ExitStack() as stack:
         if plan.native:
-            stack.enter_context(Swap(model, route_timed, engine.forward))
+            stack.enter_context(Swap(model, route_timed, run))
         else:
             stack.enter_context(Swap(model, route_and_move))
         for token in window[plan.prefix :]:
@@ -214,7 +230,8 @@ def _decode_segment(
 def _decode_in_a_graph(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
-    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict, model.device)
+    engine, strategies = row.engine, [row.setting.strategy]
+    chooser = Chooser(rules, shape.top_k, strategies, plan.evict, model.device, gates_prompts=False, **plan.known)
     payload_input = _payload_input(engine, model.device)
 
     def route_prefix(layer, logits, hidden):

@@ -17,18 +17,20 @@ from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_rules
+from cachemoe.moe.layers import check_count, gates_of, moe_layers, router_marks, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import Strategy, checked
+from cachemoe.moe.sources import NextGate
+from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
+from cachemoe.offload.prefetch import NextLayerGate
 from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import StoreLayout
 
@@ -101,6 +103,7 @@ class PooledExperts:
         self._activations = [getattr(layer.experts, "act_fn", None) for layer in layers]
         self._rules, self._marks, self._seen = rules, None, None
         self._chooser: Chooser | None = None
+        self._source: NextGate | None = None
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
         self._is_closed = False
@@ -123,12 +126,16 @@ class PooledExperts:
     def routing(self, routing: Strategy | str | None) -> None:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
+        if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
+            raise InputError(f"{routing} fetches ahead, and this pool has no room for that: give it to load")
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
         if not self._retuned(routing):
-            self._chooser = None
+            self._chooser = self._source = None
             self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
         self._routing = routing
+        if isinstance(self.engine, OffloadEngine) and self.engine.staging:
+            self.engine.prefetcher = self._prefetcher() if routing.rule.prefetches else None
 
     @property
     def label(self) -> str:
@@ -200,7 +207,22 @@ class PooledExperts:
         cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
         known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
         self._chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
-        return partial(self._route, self._chooser)
+        if not routing.rule.ahead:
+            return partial(self._route, self._chooser)
+
+        def route(layer: int, logits: torch.Tensor) -> Routing:
+            return self._route(self._chooser, layer, logits, logits)
+
+        acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
+        self._source = NextGate(gates_of(self._swap.layers), route, acquire)
+        return self._source.route
+
+    def _prefetcher(self) -> NextLayerGate:
+        """What asks for the experts that the next layer's gate would choose for this layer's input."""
+        rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
+        own = Chooser(rules, self.shape.top_k, [Original()], self._evict)
+        routers = [weight.detach() for weight in self._swap.routers]
+        return NextLayerGate(routers, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
 
     def _retuned(self, routing: Strategy) -> bool:
         """Whether other numbers for the chooser in place are all that the routing needs."""
@@ -236,7 +258,8 @@ class PooledExperts:
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)
         count, before, selected = self.layers[layer], self.counters.misses, self.counters.selections
-        y = self.engine.forward(layer, hidden.contiguous(), routing)
+        asked = routing if self._source is None else self._source.claim(layer, routing)
+        y = self.engine.forward(layer, hidden.contiguous(), asked)
         count.selections += self.counters.selections - selected
         count.misses += self.counters.misses - before
         return y

@@ -13,9 +13,10 @@ import torch
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.chooser import Chooser
-from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.layers import gates_of, moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sources import NextGate
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses
@@ -44,6 +45,7 @@ class Quality:
         misses: pages that token-by-token decode would have fetched.
         runs: experts that ran.
         swaps: of these, such as were not among the model's own K.
+        top_k: K of the model.
         control: the same text with as many experts dropped, or swapped, by chance; None where none were.
     """
 
@@ -56,6 +58,7 @@ class Quality:
     swaps: int = 0
     kl: float = 0.0
     agreements: int = 0
+    top_k: int = 0
     control: "Quality | None" = None
 
     @property
@@ -87,6 +90,7 @@ class Quality:
             "perplexity_change": self.perplexity_change(unmodified),
             "kl_nats": self.kl / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
+            "k_eff": self.top_k * self.runs / max(self.selections, 1),
             "experts_swapped": self.swaps / max(self.selections, 1),
             "control_kl_nats": self.control and self.control.kl / self.control.tokens,
             "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
@@ -168,13 +172,14 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
+    gates = gates_of(moe_layers(model)) if any(s.strategy.rule.ahead for s in settings) else []
     batches = []
     for members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict, **known)
         for row, i in enumerate(members):
-            qualities[i] = Quality(state[:, row])
+            qualities[i] = Quality(state[:, row], top_k=shape.top_k)
         batches.append(([qualities[i] for i in members], state, chooser))
 
     original_ids = []
@@ -186,11 +191,15 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
         for rows, state, chooser in batches:
             counts = torch.zeros(3, len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, rows=rows, state=state, chooser=chooser, counts=counts):
-                logits = logits.unflatten(0, (len(rows), -1)).cpu()
-                routing = chooser.route(layer, logits, state[layer])
+            def route(layer, logits, rows=rows, state=state, chooser=chooser):
+                return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), state[layer])
+
+            source = NextGate(gates, route) if chooser.ahead else None
+
+            def route_layer(layer, logits, hidden, rows=rows, route=route, source=source, counts=counts):
+                routing = source.route(layer, logits, hidden) if source else route(layer, logits)
                 ran = routing.slots >= 0
-                own, _ = own_choice(rules[layer], logits, shape.top_k)
+                own, _ = own_choice(rules[layer], logits.unflatten(0, (len(rows), -1)).cpu(), shape.top_k)
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
                 counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing

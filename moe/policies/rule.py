@@ -39,6 +39,8 @@ class Rule:
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
         function: of the scores, in place of the model's; they are the weights as they are.
         decode_only: whether ``load`` leaves prompts alone.
+        ahead: whether a layer is routed by its gate on the input of the layer before.
+        prefetches: whether what it would choose by that is fetched ahead.
         is_exact: (value) -> whether it can only choose what the model would.
         changes: what it changes otherwise.
     """
@@ -53,6 +55,8 @@ class Rule:
     offsets: Callable | None = None
     function: str | None = None
     decode_only: bool = False
+    ahead: bool = False
+    prefetches: bool = False
     is_exact: Callable[[float | None], bool] = lambda value: False
     changes: str = ROUTING_CHANGED
 

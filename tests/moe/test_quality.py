@@ -48,7 +48,7 @@ def decode(model, shape, setting):
     def route_layer(layer, logits, hidden):
         nonlocal misses
         routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, policy, scores)
-        misses += int((~routing.hits).sum())
+        misses += int(routing.misses.count)
         return routing
 
     with Swap(model, route_layer):
