@@ -18,6 +18,7 @@ from cachemoe.moe.policies import RULES
 from cachemoe.offload.residency import EVICTION_POLICIES
 
 PREFILL_TOKENS = (128, 512, 2048)
+PAPERS_OWN = ("original", "max-rank", "cumsum", "cache-prior")
 
 
 @dataclass(frozen=True)
@@ -106,24 +107,29 @@ def _activations(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
 
 
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
-    """One token and many, from logits and from hidden states, by every strategy."""
-    experts, top_k = router.experts, router.top_k
-    knobs = _empty(1, len(KNOBS), dtype=torch.float32)
-    # Rules without a key are one policy, the first's.
-    policies = {rule.key: (name, Policy(rule.key, rule.key and knobs)) for name, rule in reversed(RULES.items())}
-    policies = dict(policies.values())
+    """Many tokens by every strategy, one by the paper's; from hidden states, which makes no other choice, by two."""
+    experts, knobs = router.experts, _empty(1, len(KNOBS), dtype=torch.float32)
+    # Rules that share their functions are one policy, the first's.
+    policies = {(rule.key, rule.grade): (name, rule) for name, rule in reversed(RULES.items())}
+    policies = {
+        name: (Policy(rule.key, rule.grade, False, knobs if rule.key or rule.grade else None), rule)
+        for name, rule in policies.values()
+    }
+    bounded = replace(policies["cache-prior"][0], bounded=True)
+    policies["cache-prior, bounded"] = bounded, RULES["cache-prior"]
     correction = _empty(experts, dtype=torch.float32) if router.corrected else None
     # Eviction policies differ in a key alone: the others are compiled with one routing.
     ways = [("lru", strategy) for strategy in policies]
     ways += [(eviction, "cache-prior") for eviction in EVICTION_POLICIES if eviction != "lru"]
     for eviction, strategy in ways:
-        policy, evict = policies[strategy], EVICTION_POLICIES[eviction]
+        (policy, rule), evict = policies[strategy], EVICTION_POLICIES[eviction]
+        top_k = rule.places(router.top_k, experts) if rule.places else router.top_k
         state = Residency.empty(torch.full((1,), max(experts // 2, top_k)), experts).to("meta")
-        for tokens in (1, 512):
+        for tokens in (1, 512) if strategy in PAPERS_OWN else (512,):
             logits, out = _empty(1, tokens, experts), Routing.empty(1, tokens, top_k, "meta")
             arguments = (logits, state, evict, top_k, policy, router.scores, correction, out)
             yield f"{strategy}, {eviction}, T = {tokens}", plan_route(*arguments)
-            if tokens == 1:
+            if tokens == 1 and strategy in ("original", "cache-prior"):
                 hidden, weight = _empty(1, 1, 2048), _empty(experts, 2048)
                 gate = (hidden, weight, _empty(1, dtype=torch.int32))
                 yield f"{strategy}, {eviction}, gate fused", plan_route(*arguments, gate)

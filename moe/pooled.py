@@ -130,9 +130,11 @@ class PooledExperts:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: give it to load")
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
-        if not self._retuned(routing):
+        if routing.label == EXACT:
+            self._swap.reroute(None)
             self._chooser = self._source = None
-            self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
+        elif not self._retuned(routing):
+            self._swap.reroute(partial(self._router, routing))
         self._routing = routing
         if isinstance(self.engine, OffloadEngine) and self.engine.staging:
             self.engine.prefetcher = self._prefetcher() if routing.rule.prefetches else None
@@ -153,6 +155,7 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
+        self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
         with self._lock:
             try:
                 self.engine.resize(slots)
@@ -206,16 +209,13 @@ class PooledExperts:
         self._marks = marks
         cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
         known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
-        self._chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
-        if not routing.rule.ahead:
-            return partial(self._route, self._chooser)
-
-        def route(layer: int, logits: torch.Tensor) -> Routing:
-            return self._route(self._chooser, layer, logits, logits)
-
-        acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
-        self._source = NextGate(gates_of(self._swap.layers), route, acquire)
-        return self._source.route
+        chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
+        source, route = None, partial(self._route, chooser)
+        if routing.rule.ahead:
+            acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
+            source = NextGate(gates_of(self._swap.layers), route, acquire)
+        self._chooser, self._source = chooser, source
+        return route if source is None else source.route
 
     def _prefetcher(self) -> NextLayerGate:
         """What asks for the experts that the next layer's gate would choose for this layer's input."""
@@ -226,7 +226,7 @@ class PooledExperts:
 
     def _retuned(self, routing: Strategy) -> bool:
         """Whether other numbers for the chooser in place are all that the routing needs."""
-        if self._chooser is None or routing.label == EXACT or router_marks(self._swap.layers) != self._marks:
+        if self._chooser is None or router_marks(self._swap.layers) != self._marks:
             return False
         with self._lock:
             return self._chooser.retune([routing])
@@ -239,7 +239,7 @@ class PooledExperts:
             self._seen = state
         return self._states[layer]
 
-    def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
+    def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, *_) -> Routing:
         (logits,) = to_host(logits)
         return chooser.route(layer, logits[None], self._state(layer))
 
@@ -253,7 +253,10 @@ class PooledExperts:
                 f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {int(ids.min())} to {int(ids.max())}: "
                 f"it has {count}, and {slots} slots for them"
             )
-        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict)
+        drops = None
+        if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
+            drops = ((weights == 0) & (weights != 0).any(1, keepdim=True))[None]
+        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict, drops)
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)
