@@ -11,7 +11,7 @@ from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch_gpu import plan_fetch
 from cachemoe.kernels.formats import ACTIVATIONS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.policy import KNOBS, Policy
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
 from cachemoe.kernels.route_gpu import plan_route
 from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
@@ -109,14 +109,12 @@ def _activations(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     """Many tokens by every strategy, one by the paper's; from hidden states, which makes no other choice, by two."""
     experts, knobs = router.experts, _empty(1, len(KNOBS), dtype=torch.float32)
-    # Rules that share their functions are one policy, the first's.
-    policies = {(rule.key, rule.grade): (name, rule) for name, rule in reversed(RULES.items())}
-    policies = {
-        name: (Policy(rule.key, rule.grade, False, knobs if rule.key or rule.grade else None), rule)
-        for name, rule in policies.values()
-    }
-    bounded = replace(policies["cache-prior"][0], bounded=True)
-    policies["cache-prior, bounded"] = bounded, RULES["cache-prior"]
+    # Rules without functions of their own are the original's policy.
+    ruled = {name: rule for name, rule in RULES.items() if rule.key or rule.grade}
+    policies = {"original": (ORIGINAL, RULES["original"])}
+    policies |= {name: (Policy(rule.key, rule.grade, False, knobs), rule) for name, rule in ruled.items()}
+    prior = RULES["cache-prior"]
+    policies["cache-prior, bounded"] = Policy(prior.key, None, True, knobs), prior
     correction = _empty(experts, dtype=torch.float32) if router.corrected else None
     # Eviction policies differ in a key alone: the others are compiled with one routing.
     ways = [("lru", strategy) for strategy in policies]
