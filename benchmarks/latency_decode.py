@@ -8,17 +8,17 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.latency_prefetch import GATE, NO_PREFETCH, ORACLE, make_prefetcher
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
-from cachemoe.moe.layers import gates_of, moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.quality import Evaluation, Setting
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sources import NextGate
+from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -109,7 +109,7 @@ def rows_at(
         Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, original.state.clone().with_slots(capacity)),
     ]
     for s, q in here:
-        for prefetch in [GATE] if s.strategy.rule.prefetches else prefetchers:
+        for prefetch in [s.strategy.rule.source] if s.strategy.rule.prefetches else prefetchers:
             if prefetch != ORACLE or s.strategy.label == EXACT:
                 own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
                 name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
@@ -120,7 +120,7 @@ def rows_at(
         rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
         for s, q in here:
             rule = s.strategy.rule
-            if rule.places is None and not rule.ahead and not rule.prefetches:  # as many places as the engine has
+            if rule.places is None and rule.source is None:  # as many places as the engine has
                 rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
@@ -141,17 +141,27 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
             shuffle(order)
             for row in order:
                 model.set_experts_implementation(prefill_experts)
-                decode = _decode_in_a_graph if isinstance(row.engine, DeviceEngine) else _decode_segment
-                decode(model, shape, row, window.to(model.device), plan, rules)
+                window = window.to(model.device)
+                if isinstance(row.engine, DeviceEngine):
+                    _decode_in_a_graph(model, shape, row, window, plan, rules)
+                else:
+                    with gates_ahead(model, row.setting.strategy.rule, plan.known.get("calibration")) as gates:
+                        _decode_segment(model, shape, row, window, plan, rules, gates)
                 progress()
     finally:
         model.set_experts_implementation(prefill_experts)
 
 
 def _decode_segment(
-    model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
+    model,
+    shape: MoeShape,
+    row: Decode,
+    window: torch.Tensor,
+    plan: DecodePlan,
+    rules: Sequence[RoutingRule],
+    gates: Sequence[Gate],
 ) -> None:
-    engine, strategies = row.engine, [row.setting.strategy]
+    engine, strategies, rule = row.engine, [row.setting.strategy], row.setting.strategy.rule
     chooser = Chooser(rules, shape.top_k, strategies, plan.evict, gates_prompts=False, **plan.known)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
@@ -162,7 +172,7 @@ def _decode_segment(
         return chooser.route(layer, logits[None].cpu(), states[layer])
 
     acquire = engine.acquire if isinstance(engine, OffloadEngine) else None
-    source = NextGate(gates_of(moe_layers(model)), choose, acquire) if chooser.ahead else None
+    source = Ahead(gates, choose, acquire) if rule.decides else None
 
     def route_layer(layer, logits, hidden):
         return source.route(layer, logits, hidden) if source else choose(layer, logits)
@@ -195,15 +205,12 @@ def _decode_segment(
         past = model(window[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):
         engine.fill()
-        engine.prefetcher = make_prefetcher(
-            row.prefetch,
-            engine,
-            swap.routers,
-            lambda layer, logits: chooser.peek(layer, logits.cpu(), states[layer]),
-            shape.top_k,
-            plan.ahead,
-            trace,
-        )
+
+        def expected(layer, logits):
+            return chooser.peek(layer, logits.cpu(), states[layer])
+
+        named = row.prefetch, engine, swap.routers, expected, shape.top_k, plan.ahead, trace
+        engine.prefetcher = Foretold(gates, expected) if rule.prefetches else make_prefetcher(*named)
     engine.counters = row.counters
     seconds = []
     model.set_experts_implementation(DECODE_EXPERTS)

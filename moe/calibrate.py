@@ -52,6 +52,7 @@ def calibrate(
     choices = [own_choice(rule, each, k) for rule, each in zip(rules, logits, strict=True)]
     with progress("forcing each layer to one expert", len(windows) * len(layers)) as advance:
         losses = divergences(model, shape, rules, windows, advance)
+    token_ids, place = windows.flatten().cpu().unique(return_inverse=True)
     shares = torch.stack([rest_shares(weights).square().mean() for _, weights in choices])
     removal = []
     with progress("removing experts", len(layers)) as advance:
@@ -67,6 +68,8 @@ def calibrate(
         sensitivities=torch.where(shares > 0, losses / shares, 0.0),
         removal=torch.stack(removal).short(),
         misses=torch.stack([lru_misses(ids, shape.experts) / len(ids) for ids, _ in choices]),
+        token_ids=token_ids.int(),
+        by_token=torch.stack([means(each, place) for each in logits]).half(),
         model=fingerprint,
         name=name,
         k=k,
@@ -121,6 +124,13 @@ def threshold(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> torch.Tens
     if wanted == 0:
         return values.max()
     return torch.nextafter(others[wanted - 1], torch.tensor(-torch.inf))  # the last that counts lies just above
+
+
+def means(logits: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """``[U + 1, E]`` the mean of logits ``[T, E]`` for each of U places ``[T]``, and of all of them."""
+    count = torch.bincount(place)
+    sums = torch.zeros(len(count), logits.shape[1]).index_add_(0, place, logits)
+    return torch.cat((sums / count[:, None], logits.mean(0, keepdim=True)))
 
 
 def rest_shares(weights: torch.Tensor) -> torch.Tensor:

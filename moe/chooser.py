@@ -28,7 +28,6 @@ class Chooser:
         gates_prompts: whether calls of many tokens are gated by a rule of decode alone too.
 
     Attributes:
-        ahead: whether layers are to be routed by their gates on the input of the layer before: see ``NextGate``.
         places: experts chosen a token, of which some may be dropped.
         knobs: ``[L, B, len(KNOBS)]``, what the layers' policies read: what is written here counts from the next call,
             or replay of a graph. None for a strategy that has none.
@@ -48,7 +47,7 @@ class Chooser:
         miss_cost: float = 0.0,
         gates_prompts: bool = True,
     ):
-        self._evict, self._rule, self.ahead = evict, strategies[0].rule, strategies[0].rule.ahead
+        self._evict, self._rule = evict, strategies[0].rule
         self._known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
         self._policies = self._policies_of(strategies, len(rules))
         self._leaves_prompts = self._rule.decode_only and not gates_prompts

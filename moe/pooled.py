@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,12 @@ from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_count, gates_of, moe_layers, router_marks, routing_rules
+from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.sources import NextGate
+from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -30,7 +30,6 @@ from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
-from cachemoe.offload.prefetch import NextLayerGate
 from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import StoreLayout
 
@@ -103,7 +102,8 @@ class PooledExperts:
         self._activations = [getattr(layer.experts, "act_fn", None) for layer in layers]
         self._rules, self._marks, self._seen = rules, None, None
         self._chooser: Chooser | None = None
-        self._source: NextGate | None = None
+        self._source: Ahead | None = None
+        self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
         self._is_closed = False
@@ -130,14 +130,18 @@ class PooledExperts:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: give it to load")
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
-        if routing.label == EXACT:
-            self._swap.reroute(None)
-            self._chooser = self._source = None
-        elif not self._retuned(routing):
-            self._swap.reroute(partial(self._router, routing))
+        if not self._retuned(routing):
+            with ExitStack() as asked:
+                gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
+                prefetcher = self._prefetcher(gates) if routing.rule.prefetches else None
+                self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing, gates))
+                if routing.label == EXACT:
+                    self._chooser = self._source = None
+                if isinstance(self.engine, OffloadEngine) and self.engine.staging:
+                    self.engine.prefetcher = prefetcher
+                self._gates.close()
+                self._gates = asked.pop_all()
         self._routing = routing
-        if isinstance(self.engine, OffloadEngine) and self.engine.staging:
-            self.engine.prefetcher = self._prefetcher() if routing.rule.prefetches else None
 
     @property
     def label(self) -> str:
@@ -178,6 +182,7 @@ class PooledExperts:
                 self._swap.__exit__()
                 for layer in self._swap.layers:
                     layer.experts.forward = _closed
+                self._gates.close()
             self._owned.close()
 
     def __reduce_ex__(self, protocol):
@@ -201,7 +206,7 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
-    def _router(self, routing: Strategy) -> Callable[..., Routing]:
+    def _router(self, routing: Strategy, gates: Sequence[Gate]) -> Callable[..., Routing]:
         """What routes by that strategy. Routers are asked again if they have been changed since."""
         marks = router_marks(self._swap.layers)
         if self._rules is None or self._marks not in (None, marks):
@@ -211,22 +216,21 @@ class PooledExperts:
         known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
         chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
         source, route = None, partial(self._route, chooser)
-        if routing.rule.ahead:
+        if routing.rule.decides:
             acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
-            source = NextGate(gates_of(self._swap.layers), route, acquire)
+            source = Ahead(gates, route, acquire)
         self._chooser, self._source = chooser, source
         return route if source is None else source.route
 
-    def _prefetcher(self) -> NextLayerGate:
-        """What asks for the experts that the next layer's gate would choose for this layer's input."""
+    def _prefetcher(self, gates: Sequence[Gate]) -> Foretold:
+        """What asks for the experts that the model would choose by what the gates say."""
         rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
         own = Chooser(rules, self.shape.top_k, [Original()], self._evict)
-        routers = [weight.detach() for weight in self._swap.routers]
-        return NextLayerGate(routers, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
+        return Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
 
     def _retuned(self, routing: Strategy) -> bool:
         """Whether other numbers for the chooser in place are all that the routing needs."""
-        if self._chooser is None or router_marks(self._swap.layers) != self._marks:
+        if self._chooser is None or routing.label == EXACT or router_marks(self._swap.layers) != self._marks:
             return False
         with self._lock:
             return self._chooser.retune([routing])

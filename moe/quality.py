@@ -13,10 +13,10 @@ import torch
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.chooser import Chooser
-from cachemoe.moe.layers import gates_of, moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sources import NextGate
+from cachemoe.moe.sources import Ahead, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses
@@ -172,7 +172,6 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
-    gates = gates_of(moe_layers(model)) if any(s.strategy.rule.ahead for s in settings) else []
     batches = []
     for members in _batches(settings, shape, windows.shape[1]):
         capacity = torch.tensor([settings[i].capacity for i in members])
@@ -180,7 +179,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict, **known)
         for row, i in enumerate(members):
             qualities[i] = Quality(state[:, row], top_k=shape.top_k)
-        batches.append(([qualities[i] for i in members], state, chooser))
+        batches.append(([qualities[i] for i in members], state, chooser, settings[members[0]].strategy.rule))
 
     original_ids = []
     for window in windows:
@@ -188,24 +187,24 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
             reference = _log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
-        for rows, state, chooser in batches:
+        for rows, state, chooser, rule in batches:
             counts = torch.zeros(3, len(rows), dtype=torch.int64)
 
-            def route(layer, logits, rows=rows, state=state, chooser=chooser):
+            def route(layer, logits, _=None, rows=rows, state=state, chooser=chooser):
                 return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), state[layer])
 
-            source = NextGate(gates, route) if chooser.ahead else None
-
-            def route_layer(layer, logits, hidden, rows=rows, route=route, source=source, counts=counts):
-                routing = source.route(layer, logits, hidden) if source else route(layer, logits)
+            def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts):
+                routing = choose(layer, logits, hidden)
                 ran = routing.slots >= 0
                 own, _ = own_choice(rules[layer], logits.unflatten(0, (len(rows), -1)).cpu(), shape.top_k)
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
                 counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing
 
-            with Swap(model, route_layer):
-                logits = model(window.expand(len(rows), -1)).logits[:, :-1]
+            with gates_ahead(model, rule, known["calibration"]) as gates:
+                choose = Ahead(gates, route).route if rule.decides else route
+                with Swap(model, partial(route_layer, choose=choose)):
+                    logits = model(window.expand(len(rows), -1)).logits[:, :-1]
             _score(rows, _log_probabilities(logits), reference, window[1:])
             for quality, (misses, runs, swaps) in zip(rows, counts.T.tolist(), strict=True):
                 quality.misses += misses

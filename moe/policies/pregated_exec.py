@@ -3,6 +3,6 @@
 The paper trains the gates for it; these are the model's own, untrained for the input that they get here.
 """
 
-from cachemoe.moe.policies.rule import Rule
+from cachemoe.moe.policies.rule import GATE, Rule
 
-RULE = Rule("pregated-exec", ahead=True)
+RULE = Rule("pregated-exec", source=GATE, decides=True)

@@ -3,6 +3,6 @@
 After Pre-gated MoE (arXiv 2308.12066), whose gates are trained to decide as well: see pregated-exec.
 """
 
-from cachemoe.moe.policies.rule import Rule
+from cachemoe.moe.policies.rule import GATE, Rule
 
-RULE = Rule("pregated-hint", prefetches=True, is_exact=lambda value: True)
+RULE = Rule("pregated-hint", source=GATE, is_exact=lambda value: True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 
+GATE, TOKEN = "gate", "token"
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
 PRECISION_CHANGED = "precision changed"
@@ -39,8 +40,9 @@ class Rule:
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
         function: of the scores, in place of the model's; they are the weights as they are.
         decode_only: whether ``load`` leaves prompts alone.
-        ahead: whether a layer is routed by its gate on the input of the layer before.
-        prefetches: whether what it would choose by that is fetched ahead.
+        source: what says ahead of a layer which experts it will choose: ``gate``, its gate on the input of the layer
+            before, or ``token``, a calibration's table by token id; None: nothing.
+        decides: whether that routes the layer; else it is only fetched ahead.
         is_exact: (value) -> whether it can only choose what the model would.
         changes: what it changes otherwise.
     """
@@ -55,8 +57,8 @@ class Rule:
     offsets: Callable | None = None
     function: str | None = None
     decode_only: bool = False
-    ahead: bool = False
-    prefetches: bool = False
+    source: str | None = None
+    decides: bool = False
     is_exact: Callable[[float | None], bool] = lambda value: False
     changes: str = ROUTING_CHANGED
 
@@ -68,4 +70,9 @@ class Rule:
     @property
     def needs_calibration(self) -> bool:
         """Whether it does nothing without."""
-        return self.thresholds is not None or self.offsets is not None
+        return self.thresholds is not None or self.offsets is not None or self.source == TOKEN
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether experts are fetched ahead, and chosen otherwise."""
+        return self.source is not None and not self.decides

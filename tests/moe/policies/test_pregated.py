@@ -12,7 +12,7 @@ from cachemoe.moe.load import load
 from cachemoe.moe.models import load_model
 from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.routers import own_choice
-from cachemoe.moe.sources import NextGate
+from cachemoe.moe.sources import Ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.offload import staging
 from cachemoe.offload.errors import InputError
@@ -171,7 +171,7 @@ def test_what_a_call_left_behind_is_not_used():
         routed.append((layer, float(logits)))
         return Routing.empty(1, 1, 1)
 
-    source = NextGate([lambda hidden: hidden] * 3, route)
+    source = Ahead([lambda hidden: hidden] * 3, route)
     source.route(0, torch.tensor(1.0), torch.tensor(10.0))  # layer 1 ahead, from 10; then the call ends
     source.route(0, torch.tensor(2.0), torch.tensor(20.0))
     first = source.route(1, torch.tensor(-1.0), torch.tensor(30.0))
