@@ -121,7 +121,7 @@ def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     ways += [(eviction, "cache-prior") for eviction in EVICTION_POLICIES if eviction != "lru"]
     for eviction, strategy in ways:
         (policy, rule), evict = policies[strategy], EVICTION_POLICIES[eviction]
-        top_k = rule.places(router.top_k, experts) if rule.places else router.top_k
+        top_k = rule.places(None, router.top_k, experts) if rule.places else router.top_k
         state = Residency.empty(torch.full((1,), max(experts // 2, top_k)), experts).to("meta")
         for tokens in (1, 512) if strategy in PAPERS_OWN else (512,):
             logits, out = _empty(1, tokens, experts), Routing.empty(1, tokens, top_k, "meta")

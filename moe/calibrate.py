@@ -11,6 +11,7 @@ import torch
 
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.policy import KNOBS
 from cachemoe.kernels.reference_route import candidates, gate_scores
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import QUANTILES, Calibration
@@ -21,7 +22,7 @@ from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.strategies import Pruning
+from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import lru_misses
@@ -117,7 +118,7 @@ def threshold(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> torch.Tens
     gates = gate_scores(logits, rule.scores)
     values = logits if rule.correction is None else gates + rule.correction
     allowed = candidates(values, gates if rule.correction is None else values, rule.scores)
-    places = most_places(top_k, logits.shape[1])
+    places = most_places(None, top_k, logits.shape[1])
     # The best of a token counts in any case; of the others as many as make K - 1 on average.
     others = values.masked_fill(~allowed, -torch.inf).topk(places).values[:, 1:].flatten().sort(descending=True).values
     wanted = len(logits) * (top_k - 1)
@@ -151,10 +152,9 @@ def divergences(
         reference = _log_probabilities(model(window[None].to(model.device)).logits[0])
         for first in range(0, count, at_once):
             rows = range(first, min(first + at_once, count))
-            chooser = Chooser(rules, k, [Pruning(1)] * len(rows), least_recently_used)
-            chooser.knobs[..., 1] = k  # a: all places run,
+            chooser = Chooser(rules, k, [Strategy("random-drop", 0.0)] * len(rows), least_recently_used)
             for row, layer in enumerate(rows):
-                chooser.knobs[layer, row, 1] = 1  # but in this layer the first alone
+                chooser.knobs[layer, row, KNOBS.index("a")] = 1.0  # in this layer all but the best are dropped
             everyone = Residency.empty(torch.full((len(rows),), shape.experts), shape.experts)
 
             def route(layer, logits, hidden, chooser=chooser, state=everyone, rows=rows):

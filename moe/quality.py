@@ -216,10 +216,15 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
 
 
 def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[list[int]]:
-    """The settings that go through the model together: of one name, as many as their output leaves room for."""
+    """The settings that go through the model together: of one name and as many places, as many as their output leaves
+    room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
-    for name in dict.fromkeys(setting.strategy.name for setting in settings):
-        members = [i for i, setting in enumerate(settings) if setting.strategy.name == name]
+
+    def kind(setting):
+        return setting.strategy.name, setting.strategy.places(shape.experts, shape.top_k)
+
+    for each in dict.fromkeys(map(kind, settings)):
+        members = [i for i, setting in enumerate(settings) if kind(setting) == each]
         yield from (members[start : start + most] for start in range(0, len(members), most))
 
 

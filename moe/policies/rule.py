@@ -34,7 +34,7 @@ class Rule:
         name: that a user types.
         key, grade: see :class:`cachemoe.kernels.policy.Policy`.
         parameter: None for a rule without.
-        places: (K, E) -> experts of a token that the grade chooses from; None: K.
+        places: (value, K, E) -> experts chosen for a token, of which the grade may drop some; None: K.
         knob_b: (value, K) -> the knob ``b``.
         thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer; None: ``a`` is the value.
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
@@ -51,7 +51,7 @@ class Rule:
     key: Callable | None = None
     grade: Callable | None = None
     parameter: Parameter | None = None
-    places: Callable[[int, int], int] | None = None
+    places: Callable[[float | None, int, int], int] | None = None
     knob_b: Callable[[float | None, int], float] = lambda value, top_k: 0.0
     thresholds: Callable | None = None
     offsets: Callable | None = None

@@ -15,7 +15,7 @@ from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
-from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Pruning, Strategy, policy_of
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Strategy, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
@@ -139,7 +139,6 @@ def graded(name, a):
 KNOBS_OF_ALL = torch.tensor([[1.0, 0.75, 0.5, 2.0, 0.3, 7.0]])
 STRATEGIES = {
     "original": ORIGINAL,
-    "pruning": policy_of(Pruning(2)),
     "max-rank": policy_of(MaxRank(5, 1)),
     "cumsum": policy_of(CumSum(MASS, 1)),
     "cache-prior": policy_of(CachePrior(0.5, 1)),
@@ -261,7 +260,6 @@ def test_rows_of_a_larger_tensor(backend):
         [MaxRank(1, 0), MaxRank(6, 1), MaxRank(10, 2), MaxRank(4, 5)],
         [CumSum(0.6, 0), CumSum(0.6, 1), CumSum(1.0, 2), CumSum(0.6, 5)],
         [CachePrior(1.0, 0, 0.0), CachePrior(1.0, 0, 0.1), CachePrior(1.0, 0, 0.3), CachePrior(1.0, 0)],
-        [Pruning(1), Pruning(2), Pruning(2), Pruning(1)],
         [Strategy("random-drop", p) for p in (0.0, 0.3, 0.7, 1.0)],
         [Strategy("random-swap", p, 1) for p in (0.0, 0.3, 0.7, 1.0)],
     ],

@@ -41,7 +41,7 @@ def evaluation(model, shape):
 def decode(model, shape, setting):
     """Negative log-likelihood, misses and residency, one token at a time through the key-value cache."""
     state = Residency.empty(torch.full((len(shape.layers),), setting.capacity), shape.experts)
-    policy, k = policy_of(setting.strategy), shape.top_k
+    policy, k = policy_of(setting.strategy), setting.strategy.places(shape.experts, shape.top_k)
     scores = GateScores()
     nats, misses = 0.0, 0
 
