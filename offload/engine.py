@@ -119,13 +119,13 @@ class OffloadEngine:
         """
         if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
             self._recover()
-        self._abandon(layer)
-        ticket = Ticket(layer, routing)
+        if layer in self._tickets:
+            self._abandon(layer)
         if routing.ids.is_cuda or routing.ids.shape[1] != 1:
-            return ticket
-        self._tickets[layer] = ticket
-        ids, slots, held = routing.ids[0, 0].tolist(), routing.slots[0, 0].tolist(), self._frames.held[layer]
-        kept = [k for k, slot in enumerate(slots) if slot >= 0]
+            return Ticket(routing)
+        ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
+        held, kept = self._frames.held[layer], [k for k, slot in enumerate(slots) if slot >= 0]
+        self._tickets[layer] = ticket = Ticket(routing, ids, slots, kept, {})
         try:
             ticket.loads = {self._load(layer, ids[k], slots[k]): k for k in kept if held[slots[k]] != ids[k]}
             if self._staging is not None:
@@ -157,19 +157,18 @@ class OffloadEngine:
         """
         start = perf_counter()
         ticket = routing if isinstance(routing, Ticket) else self.acquire(layer, routing)
-        if ticket.loads and self._tickets.get(layer) is not ticket:
-            raise RuntimeError("the experts of this ticket are not on their way any more: route the layer again")
+        if ticket.ids is not None and self._tickets.get(layer) is not ticket:
+            raise RuntimeError("this ticket is good no more, since another call came between: route the layer again")
         routing = ticket.routing
         try:
-            drops = 0
             if routing.ids.is_cuda:
-                y, misses = self._resident(layer, x, routing), 0
+                y, misses, drops = self._resident(layer, x, routing), 0, 0
+            elif ticket.ids is not None:
+                y, misses = self._decode(layer, x, ticket, x if gate_input is None else gate_input)
+                drops = len(ticket.ids) - len(ticket.kept)
             else:
+                y, misses = self._prefill(layer, x, routing)
                 drops = int((routing.slots < 0).sum())
-                if x.shape[0] == 1:
-                    y, misses = self._decode(layer, x, ticket, x if gate_input is None else gate_input)
-                else:
-                    y, misses = self._prefill(layer, x, routing)
         except BaseException:
             self._recover()
             raise
@@ -270,16 +269,15 @@ class OffloadEngine:
         return self._frames.table(layer) is not None
 
     def _abandon(self, layer: int) -> None:
-        """Wait for the experts that were asked for and never run, if any: their pages are moving to frames in use."""
-        if (ticket := self._tickets.pop(layer, None)) is not None:
-            ids, slots = (each[0, 0].tolist() for each in (ticket.routing.ids, ticket.routing.slots))
-            try:
-                for transfer in self._link.landed(ticket.loads):
-                    k = ticket.loads[transfer]
-                    self._frames.held[layer][slots[k]] = ids[k]
-            except BaseException:
-                self._recover()
-                raise
+        """Wait for experts that were asked for and never ran: their pages are moving to frames in use."""
+        ticket = self._tickets.pop(layer)
+        try:
+            for transfer in self._link.landed(ticket.loads):
+                k = ticket.loads[transfer]
+                self._frames.held[layer][ticket.slots[k]] = ticket.ids[k]
+        except BaseException:
+            self._recover()
+            raise
 
     def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output of tokens whose experts the GPU finds itself."""
@@ -289,14 +287,12 @@ class OffloadEngine:
 
     def _decode(self, layer, x, ticket, gate_input):
         """One token: its output, and how many of its experts missed."""
-        routing, loads = ticket.routing, ticket.loads
-        ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
-        held, frames = self._frames.held[layer], self._frames.of_slot[layer]
-        missing, kept = list(loads.values()), [k for k, slot in enumerate(slots) if slot >= 0]
+        ids, slots, kept, loads = ticket.ids, ticket.slots, ticket.kept, ticket.loads
+        held, frames, missing = self._frames.held[layer], self._frames.of_slot[layer], list(loads.values())
         if self._staging is not None:
             chosen = [ids[k] for k in kept]
             self._staging.look_ahead(layer, gate_input, chosen, len(self._frames.held), self.counters)
-        y, gates = torch.empty_like(x), routing.weights[0]
+        y, gates = torch.empty_like(x), ticket.routing.weights[0]
         where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
         if not loads:
             self._timed(layer, x, where, gates, y)

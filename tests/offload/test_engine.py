@@ -675,16 +675,28 @@ def test_a_ticket_is_good_until_the_layer_is_routed_again_or_a_call_fails(store)
         _, routing = routed(engine, 0, 1)
         new = engine.acquire(0, routing)
         assert old.loads and new.loads
-        with pytest.raises(RuntimeError, match="route the layer again"):
+        with pytest.raises(RuntimeError, match="good no more"):
             engine.forward(0, x, old)
         engine.forward(0, x, new)
         x, routing = routed(engine, 1, 2)
         ticket = engine.acquire(1, routing)
         with pytest.raises(OSError, match="injected"):
             engine.forward(1, x, ticket)
-        with pytest.raises(RuntimeError, match="route the layer again"):
+        with pytest.raises(RuntimeError, match="good no more"):
             engine.forward(1, x, ticket)
         assert_consistent(engine)
+
+
+def test_a_ticket_of_hits_alone_is_not_good_after_a_resize_either(store):
+    with engines.OffloadEngine(store, [EXPERTS] * LAYERS) as engine:
+        x, routing = routed(engine, 0, 0)
+        engine.forward(0, x, routing)
+        x, routing = routed(engine, 0, 0)
+        ticket = engine.acquire(0, routing)
+        assert not ticket.loads
+        engine.resize([TOP_K] * LAYERS)
+        with pytest.raises(RuntimeError, match="good no more"):
+            engine.forward(0, x, ticket)
 
 
 def test_filling_and_resizing_wait_for_what_was_asked_for(store, weights):
