@@ -94,9 +94,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     windows, segments = _tokens(options, shape)
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
-    model_fingerprint = fingerprint(checkpoint, progress)
     if known is not None:
-        known.check(model_fingerprint, len(shape.layers), shape.experts, shape.top_k)
+        known.check(fingerprint(checkpoint, progress), len(shape.layers), shape.experts, shape.top_k)
     model = load_model(checkpoint.path)
     with ExitStack() as stack:
         file = stack.enter_context(open_payload(options.payload, checkpoint, progress))
@@ -157,7 +156,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         "machine": describe() | speeds,
         "model": {
             "name": checkpoint.path.name,
-            "fingerprint": model_fingerprint,
+            "fingerprint": fingerprint(checkpoint, progress),
             "experts": shape.experts,
             "layers": len(shape.layers),
             "k": shape.top_k,

@@ -92,10 +92,12 @@ def tables(report: dict, width: int) -> list[Table]:
             if (row["prefetch"] == NO_PREFETCH or row["name"] == row["strategy"]) and not row["in_a_graph"]
         ]
         predicted = [row for row in rows if "precision" in row]
+        with_controls = any(row.get("control_kl_nats") is not None for row in rows)
+        quality = [column for column in QUALITY_COLUMNS if with_controls or column[0] != CHANCE_COLUMN[0]]
         if width >= WIDE:
-            parts = [(rows, SPEED_COLUMNS + QUALITY_COLUMNS)]
+            parts = [(rows, [*SPEED_COLUMNS, *quality])]
         else:
-            parts = [(rows, SPEED_COLUMNS), (by_strategy, QUALITY_COLUMNS)]
+            parts = [(rows, SPEED_COLUMNS), (by_strategy, quality)]
         for shown, columns in [
             *parts,
             (rows, MOVEMENT_COLUMNS),

@@ -14,9 +14,9 @@ from cachemoe.moe.sizes import size_text
 from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
 ROUTINGS = (
-    "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, or with a calibration "
-    "relu-route, relu-literal, naee-skip:q, naee-prune:r, adap-skip:T, decoupled-exec; pregated-hint and "
-    "decoupled-hint (exact), pregated-exec; of those that swap also ,max-regret=bound"
+    "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, pregated-hint, "
+    "pregated-exec, random-drop:p, random-swap:p; with a calibration relu-route, relu-literal, naee-skip:q, "
+    "naee-prune:r, adap-skip:T, decoupled-hint, decoupled-exec. After those that swap experts also ,max-regret=bound"
 )
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[
