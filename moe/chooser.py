@@ -54,7 +54,9 @@ class Chooser:
         self._rules, self._offsets = [each.to(device) for each in rules], None
         self.places = top_k
         if calibration is not None:
-            self.places = strategies[0].places(calibration.removal.shape[1], top_k)
+            experts = calibration.removal.shape[1]
+            in_groups = (each.scores.top_groups * (experts // each.scores.groups) for each in rules)
+            self.places = min(strategies[0].places(experts, top_k), *in_groups)
         if self._rule.offsets is not None:
             self._shift([self._rule.offsets(calibration, s.value) for s in strategies], self._rule.function, device)
         self.knobs = None
