@@ -190,7 +190,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
                 logits = logits.unflatten(0, (len(rows), -1)).cpu()
                 routing = chooser.route(layer, logits, state[layer])
                 ran = routing.slots >= 0
-                own, _ = own_choice(rules[layer], logits, shape.top_k)
+                own = own_choice(rules[layer], logits.flatten(0, 1), shape.top_k)[0].unflatten(0, logits.shape[:2])
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
                 counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing
