@@ -2,8 +2,7 @@
 
 The paper tries every set of experts; calibration removes one after the other, each time the one whose absence changes
 the layer's output least: a greedy search, not the paper's. A removed expert is as if its row of the router were not
-there: the scores of the others are what they are without it. Where a token's groups of experts have fewer than K left,
-so many run.
+there: the scores of the others are what they are without it.
 """
 
 import torch
@@ -11,11 +10,6 @@ import torch
 from cachemoe.moe.policies.rule import EXPERTS_CHANGED, Parameter, Rule
 
 ABSENT = -1e30
-
-
-def grade(value):
-    """Dropped where it has been removed."""
-    return -1.0 * (value < -5e29)
 
 
 def offsets(calibration, left):
@@ -27,7 +21,6 @@ def offsets(calibration, left):
 
 RULE = Rule(
     "naee-prune",
-    grade=grade,
     parameter=Parameter("r", int, lambda experts, top_k: (top_k, experts)),
     offsets=offsets,
     changes=EXPERTS_CHANGED,

@@ -61,6 +61,7 @@ def test_another_value_asks_no_router_and_routes_as_if_loaded_so(
         opened(routing=routing, calibration=tiny_calibration, pool=3) for routing in (before, after, before)
     )
     asked.clear()
+    monkeypatch.setattr(pooled, "Chooser", None)  # a captured graph goes on with the one that there is
     model.cachemoe.routing = after
     assert asked == []
     assert model.cachemoe.routing == fresh.cachemoe.routing
@@ -68,6 +69,19 @@ def test_another_value_asks_no_router_and_routes_as_if_loaded_so(
     expected, expected_selections = said(fresh)
     assert torch.equal(logits, expected) and selections == expected_selections
     assert not torch.equal(logits, said(other)[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [(CachePrior(1.0, 0), CachePrior(1.0, 0, 0.001)), (None, "max-rank:5")])
+def test_a_bound_where_there_was_none_asks_no_router_that_is_known(opened, asked, before, after):
+    model, fresh, other = opened(routing=before), opened(routing=after), opened(routing=before)
+    model.cachemoe.routing = CachePrior(0.5, 0)
+    model.cachemoe.routing = before
+    asked.clear()
+    model.cachemoe.routing = after
+    assert asked == []
+    logits, expected, first = (said(each)[0] for each in (model, fresh, other))
+    assert torch.equal(logits, expected)
+    assert before is None or not torch.equal(logits, first)
 
 
 @pytest.mark.parametrize("after", ["naee-prune:3", "relu-route", "pruning:1", "original"])

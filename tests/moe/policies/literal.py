@@ -1,4 +1,4 @@
-"""What the tests of policies share: random logits, a calibration made of them, and the models' rules in plain Python."""
+"""What the tests of policies share: random logits, a calibration of them, and the models' rules in plain Python."""
 
 import math
 

@@ -10,6 +10,7 @@ from literal import RULES, assert_same, best_first, calibration_of, empty, logit
 from cachemoe.kernels.state import GateScores
 from cachemoe.moe.calibrate import removal_order
 from cachemoe.moe.routers import RoutingRule, own_choice, sparsemixer_weights
+from cachemoe.offload.errors import InputError
 
 EXPERTS, TOKENS = 10, 60
 each_rule = pytest.mark.parametrize("name", RULES)
@@ -96,12 +97,21 @@ def test_an_expert_that_nothing_chooses_goes_first_and_one_that_all_need_stays()
         assert order[0] == 4 and 1 in order[-2:]
 
 
-@pytest.mark.parametrize("r", [3, 4])
-def test_nothing_that_was_removed_runs_where_groups_leave_few(r):
-    """Of DeepSeek-V3's groups some may have fewer experts left than a token chooses."""
-    scores = GateScores("sigmoid", 4, 2, "best-two", renormalise=True, epsilon=1e-20)
-    rule, logits = RoutingRule(scores, logits_of(4, 8) / 10), logits_of(1, TOKENS, 8)
-    known = calibration_of(rule, logits, 3, removal=torch.tensor([[0, 2, 4, 6, 1, 3, 5, 7]], dtype=torch.int16))
-    routing = routed(f"naee-prune:{r}", rule, logits, 3, known)
-    removed = known.removal[0, : 8 - r].long()
-    assert not torch.isin(routing.ids[routing.slots >= 0], removed).any()
+GROUPED = RoutingRule(GateScores("sigmoid", 4, 2, "best-two", renormalise=True, epsilon=1e-20), logits_of(4, 8) / 10)
+
+
+@pytest.mark.parametrize("group_score", ["best", "best-two"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7], [0, 2, 4, 6, 1, 3, 5, 7], [0, 1, 2, 4, 3, 5, 6, 7]])
+@pytest.mark.parametrize("r", range(3, 9))
+def test_nothing_that_was_removed_runs_where_groups_leave_few(group_score, order, r):
+    """Of two of DeepSeek-V3's groups fewer experts may be left than a token chooses: then it is refused."""
+    rule, logits = replace(GROUPED, scores=replace(GROUPED.scores, group_score=group_score)), logits_of(1, 300, 8)
+    known = calibration_of(rule, logits, 3, removal=torch.tensor([order], dtype=torch.int16))
+    removed = torch.tensor(order[: 8 - r], dtype=torch.int64)
+    mask = torch.zeros(8).index_fill(0, removed, -1e30)
+    chosen = own_choice(replace(rule, correction=rule.correction + mask), logits, 3)[0]
+    if torch.isin(chosen, removed).any():
+        with pytest.raises(InputError, match="some groups of experts would have too few left for the 3 of a token"):
+            routed(f"naee-prune:{r}", rule, logits, 3, known)
+    else:
+        assert torch.equal(routed(f"naee-prune:{r}", rule, logits, 3, known).ids[0], chosen)

@@ -38,7 +38,8 @@ def plain_quantile(values, q):
 def test_q_of_0_is_the_model_bit_for_bit(name, k):
     rule, logits = rules(EXPERTS)[name], logits_of(1, TOKENS, EXPERTS)
     known = calibration_of(rule, logits, k)
-    assert_same(routed("naee-skip:0", rule, logits, k, known), routed("original", rule, logits, k))
+    for text in (logits, 3 * logits_of(2, TOKENS, EXPERTS)):  # also where the second are further from the best
+        assert_same(routed("naee-skip:0", rule, text, k, known), routed("original", rule, text, k))
 
 
 @each_rule
