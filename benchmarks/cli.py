@@ -46,7 +46,7 @@ def latency(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="original, pruning:K', max-rank:M, cumsum:p or cache-prior:lambda; repeatable; original always runs.",
+            help=f"{cli_models.ROUTINGS}; repeatable; original always runs.",
             show_default="a few of each",
         ),
     ] = None,
@@ -101,6 +101,11 @@ def latency(
         Path | None,
         typer.Option(help="Where a Chrome trace of the decoding goes; Perfetto opens it. A picture goes beside it."),
     ] = None,
+    calibration: cli_models.Calibration = None,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Beside each policy the quality of as many drops, or swaps, by chance."),
+    ] = False,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),
     plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/latency.png"),
 ):
@@ -125,7 +130,7 @@ def latency(
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
-            *(device, store, prefetch, ahead, drive, timeline),
+            *(device, store, prefetch, ahead, drive, timeline, calibration, controls),
         )
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
             check_destination(path)

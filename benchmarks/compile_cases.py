@@ -11,13 +11,14 @@ from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch_gpu import plan_fetch
 from cachemoe.kernels.formats import ACTIVATIONS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.policy import KNOBS, Policy
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
 from cachemoe.kernels.route_gpu import plan_route
 from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
 from cachemoe.offload.residency import EVICTION_POLICIES
 
 PREFILL_TOKENS = (128, 512, 2048)
+PAPERS_OWN = ("original", "max-rank", "cumsum", "cache-prior")
 
 
 @dataclass(frozen=True)
@@ -106,24 +107,27 @@ def _activations(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
 
 
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
-    """One token and many, from logits and from hidden states, by every strategy."""
-    experts, top_k = router.experts, router.top_k
-    knobs = _empty(1, len(KNOBS), dtype=torch.float32)
-    # Rules without a key are one policy, the first's.
-    policies = {rule.key: (name, Policy(rule.key, rule.key and knobs)) for name, rule in reversed(RULES.items())}
-    policies = dict(policies.values())
+    """Many tokens by every strategy, one by the paper's; from hidden states, which makes no other choice, by two."""
+    experts, knobs = router.experts, _empty(1, len(KNOBS), dtype=torch.float32)
+    # Rules without functions of their own are the original's policy.
+    ruled = {name: rule for name, rule in RULES.items() if rule.key or rule.grade}
+    policies = {"original": (ORIGINAL, RULES["original"])}
+    policies |= {name: (Policy(rule.key, rule.grade, False, knobs), rule) for name, rule in ruled.items()}
+    prior = RULES["cache-prior"]
+    policies["cache-prior, bounded"] = Policy(prior.key, None, True, knobs), prior
     correction = _empty(experts, dtype=torch.float32) if router.corrected else None
     # Eviction policies differ in a key alone: the others are compiled with one routing.
     ways = [("lru", strategy) for strategy in policies]
     ways += [(eviction, "cache-prior") for eviction in EVICTION_POLICIES if eviction != "lru"]
     for eviction, strategy in ways:
-        policy, evict = policies[strategy], EVICTION_POLICIES[eviction]
+        (policy, rule), evict = policies[strategy], EVICTION_POLICIES[eviction]
+        top_k = rule.places(None, router.top_k, experts) if rule.places else router.top_k
         state = Residency.empty(torch.full((1,), max(experts // 2, top_k)), experts).to("meta")
-        for tokens in (1, 512):
+        for tokens in (1, 512) if strategy in PAPERS_OWN else (512,):
             logits, out = _empty(1, tokens, experts), Routing.empty(1, tokens, top_k, "meta")
             arguments = (logits, state, evict, top_k, policy, router.scores, correction, out)
             yield f"{strategy}, {eviction}, T = {tokens}", plan_route(*arguments)
-            if tokens == 1:
+            if tokens == 1 and strategy in ("original", "cache-prior"):
                 hidden, weight = _empty(1, 1, 2048), _empty(experts, 2048)
                 gate = (hidden, weight, _empty(1, dtype=torch.int32))
                 yield f"{strategy}, {eviction}, gate fused", plan_route(*arguments, gate)

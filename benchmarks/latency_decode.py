@@ -18,6 +18,7 @@ from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.quality import Evaluation, Setting
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -68,6 +69,7 @@ class DecodePlan:
         native: whether the engine's experts are the model's own, or a payload beside them.
         ahead: layers that prefetchers look ahead.
         timeline: records routing and the tokens' beginnings, if given.
+        known: what ``Chooser`` is told of the model and the machine.
     """
 
     windows: torch.Tensor
@@ -76,6 +78,7 @@ class DecodePlan:
     native: bool
     ahead: int
     timeline: Timeline | None = None
+    known: dict = field(default_factory=dict)
 
 
 def rows_at(
@@ -106,16 +109,19 @@ def rows_at(
         Decode(FREE_MISSES, Setting(ORIGINAL, capacity), resident, original.state.clone().with_slots(capacity)),
     ]
     for s, q in here:
-        for prefetch in prefetchers:
+        for prefetch in [s.strategy.rule.source] if s.strategy.rule.prefetches else prefetchers:
             if prefetch != ORACLE or s.strategy.label == EXACT:
-                name = str(s.strategy) if prefetch == NO_PREFETCH else f"{s.strategy} + {prefetch}"
+                own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
+                name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
                 # The state came from a batch whose largest capacity was higher.
                 rows.append(Decode(name, s, offload, q.state.clone().with_slots(capacity), prefetch))
     if driven is not None:
         everything = Setting(ORIGINAL, shape.experts)
         rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
         for s, q in here:
-            rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
+            rule = s.strategy.rule
+            if rule.places is None and rule.source is None:  # as many places as the engine has
+                rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
 
@@ -135,24 +141,44 @@ def decode_rows(model, shape: MoeShape, rows: Sequence[Decode], plan: DecodePlan
             shuffle(order)
             for row in order:
                 model.set_experts_implementation(prefill_experts)
-                decode = _decode_in_a_graph if isinstance(row.engine, DeviceEngine) else _decode_segment
-                decode(model, shape, row, window.to(model.device), plan, rules)
+                window = window.to(model.device)
+                if isinstance(row.engine, DeviceEngine):
+                    _decode_in_a_graph(model, shape, row, window, plan, rules)
+                else:
+                    with gates_ahead(model, row.setting.strategy.rule, plan.known.get("calibration")) as gates:
+                        _decode_segment(model, shape, row, window, plan, rules, gates)
                 progress()
     finally:
         model.set_experts_implementation(prefill_experts)
 
 
 def _decode_segment(
-    model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
+    model,
+    shape: MoeShape,
+    row: Decode,
+    window: torch.Tensor,
+    plan: DecodePlan,
+    rules: Sequence[RoutingRule],
+    gates: Sequence[Gate],
 ) -> None:
-    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict)
+    engine, strategies, rule = row.engine, [row.setting.strategy], row.setting.strategy.rule
+    chooser = Chooser(rules, shape.top_k, strategies, plan.evict, gates_prompts=False, **plan.known)
     engine.state = row.state
     states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
-    def route_layer(layer, logits, hidden):
+    def choose(layer, logits):
         return chooser.route(layer, logits[None].cpu(), states[layer])
+
+    acquire = engine.acquire if isinstance(engine, OffloadEngine) else None
+    source = Ahead(gates, choose, acquire) if rule.decides else None
+
+    def route_layer(layer, logits, hidden):
+        return source.route(layer, logits, hidden) if source else choose(layer, logits)
+
+    def run(layer, x, routing, gate_input=None):
+        return engine.forward(layer, x, source.claim(layer, routing) if source else routing, gate_input)
 
     def route_timed(layer, logits, hidden):
         nonlocal route_s
@@ -166,7 +192,7 @@ def _decode_segment(
 
     def route_and_move(layer, logits, hidden):
         routing = route_timed(layer, logits, hidden)
-        engine.forward(layer, payload_input, routing, gate_input=hidden)
+        run(layer, payload_input, routing, hidden)
         return routing
 
     swap = Swap(model, route_layer)
@@ -179,21 +205,18 @@ def _decode_segment(
         past = model(window[None, : plan.prefix], use_cache=True).past_key_values
     if isinstance(engine, OffloadEngine):
         engine.fill()
-        engine.prefetcher = make_prefetcher(
-            row.prefetch,
-            engine,
-            swap.routers,
-            lambda layer, logits: chooser.peek(layer, logits.cpu(), states[layer]),
-            shape.top_k,
-            plan.ahead,
-            trace,
-        )
+
+        def expected(layer, logits):
+            return chooser.peek(layer, logits.cpu(), states[layer])
+
+        named = row.prefetch, engine, swap.routers, expected, shape.top_k, plan.ahead, trace
+        engine.prefetcher = Foretold(gates, expected) if rule.prefetches else make_prefetcher(*named)
     engine.counters = row.counters
     seconds = []
     model.set_experts_implementation(DECODE_EXPERTS)
     with ExitStack() as stack:
         if plan.native:
-            stack.enter_context(Swap(model, route_timed, engine.forward))
+            stack.enter_context(Swap(model, route_timed, run))
         else:
             stack.enter_context(Swap(model, route_and_move))
         for token in window[plan.prefix :]:
@@ -214,7 +237,8 @@ def _decode_segment(
 def _decode_in_a_graph(
     model, shape: MoeShape, row: Decode, window: torch.Tensor, plan: DecodePlan, rules: Sequence[RoutingRule]
 ) -> None:
-    engine, chooser = row.engine, Chooser(rules, shape.top_k, [row.setting.strategy], plan.evict, model.device)
+    engine, strategies = row.engine, [row.setting.strategy]
+    chooser = Chooser(rules, shape.top_k, strategies, plan.evict, model.device, gates_prompts=False, **plan.known)
     payload_input = _payload_input(engine, model.device)
 
     def route_prefix(layer, logits, hidden):

@@ -16,6 +16,16 @@ COLOURS = {
     "max-rank": "#4e79a7",
     "cumsum": "#59a14f",
     "cache-prior": "#e15759",
+    "latency-ratio": "#f28e2b",
+    "naee-skip": "#76b7b2",
+    "naee-prune": "#2f7f79",
+    "adap-skip": "#edc948",
+    "relu-route": "#9c755f",
+    "relu-literal": "#d7b5a6",
+    "pregated-hint": "#8cd17d",
+    "pregated-exec": "#499894",
+    "random-drop": "#bab0ac",
+    "random-swap": "#79706e",
 }
 # Where a label goes, from its point: settings of different families often coincide.
 LABELS = {

@@ -12,7 +12,6 @@ NO_PREFETCH = "none"
 ORACLE = "oracle"
 GATE = "gate"
 PREFETCHERS = (NO_PREFETCH, GATE, "previous", "frequency", ORACLE)
-STAGING = 12  # pages ahead at a time
 
 
 def make_prefetcher(

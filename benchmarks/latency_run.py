@@ -1,6 +1,7 @@
 """One run of ``cachemoe latency``, from options to the report."""
 
 import hashlib
+import math
 import statistics
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows, rows_at
-from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, STAGING, check_prefetchers
+from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, check_prefetchers
 from cachemoe.benchmarks.latency_report import capacity_report
 from cachemoe.benchmarks.latency_timeline import plot_timeline
 from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
@@ -20,6 +21,7 @@ from cachemoe.benchmarks.speeds import (
     pinned_copy_bandwidth,
     store_bandwidths,
 )
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.machine import describe
@@ -37,6 +39,7 @@ from cachemoe.offload.files import whole_file
 from cachemoe.offload.profiles import profile
 from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.resident_engine import ResidentEngine
+from cachemoe.offload.staging import STAGING
 from cachemoe.offload.store import ExpertStore, Store
 from cachemoe.offload.timeline import Timeline
 
@@ -66,6 +69,8 @@ class LatencyOptions:
     ahead: int
     drive: list[str]
     timeline: Path | None
+    calibration: Path | None
+    controls: bool
 
 
 def run_latency(options: LatencyOptions, progress: Progress) -> dict:
@@ -76,7 +81,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     """
     checkpoint = Checkpoint(options.model or TINYMOE)
     shape = checkpoint.shape
-    strategies, capacities = _check(options, shape)
+    known = None if options.calibration is None else Calibration.load(options.calibration)
+    strategies, capacities = _check(options, shape, known)
     evict = eviction_policy(options.eviction)
     prefetchers = list(dict.fromkeys(options.prefetch))
     check_prefetchers(prefetchers, options.ahead, len(shape.layers))
@@ -88,30 +94,36 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     windows, segments = _tokens(options, shape)
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
+    model_fingerprint = fingerprint(checkpoint, progress)
+    if known is not None:
+        known.check(model_fingerprint, len(shape.layers), shape.experts, shape.top_k)
     model = load_model(checkpoint.path)
     with ExitStack() as stack:
         file = stack.enter_context(open_payload(options.payload, checkpoint, progress))
-        with progress("quality, stepped through the text", len(windows)) as advance:
-            evaluation = evaluate(model, shape, windows, settings, evict, advance)
         store = stack.enter_context(open_level(level, file, progress))
-        model.to(device)
         with progress("reading every page for the resident rows", file.pages) as advance:
             resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
         speeds = _speeds(file, store, resident, shape, device)
         resident_speed = speeds["resident_expert_bytes_per_second"]
         pacing = device_profile.pacing(resident_speed) if device_profile else None
+        link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else math.inf)
+        chooser_knows = {"calibration": known, "miss_cost": math.log1p(resident_speed / link)}
+        with progress("quality, stepped through the text", len(windows) * (1 + options.controls)) as advance:
+            how = *(model, shape, windows, settings, evict, advance), *chooser_knows.values(), options.controls
+            evaluation = evaluate(*how)
+        model.to(device)
         driven_resident = None
         if GRAPH in options.drive:
             driven_resident = DeviceEngine(store, [shape.experts] * len(shape.layers), shape.top_k, device)
         timeline = Timeline(device == "cuda") if options.timeline else None
         native = options.payload == NATIVE
-        plan = DecodePlan(segments, PREFIX, evict, native, options.ahead, timeline)
-        link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else float("inf"))
+        plan = DecodePlan(segments, PREFIX, evict, native, options.ahead, timeline, chooser_knows)
 
         def measure(capacity: int) -> dict:
             """One capacity; its pools are gone when the next one's are made."""
             counts = [capacity] * len(shape.layers)
-            staging = STAGING if set(prefetchers) != {NO_PREFETCH} else 0
+            ahead = set(prefetchers) != {NO_PREFETCH} or any(s.rule.prefetches for s in strategies)
+            staging = STAGING if ahead else 0
             how = {"pacing": pacing, "staging": staging, "evict": evict, "timeline": timeline}
             with OffloadEngine(store, counts, device, **how) as offload:
                 driven = DeviceEngine(store, counts, shape.top_k, device) if GRAPH in options.drive else None
@@ -135,6 +147,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         "device": device,
         "prefetch": prefetchers,
         "timeline": options.timeline and options.timeline.name,
+        "calibration": options.calibration and options.calibration.name,
+        "miss_cost": chooser_knows["miss_cost"],
     }
     text = bytes(torch.cat((windows.flatten(), segments.flatten())).tolist())
     return {
@@ -143,7 +157,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         "machine": describe() | speeds,
         "model": {
             "name": checkpoint.path.name,
-            "fingerprint": fingerprint(checkpoint, progress),
+            "fingerprint": model_fingerprint,
             "experts": shape.experts,
             "layers": len(shape.layers),
             "k": shape.top_k,
@@ -216,13 +230,18 @@ def _speeds(file: ExpertStore, store: Store, resident: ResidentEngine, shape: Mo
     }
 
 
-def _check(options: LatencyOptions, shape: MoeShape) -> tuple[list[Strategy], list[int]]:
+def _check(
+    options: LatencyOptions, shape: MoeShape, calibration: Calibration | None
+) -> tuple[list[Strategy], list[int]]:
     if not 0 <= options.top_j <= shape.top_k:
         raise InputError(f"--top-j must lie between 0 and the {shape.top_k} experts that a token uses")
     texts = options.strategy or _default_strategies(shape)
     parsed = [Strategy.parse(text, shape.experts, shape.top_k, options.top_j) for text in texts]
     strategies = list(dict.fromkeys([ORIGINAL, *parsed]))
     capacities = list(dict.fromkeys(_capacity(text, shape) for text in options.capacity))
+    for strategy in strategies:
+        strategy.check_calibration(calibration)
+        strategy.check_slots(min(capacities), shape.experts, shape.top_k)
     return strategies, capacities
 
 

@@ -9,7 +9,7 @@ from cachemoe.benchmarks.latency_decode import FREE_MISSES, IN_A_GRAPH, ORIGINAL
 from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH
 from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.ratios import with_spread
-from cachemoe.moe.quality_report import COST_COLUMNS
+from cachemoe.moe.quality_report import CHANCE_COLUMN, CHANGED_COLUMN, COST_COLUMNS
 
 TARGET_PERPLEXITY_CHANGE = 0.03
 
@@ -52,7 +52,8 @@ QUALITY_COLUMNS = (
     ("bits\na byte", lambda r: f"{r['bits_per_byte']:.3f}", True),
     ("change", lambda r: f"{round(r['bits_per_byte_change'], 3) + 0.0:+.3f}", True),
     *((heading, text, True) for heading, text in COST_COLUMNS),
-    ("label", lambda r: r["label"], False),
+    (*CHANCE_COLUMN, True),
+    (*CHANGED_COLUMN, False),
 )
 MOVEMENT_COLUMNS = (
     ("ms\np95", lambda r: f"{r['ms_per_token']['p95']:.1f}", False),
@@ -85,7 +86,11 @@ def tables(report: dict, width: int) -> list[Table]:
         best = best_within_target(capacity["rows"])
         rows = capacity["rows"]
         # However pages move, quality is the strategy's.
-        by_strategy = [row for row in rows if row["prefetch"] == NO_PREFETCH and not row["in_a_graph"]]
+        by_strategy = [
+            row
+            for row in rows
+            if (row["prefetch"] == NO_PREFETCH or row["name"] == row["strategy"]) and not row["in_a_graph"]
+        ]
         predicted = [row for row in rows if "precision" in row]
         if width >= WIDE:
             parts = [(rows, SPEED_COLUMNS + QUALITY_COLUMNS)]
@@ -99,13 +104,13 @@ def tables(report: dict, width: int) -> list[Table]:
             table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
             table.add_column("strategy", no_wrap=True)
             for heading, _, _ in columns:
-                table.add_column(heading, justify="left" if heading == "label" else "right", no_wrap=True)
+                table.add_column(heading, justify="left" if heading == "changed" else "right", no_wrap=True)
             for row in shown:
                 style = (
                     "bold green" if row is best else "dim" if row["name"].startswith((RESIDENT, FREE_MISSES)) else None
                 )
                 cells = (text(row) if "miss_rate" in row or not scored else "" for _, text, scored in columns)
-                table.add_row(row["name"], *cells, style=style)
+                table.add_row(row["name"].replace(",", ",\n"), *cells, style=style)
             made.append(table)
             title = None
     return made

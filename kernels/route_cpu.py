@@ -233,19 +233,22 @@ def _keeper(negated, gates, first, knobs, policy, k):
     if "noise" in words:
         seen["noise"] = _noise(first, knobs, gates.shape)
     known = _knobs(knobs, policy) | {"place": PLACES[:k]}
+    weighs = any(word in words for word in ("weight", "first", "before"))
 
     def keep(at, chosen, slot_of):
-        weight = _take(gates[at], chosen)
-        weight = weight / np.maximum(weight.cumsum(-1)[..., -1:], TINY)
-        known["weight"], known["first"] = weight, weight[..., :1]
-        if "before" in words:
-            known["before"] = np.zeros_like(weight)
-            weight[..., :-1].cumsum(-1, out=known["before"][..., 1:])
+        if weighs:
+            weight = _take(gates[at], chosen)
+            weight = weight / np.maximum(weight.cumsum(-1)[..., -1:], TINY)
+            known["weight"], known["first"] = weight, weight[..., :1]
+            if "before" in words:
+                known["before"] = np.zeros_like(weight)
+                weight[..., :-1].cumsum(-1, out=known["before"][..., 1:])
         for word in seen:
             known[word] = _take(seen[word][at], chosen)
-        known["have"] = have = (_take(slot_of, chosen) >= 0).view(np.int8)
-        if "miss" in known:
-            known["cost"] = known["miss"] * (have == 0)
+        if "have" in words or "cost" in words:
+            known["have"] = have = (_take(slot_of, chosen) >= 0).view(np.int8)
+            if "cost" in words:
+                known["cost"] = known["miss"] * (have == 0)
         dropped = policy.grade(*[known[word] for word in words]) < 0
         return ~(dropped & (PLACES[:k] > 0))
 

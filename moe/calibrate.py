@@ -11,6 +11,7 @@ import torch
 
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.policy import KNOBS
 from cachemoe.kernels.reference_route import candidates, gate_scores
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import QUANTILES, Calibration
@@ -21,7 +22,7 @@ from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.strategies import Pruning
+from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import lru_misses
@@ -53,6 +54,7 @@ def calibrate(
     choices = [own_choice(replace(rule, weigh=None), each, k) for rule, each in zip(rules, logits, strict=True)]
     with progress("forcing each layer to one expert", len(windows) * len(layers)) as advance:
         losses = divergences(model, shape, rules, windows, advance)
+    token_ids, place = windows.flatten().cpu().unique(return_inverse=True)
     shares = torch.stack([rest_shares(weights).square().mean() for _, weights in choices])
     removal = []
     with progress("removing experts", len(layers)) as advance:
@@ -68,6 +70,8 @@ def calibrate(
         sensitivities=torch.where(shares > 0, losses / shares, 0.0),
         removal=torch.stack(removal).short(),
         misses=torch.stack([lru_misses(ids, shape.experts) / len(ids) for ids, _ in choices]),
+        token_ids=token_ids.int(),
+        by_token=torch.stack([means(each, place) for each in logits]).half(),
         model=fingerprint,
         name=name,
         k=k,
@@ -115,13 +119,20 @@ def threshold(rule: RoutingRule, logits: torch.Tensor, top_k: int) -> torch.Tens
     gates = gate_scores(logits, rule.scores)
     values = logits if rule.correction is None else gates + rule.correction
     allowed = candidates(values, gates if rule.correction is None else values, rule.scores)
-    places = most_places(top_k, logits.shape[1])
+    places = most_places(None, top_k, logits.shape[1])
     # The best of a token counts in any case; of the others as many as make K - 1 on average.
     others = values.masked_fill(~allowed, -torch.inf).topk(places).values[:, 1:].flatten().sort(descending=True).values
     wanted = len(logits) * (top_k - 1)
     if wanted == 0:
         return values.max()
     return torch.nextafter(others[wanted - 1], torch.tensor(-torch.inf))  # the last that counts lies just above
+
+
+def means(logits: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """``[U + 1, E]`` the mean of logits ``[T, E]`` for each of U places ``[T]``, and of all of them."""
+    count = torch.bincount(place)
+    sums = torch.zeros(len(count), logits.shape[1]).index_add_(0, place, logits)
+    return torch.cat((sums / count[:, None], logits.mean(0, keepdim=True)))
 
 
 def rest_shares(weights: torch.Tensor) -> torch.Tensor:
@@ -142,10 +153,9 @@ def divergences(
         reference = _log_probabilities(model(window[None].to(model.device)).logits[0])
         for first in range(0, count, at_once):
             rows = range(first, min(first + at_once, count))
-            chooser = Chooser(rules, k, [Pruning(1)] * len(rows), least_recently_used)
-            chooser.knobs[..., 1] = k  # a: all places run,
+            chooser = Chooser(rules, k, [Strategy("random-drop", 0.0)] * len(rows), least_recently_used)
             for row, layer in enumerate(rows):
-                chooser.knobs[layer, row, 1] = 1  # but in this layer the first alone
+                chooser.knobs[layer, row, KNOBS.index("a")] = 1.0  # in this layer all but the best are dropped
             everyone = Residency.empty(torch.full((len(rows),), shape.experts), shape.experts)
 
             def route(layer, logits, hidden, chooser=chooser, state=everyone, rows=rows):

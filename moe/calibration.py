@@ -5,7 +5,9 @@ over the best one's; ``thresholds`` ``[L]`` float32, the selection value above w
 chooses on average; ``sensitivities`` ``[L]`` float32, nats lost a token if only the best expert runs, over the mean
 square of the others' share; ``removal`` ``[L, E]`` int16, experts in the order in which they can be done without;
 ``misses`` ``[L, E + 1]`` float32, misses a token of the model's own routing in a cache of so many slots, infinite below
-K. In the metadata ``model`` (the checkpoint's fingerprint), ``name``, ``k``, ``tokens`` and ``version``.
+K; ``token_ids`` ``[U]`` int32, that the text has, ascending, and ``by_token`` ``[L, U + 1, E]`` float16, the router's
+mean logits for each of them and, last, for all. In the metadata ``model`` (the checkpoint's fingerprint), ``name``,
+``k``, ``tokens`` and ``version``.
 """
 
 import json
@@ -28,6 +30,8 @@ DTYPES = {
     "sensitivities": torch.float32,
     "removal": torch.int16,
     "misses": torch.float32,
+    "token_ids": torch.int32,
+    "by_token": torch.float16,
 }
 KINDS = {"model": str, "name": str, "k": int, "tokens": int}  # of what the metadata says beside the version
 
@@ -48,6 +52,8 @@ class Calibration:
     sensitivities: torch.Tensor
     removal: torch.Tensor
     misses: torch.Tensor
+    token_ids: torch.Tensor
+    by_token: torch.Tensor
     model: str
     name: str
     k: int
@@ -89,10 +95,12 @@ class Calibration:
         if any(tensors[name].dtype != dtype for name, dtype in DTYPES.items()) or tensors["removal"].dim() != 2:
             raise broken
         layers, experts = tensors["removal"].shape
+        known = len(tensors["token_ids"].flatten())
         shapes = [(layers, QUANTILES), (layers,), (layers,), (layers, experts), (layers, experts + 1)]
+        shapes += [(known,), (layers, known + 1, experts)]
         if [tuple(tensors[name].shape) for name in DTYPES] != shapes or not 1 <= about["k"] <= experts:
             raise broken
-        for name in ("ratios", "thresholds", "sensitivities"):
+        for name in ("ratios", "thresholds", "sensitivities", "by_token"):
             if not tensors[name].isfinite().all():
                 raise InputError(f"{path} has {name} that are not finite: make it again, on text that the model knows")
         everyone = torch.arange(experts, dtype=torch.int16)

@@ -21,7 +21,7 @@ class Chooser:
     Args:
         rules: of each layer's router.
         top_k: K of the model.
-        strategies: of the B caches.
+        strategies: of the B caches, with the same number of places.
         evict: eviction policy.
         device: where the logits and the state are.
         calibration: of the model, for rules that need it.
@@ -53,11 +53,9 @@ class Chooser:
         self._policies = self._policies_of(strategies, len(rules))
         self._leaves_prompts = self._rule.decode_only and not gates_prompts
         self._rules, self._offsets = [each.to(device) for each in rules], None
-        self.places = top_k
-        if calibration is not None:
-            experts = calibration.removal.shape[1]
-            in_groups = (each.scores.top_groups * (experts // each.scores.groups) for each in rules)
-            self.places = min(strategies[0].places(experts, top_k), *in_groups)
+        experts = 0 if calibration is None else calibration.removal.shape[1]
+        in_groups = (each.scores.top_groups * (experts // each.scores.groups) or top_k for each in rules)
+        self.places = min(strategies[0].places(experts, top_k), *in_groups)
         if self._rule.offsets is not None:
             self._shift([self._rule.offsets(calibration, s.value) for s in strategies], self._rule.function, device)
         self.knobs = None

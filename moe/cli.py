@@ -15,7 +15,8 @@ from cachemoe.moe.terminal import check_destination, console, one_sentence, save
 
 ROUTINGS = (
     "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, or with a calibration "
-    "relu-route, relu-literal, naee-skip:q, naee-prune:r, adap-skip:T; of those that swap also ,max-regret=bound"
+    "relu-route, relu-literal, naee-skip:q, naee-prune:r, adap-skip:T, decoupled-exec; pregated-hint and "
+    "decoupled-hint (exact), pregated-exec; of those that swap also ,max-regret=bound"
 )
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[

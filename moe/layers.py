@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 
 import torch
@@ -118,6 +119,23 @@ def check_experts(layer: MoeLayer, page_format: PageFormat) -> None:
     rows *= torch.logspace(-1, 2, PROBES)[:, None]  # small values show the curve, large ones where it is cut off
     if not torch.allclose(experts._apply_gate(rows), activate(rows, page_format), rtol=1e-4, atol=1e-5):
         raise InputError(f"{name} has an activation that cachemoe does not compute: see moe/architectures.py")
+
+
+def gates_of(layers: list[MoeLayer]) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Of each layer what gives its router's logits for any hidden states ``[S, H]``.
+
+    Raises:
+        InputError: if a router's logits are more than a product with its weight.
+    """
+    gates = []
+    for layer in layers:
+        if (logits_of := probe(layer).logits_of) is None:
+            raise InputError(
+                f"{type(layer.router).__name__} does more than multiply by its weight, so that it cannot be asked "
+                "ahead of its layer: use another routing than pregated"
+            )
+        gates.append(partial(logits_of, layer.router))
+    return gates
 
 
 def router_marks(layers: list[MoeLayer]) -> list[tuple]:

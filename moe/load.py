@@ -31,6 +31,7 @@ from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.residency import eviction_policy
 from cachemoe.offload.resident_engine import ResidentEngine
+from cachemoe.offload.staging import STAGING
 from cachemoe.offload.store import ExpertStore
 
 VERIFY = ("read", "open", "off")
@@ -117,7 +118,8 @@ def load(
         if verify == "open":
             with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                 opened.verify(advance)
-        engine = _engine(stack, opened, slots, device, evict, progress)
+        staging = STAGING if routing.rule.prefetches else 0
+        engine = _engine(stack, opened, slots, device, evict, staging, progress)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
         PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules, known).keep(stack.pop_all())
     return model, tokenizer
@@ -172,7 +174,8 @@ def swap(
             finally:  # what is open stays readable, and nothing is left behind however this ends
                 with suppress(OSError):
                     path.unlink()
-            engine, layout = _engine(stack, file, capacity, model.device, evict, progress), file.layout
+            staging = STAGING if routing.rule.prefetches else 0
+            engine, layout = _engine(stack, file, capacity, model.device, evict, staging, progress), file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules, known).keep(stack.pop_all())
     return model.cachemoe
 
@@ -228,12 +231,14 @@ def _device(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def _engine(stack: ExitStack, store, capacity, device, evict: Callable, progress: Progress) -> OffloadEngine:
+def _engine(
+    stack: ExitStack, store, capacity, device, evict: Callable, staging: int, progress: Progress
+) -> OffloadEngine:
     """The engine over a file: through pinned memory where a GPU computes."""
     if device.type != "cpu":
         with progress("reading every page into pinned memory", store.pages) as advance:
             store = stack.enter_context(PinnedStore(store, advance))
-    return stack.enter_context(OffloadEngine(store, capacity, device, evict=evict))
+    return stack.enter_context(OffloadEngine(store, capacity, device, staging=staging, evict=evict))
 
 
 def counted(pages: Iterator[torch.Tensor], advance: Callable[[], None]) -> Iterator[torch.Tensor]:

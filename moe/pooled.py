@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,8 @@ from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.strategies import Strategy, checked
+from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
+from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine
@@ -101,6 +102,8 @@ class PooledExperts:
         self._activations = [getattr(layer.experts, "act_fn", None) for layer in layers]
         self._rules, self._marks, self._seen = rules, None, None
         self._chooser: Chooser | None = None
+        self._source: Ahead | None = None
+        self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
         self._is_closed = False
@@ -123,11 +126,21 @@ class PooledExperts:
     def routing(self, routing: Strategy | str | None) -> None:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
+        if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
+            raise InputError(f"{routing} fetches ahead, and this pool has no room for that: give it to load")
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
         if not self._retuned(routing):
-            self._chooser = None
-            self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing))
+            with ExitStack() as asked:
+                gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
+                prefetcher = self._prefetcher(gates) if routing.rule.prefetches else None
+                self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing, gates))
+                if routing.label == EXACT:
+                    self._chooser = self._source = None
+                if isinstance(self.engine, OffloadEngine) and self.engine.staging:
+                    self.engine.prefetcher = prefetcher
+                self._gates.close()
+                self._gates = asked.pop_all()
         self._routing = routing
 
     @property
@@ -146,6 +159,7 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
+        self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
         with self._lock:
             try:
                 self.engine.resize(slots)
@@ -168,6 +182,7 @@ class PooledExperts:
                 self._swap.__exit__()
                 for layer in self._swap.layers:
                     layer.experts.forward = _closed
+                self._gates.close()
             self._owned.close()
 
     def __reduce_ex__(self, protocol):
@@ -191,7 +206,7 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
-    def _router(self, routing: Strategy) -> Callable[..., Routing]:
+    def _router(self, routing: Strategy, gates: Sequence[Gate]) -> Callable[..., Routing]:
         """What routes by that strategy. Routers are asked again if they have been changed since."""
         marks = router_marks(self._swap.layers)
         if self._rules is None or self._marks not in (None, marks):
@@ -199,8 +214,19 @@ class PooledExperts:
         self._marks = marks
         cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
         known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
-        self._chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
-        return partial(self._route, self._chooser)
+        chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
+        source, route = None, partial(self._route, chooser)
+        if routing.rule.decides:
+            acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
+            source = Ahead(gates, route, acquire)
+        self._chooser, self._source = chooser, source
+        return route if source is None else source.route
+
+    def _prefetcher(self, gates: Sequence[Gate]) -> Foretold:
+        """What asks for the experts that the model would choose by what the gates say."""
+        rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
+        own = Chooser(rules, self.shape.top_k, [Original()], self._evict)
+        return Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
 
     def _retuned(self, routing: Strategy) -> bool:
         """Whether other numbers for the chooser in place are all that the routing needs."""
@@ -217,7 +243,7 @@ class PooledExperts:
             self._seen = state
         return self._states[layer]
 
-    def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, hidden: torch.Tensor) -> Routing:
+    def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, *_) -> Routing:
         (logits,) = to_host(logits)
         return chooser.route(layer, logits[None], self._state(layer))
 
@@ -231,12 +257,16 @@ class PooledExperts:
                 f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {int(ids.min())} to {int(ids.max())}: "
                 f"it has {count}, and {slots} slots for them"
             )
-        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict)
+        drops = None
+        if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
+            drops = ((weights == 0) & (weights != 0).any(1, keepdim=True))[None]
+        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict, drops)
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)
         count, before, selected = self.layers[layer], self.counters.misses, self.counters.selections
-        y = self.engine.forward(layer, hidden.contiguous(), routing)
+        asked = routing if self._source is None else self._source.claim(layer, routing)
+        y = self.engine.forward(layer, hidden.contiguous(), asked)
         count.selections += self.counters.selections - selected
         count.misses += self.counters.misses - before
         return y

@@ -16,6 +16,7 @@ from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sources import Ahead, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses
@@ -44,6 +45,7 @@ class Quality:
         misses: pages that token-by-token decode would have fetched.
         runs: experts that ran.
         swaps: of these, such as were not among the model's own K.
+        top_k: K of the model.
         control: the same text with as many experts dropped, or swapped, by chance; None where none were.
     """
 
@@ -56,6 +58,7 @@ class Quality:
     swaps: int = 0
     kl: float = 0.0
     agreements: int = 0
+    top_k: int = 0
     control: "Quality | None" = None
 
     @property
@@ -87,6 +90,7 @@ class Quality:
             "perplexity_change": self.perplexity_change(unmodified),
             "kl_nats": self.kl / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
+            "k_eff": self.top_k * self.runs / max(self.selections, 1),
             "experts_swapped": self.swaps / max(self.selections, 1),
             "control_kl_nats": self.control and self.control.kl / self.control.tokens,
             "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
@@ -174,8 +178,8 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
         state = Residency.empty(capacity.expand(layers, -1), shape.experts)
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict, **known)
         for row, i in enumerate(members):
-            qualities[i] = Quality(state[:, row])
-        batches.append(([qualities[i] for i in members], state, chooser))
+            qualities[i] = Quality(state[:, row], top_k=shape.top_k)
+        batches.append(([qualities[i] for i in members], state, chooser, settings[members[0]].strategy.rule))
 
     original_ids = []
     for window in windows:
@@ -183,20 +187,24 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
             reference = _log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
-        for rows, state, chooser in batches:
+        for rows, state, chooser, rule in batches:
             counts = torch.zeros(3, len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, rows=rows, state=state, chooser=chooser, counts=counts):
-                logits = logits.unflatten(0, (len(rows), -1)).cpu()
-                routing = chooser.route(layer, logits, state[layer])
+            def route(layer, logits, _=None, rows=rows, state=state, chooser=chooser):
+                return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), state[layer])
+
+            def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts):
+                routing = choose(layer, logits, hidden)
                 ran = routing.slots >= 0
-                own = own_choice(rules[layer], logits.flatten(0, 1), shape.top_k)[0].unflatten(0, logits.shape[:2])
+                own = own_choice(rules[layer], logits.cpu(), shape.top_k)[0].unflatten(0, (len(rows), -1))
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
                 counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing
 
-            with Swap(model, route_layer):
-                logits = model(window.expand(len(rows), -1)).logits[:, :-1]
+            with gates_ahead(model, rule, known["calibration"]) as gates:
+                choose = Ahead(gates, route).route if rule.decides else route
+                with Swap(model, partial(route_layer, choose=choose)):
+                    logits = model(window.expand(len(rows), -1)).logits[:, :-1]
             _score(rows, _log_probabilities(logits), reference, window[1:])
             for quality, (misses, runs, swaps) in zip(rows, counts.T.tolist(), strict=True):
                 quality.misses += misses
@@ -208,10 +216,15 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
 
 
 def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[list[int]]:
-    """The settings that go through the model together: of one name, as many as their output leaves room for."""
+    """The settings that go through the model together: of one name and as many places, as many as their output leaves
+    room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
-    for name in dict.fromkeys(setting.strategy.name for setting in settings):
-        members = [i for i, setting in enumerate(settings) if setting.strategy.name == name]
+
+    def kind(setting):
+        return setting.strategy.name, setting.strategy.places(shape.experts, shape.top_k)
+
+    for each in dict.fromkeys(map(kind, settings)):
+        members = [i for i, setting in enumerate(settings) if kind(setting) == each]
         yield from (members[start : start + most] for start in range(0, len(members), most))
 
 

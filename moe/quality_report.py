@@ -5,18 +5,21 @@ from rich.table import Table
 
 # What a routing costs; the latency tables show the same.
 COST_COLUMNS = (
+    ("k_eff", lambda r: f"{r['k_eff']:.2f}"),
     ("perp-\nlexity", lambda r: f"{r['perplexity']:.3f}"),
     ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}"),
     ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
 )
+# The divergence of as many drops, or swaps, by chance.
+CHANCE_COLUMN = ("KL by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}")
+CHANGED_COLUMN = ("changed", lambda r: r["label"].removesuffix(" changed"))
 COLUMNS = (
     ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),
-    ("k_eff", lambda r: f"{r['k_eff']:.2f}"),
     ("swap\n%", lambda r: f"{100 * r['experts_swapped']:.1f}"),
     *COST_COLUMNS,
-    ("KL by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}"),
-    ("changed", lambda r: r["label"].removesuffix(" changed")),
+    CHANCE_COLUMN,
+    CHANGED_COLUMN,
 )
 
 

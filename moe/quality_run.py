@@ -84,11 +84,11 @@ def run_quality(
             "nats_per_token": evaluation.unmodified.nats_per_token,
             "perplexity": evaluation.unmodified.perplexity,
         },
-        "rows": _rows(settings, evaluation, shape.experts, shape.top_k),
+        "rows": _rows(settings, evaluation, shape.experts),
     }
 
 
-def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int, top_k: int) -> list[dict]:
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
     belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
     return [
         {
@@ -99,7 +99,6 @@ def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int, top
             "top_j": setting.strategy.top_j,
             "belady_miss_rate": belady[setting.capacity],
             "nats_per_token": quality.nats_per_token,
-            "k_eff": quality.runs / quality.selections * top_k,
         }
         | quality.costs(evaluation.unmodified)
         for setting, quality in zip(settings, evaluation.settings, strict=True)

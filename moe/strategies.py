@@ -124,8 +124,8 @@ class Strategy:
             )
 
     def places(self, experts: int, top_k: int) -> int:
-        """Experts of a token that routing chooses, for the grade to drop some of: K, or what the rule says."""
-        return top_k if self.rule.places is None else self.rule.places(top_k, experts)
+        """Experts that are chosen for a token, of which a grade may drop some: K, or what the rule says."""
+        return top_k if self.rule.places is None else self.rule.places(self.value, top_k, experts)
 
     def check_slots(self, slots: int, experts: int, top_k: int) -> None:
         """Whether so many slots of a layer hold all that a token may choose.

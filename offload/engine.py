@@ -24,6 +24,7 @@ from cachemoe.offload.prefetch import Prefetcher
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.staging import Staging
 from cachemoe.offload.store import Store
+from cachemoe.offload.ticket import Ticket
 from cachemoe.offload.timeline import Timeline
 from cachemoe.offload.waves import plan_waves
 
@@ -40,7 +41,7 @@ class OffloadEngine:
         device: where the pool is and the experts run. ``state`` stays on the CPU, and so does the routing: where the
             model is on a GPU, its router's logits come to the host, which has to know what to fetch.
         pacing: see ``Link``.
-        staging: pages that a prefetcher may have ahead at a time.
+        staging: pages that a prefetcher may have ahead at a time; kept as an attribute.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
         timeline: records what happens when, if given.
 
@@ -64,7 +65,7 @@ class OffloadEngine:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
         self.counters = Counters()
         self.page_format = layout.page_format
-        self._evict, self._timeline = evict, timeline
+        self._evict, self._timeline, self.staging = evict, timeline, staging
         self._frames = Frames(capacity, staging, layout, device)
         self._pool = self._frames.pool
         self._compute = Compute(self._pool, layout)
@@ -72,6 +73,7 @@ class OffloadEngine:
         self._busy_s = 0.0  # of the link, as counted so far
         self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
+        self._tickets: dict[int, Ticket] = {}  # of layers whose experts have been asked for
         self._staging: Staging | None = None
         if staging:
             frames = self._frames
@@ -107,16 +109,42 @@ class OffloadEngine:
         """``[1, ...]``, what the layer's routing is to see, and to update."""
         return self.state[layer : layer + 1]
 
+    def acquire(self, layer: int, routing: Routing) -> Ticket:
+        """Ask for the experts that one token misses; of many tokens, ``forward`` asks for them.
+
+        May be called a layer early. The ticket is good until the layer is routed again, or a call fails.
+
+        Args:
+            routing: as for ``forward``.
+        """
+        if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
+            self._recover()
+        if layer in self._tickets:
+            self._abandon(layer)
+        if routing.ids.is_cuda or routing.ids.shape[1] != 1:
+            return Ticket(routing)
+        ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
+        held, kept = self._frames.held[layer], [k for k, slot in enumerate(slots) if slot >= 0]
+        self._tickets[layer] = ticket = Ticket(routing, ids, slots, kept, {})
+        try:
+            ticket.loads = {self._load(layer, ids[k], slots[k]): k for k in kept if held[slots[k]] != ids[k]}
+            if self._staging is not None:
+                self._staging.chosen(layer, [ids[k] for k in kept], self.counters)
+        except BaseException:
+            self._recover()
+            raise
+        return ticket
+
     @torch.no_grad()
     def forward(
-        self, layer: int, x: torch.Tensor, routing: Routing, gate_input: torch.Tensor | None = None
+        self, layer: int, x: torch.Tensor, routing: Routing | Ticket, gate_input: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Run the experts that ``route`` chose for this layer, fetching what is missing.
 
         Args:
             x: ``[T, H]`` contiguous, in a dtype that the page format computes in.
-            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it; or on the device,
-                where ``holds_all``.
+            routing: of one cache (B = 1) and these T tokens, with ``state`` as ``route`` left it, or on the device,
+                where ``holds_all``; or the ``Ticket`` that ``acquire`` gave for one.
             gate_input: ``[T, H]``, what the layer's router saw, for prefetchers that want it; None: x.
 
         Returns:
@@ -125,23 +153,26 @@ class OffloadEngine:
         Raises:
             Exception: what the store raised, if a page could not be read. Its expert is then absent, and the engine can
                 be used on.
+            RuntimeError: for a ticket that is good no more.
         """
         start = perf_counter()
-        if self._link.broken:  # a second Ctrl-C has interrupted what followed the first
-            self._recover()
+        ticket = routing if isinstance(routing, Ticket) else self.acquire(layer, routing)
+        if ticket.ids is not None and self._tickets.get(layer) is not ticket:
+            raise RuntimeError("this ticket is good no more, since another call came between: route the layer again")
+        routing = ticket.routing
         try:
-            drops = 0
             if routing.ids.is_cuda:
-                y, misses = self._resident(layer, x, routing), 0
+                y, misses, drops = self._resident(layer, x, routing), 0, 0
+            elif ticket.ids is not None:
+                y, misses = self._decode(layer, x, ticket, x if gate_input is None else gate_input)
+                drops = len(ticket.ids) - len(ticket.kept)
             else:
+                y, misses = self._prefill(layer, x, routing)
                 drops = int((routing.slots < 0).sum())
-                if x.shape[0] == 1:
-                    y, misses = self._decode(layer, x, routing, x if gate_input is None else gate_input)
-                else:
-                    y, misses = self._prefill(layer, x, routing)
         except BaseException:
             self._recover()
             raise
+        self._tickets.pop(layer, None)
         busy, self._busy_s = self._busy_s, self._link.busy_s
         self.counters.link_s += self._busy_s - busy
         self.counters.count_call(routing.ids.numel(), drops, misses, perf_counter() - start)
@@ -155,6 +186,8 @@ class OffloadEngine:
         Raises:
             Exception: as ``forward``.
         """
+        for layer in list(self._tickets):
+            self._abandon(layer)
         frames, slots = self._frames, {}
         try:
             for layer, e, slot in frames.missing():
@@ -235,24 +268,31 @@ class OffloadEngine:
         """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
         return self._frames.table(layer) is not None
 
+    def _abandon(self, layer: int) -> None:
+        """Wait for experts that were asked for and never ran: their pages are moving to frames in use."""
+        ticket = self._tickets.pop(layer)
+        try:
+            for transfer in self._link.landed(ticket.loads):
+                k = ticket.loads[transfer]
+                self._frames.held[layer][ticket.slots[k]] = ticket.ids[k]
+        except BaseException:
+            self._recover()
+            raise
+
     def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output of tokens whose experts the GPU finds itself."""
         y = torch.empty_like(x)
         self._timed(layer, x, self._frames.table(layer)[routing.ids[0]], routing.weights[0], y)
         return y
 
-    def _decode(self, layer, x, routing, gate_input):
+    def _decode(self, layer, x, ticket, gate_input):
         """One token: its output, and how many of its experts missed."""
-        ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
-        held, frames = self._frames.held[layer], self._frames.of_slot[layer]
-        kept = [k for k, slot in enumerate(slots) if slot >= 0]
-        missing = [k for k in kept if held[slots[k]] != ids[k]]
-        loads = {self._load(layer, ids[k], slots[k]): k for k in missing}
+        ids, slots, kept, loads = ticket.ids, ticket.slots, ticket.kept, ticket.loads
+        held, frames, missing = self._frames.held[layer], self._frames.of_slot[layer], list(loads.values())
         if self._staging is not None:
             chosen = [ids[k] for k in kept]
-            self._staging.chosen(layer, chosen, self.counters)
             self._staging.look_ahead(layer, gate_input, chosen, len(self._frames.held), self.counters)
-        y, gates = torch.empty_like(x), routing.weights[0]
+        y, gates = torch.empty_like(x), ticket.routing.weights[0]
         where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
         if not loads:
             self._timed(layer, x, where, gates, y)
@@ -347,6 +387,7 @@ class OffloadEngine:
     def _recover(self) -> None:
         """After a failure or Ctrl-C, wherever it came: let nothing move, and let the pages decide who is where."""
         try:
+            self._tickets.clear()
             self._frames.take_size()
             self._link.abandon()
             if self._staging is not None:

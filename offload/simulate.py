@@ -1,6 +1,14 @@
 """Cache policies on a recorded trace of expert selections, without moving a page."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
+
+from cachemoe.kernels.policy import Policy
+from cachemoe.kernels.route import route
+from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
+from cachemoe.offload.residency import least_recently_used
 
 
 def belady_misses(ids: torch.Tensor, capacity: int) -> int:
@@ -63,3 +71,27 @@ def lru_misses(ids: torch.Tensor, experts: int) -> torch.Tensor:
     by_capacity = torch.tensor(misses, dtype=torch.float64).flip(0).cumsum(0).flip(0).float()
     by_capacity[: ids.shape[1]] = torch.inf
     return by_capacity
+
+
+def replay(
+    logits: torch.Tensor,
+    policy: Policy,
+    capacity: Sequence[int],
+    top_k: int,
+    evict: Callable = least_recently_used,
+    scores: GateScores = SOFTMAX,
+    correction: torch.Tensor | None = None,
+) -> Routing:
+    """What a policy chooses and misses on one layer's recorded logits, in B caches side by side, cold at first.
+
+    Args:
+        logits: ``[T, E]``, as a routing trace has them.
+        policy: its knobs ``[B, ...]``, or one row for all.
+        capacity: slots of the B caches.
+        top_k, evict, scores, correction: as for ``route``.
+    """
+    caches = len(capacity)
+    if policy.knobs is not None and len(policy.knobs) == 1:
+        policy = replace(policy, knobs=policy.knobs.repeat(caches, 1))
+    state = Residency.empty(torch.tensor(capacity), logits.shape[1])
+    return route(logits.float().expand(caches, -1, -1), state, evict, top_k, policy, scores, correction)

@@ -13,6 +13,7 @@ from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link, Transfer
 from cachemoe.offload.prefetch import Prefetcher, lands_in_time
 
+STAGING = 12  # pages ahead at a time, where nobody says otherwise
 SMOOTHING = 0.1  # weight of the newest interval in the mean time from layer to layer
 
 

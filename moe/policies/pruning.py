@@ -2,10 +2,8 @@
 
 from cachemoe.moe.policies.rule import Parameter, Rule
 
-
-def grade(place, a):
-    """Dropped from the place a = K' on."""
-    return -1.0 * (place >= a)
-
-
-RULE = Rule("pruning", grade=grade, parameter=Parameter("K'", int, lambda experts, top_k: (1, top_k - 1)))
+RULE = Rule(
+    "pruning",
+    parameter=Parameter("K'", int, lambda experts, top_k: (1, top_k - 1)),
+    places=lambda value, top_k, experts: int(value),
+)

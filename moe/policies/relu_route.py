@@ -7,7 +7,7 @@ K lie on average; weights are the model's own rule. A token takes twice the mode
 from cachemoe.moe.policies.rule import Rule
 
 
-def most_places(top_k: int, experts: int) -> int:
+def most_places(value: None, top_k: int, experts: int) -> int:
     """Experts of a token at most: the kernel takes 16."""
     return max(top_k, min(2 * top_k, experts, 16))
 

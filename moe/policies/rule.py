@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 
+GATE, TOKEN = "gate", "token"
 EXACT = "exact"
 ROUTING_CHANGED = "routing changed"
 PRECISION_CHANGED = "precision changed"
@@ -33,12 +34,15 @@ class Rule:
         name: that a user types.
         key, grade: see :class:`cachemoe.kernels.policy.Policy`.
         parameter: None for a rule without.
-        places: (K, E) -> experts of a token that the grade chooses from; None: K.
+        places: (value, K, E) -> experts chosen for a token, of which the grade may drop some; None: K.
         knob_b: (value, K) -> the knob ``b``.
         thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer; None: ``a`` is the value.
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
         function: of the scores, in place of the model's; they are the weights as they are.
         decode_only: whether ``load`` leaves prompts alone.
+        source: what says ahead of a layer which experts it will choose: ``gate``, its gate on the input of the layer
+            before, or ``token``, a calibration's table by token id; None: nothing.
+        decides: whether that routes the layer; else it is only fetched ahead.
         is_exact: (value) -> whether it can only choose what the model would.
         changes: what it changes otherwise.
     """
@@ -47,12 +51,14 @@ class Rule:
     key: Callable | None = None
     grade: Callable | None = None
     parameter: Parameter | None = None
-    places: Callable[[int, int], int] | None = None
+    places: Callable[[float | None, int, int], int] | None = None
     knob_b: Callable[[float | None, int], float] = lambda value, top_k: 0.0
     thresholds: Callable | None = None
     offsets: Callable | None = None
     function: str | None = None
     decode_only: bool = False
+    source: str | None = None
+    decides: bool = False
     is_exact: Callable[[float | None], bool] = lambda value: False
     changes: str = ROUTING_CHANGED
 
@@ -64,4 +70,9 @@ class Rule:
     @property
     def needs_calibration(self) -> bool:
         """Whether it does nothing without."""
-        return self.thresholds is not None or self.offsets is not None
+        return self.thresholds is not None or self.offsets is not None or self.source == TOKEN
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether experts are fetched ahead, and chosen otherwise."""
+        return self.source is not None and not self.decides

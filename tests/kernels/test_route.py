@@ -15,7 +15,7 @@ from cachemoe.kernels.route_cpu import peek, place
 from cachemoe.kernels.route_gpu import plan_route, warps_of
 from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency, Routing
 from cachemoe.moe.policies import RULES
-from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Pruning, Strategy, policy_of
+from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Strategy, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES, least_frequently_used, least_recently_used
 
 LRU = EVICTION_POLICIES["lru"]
@@ -131,10 +131,14 @@ def grade_of_all(value, weight, first, before, place, have, cost, noise, a, b):
     return weight - 0.25 * first * b - 0.125 * before - 0.01 * place * cost + 0.0625 * have * (noise > a) + 0.01 * value
 
 
+def graded(name, a):
+    """The policy of a rule whose threshold comes from a calibration."""
+    return Policy(grade=RULES[name].grade, knobs=torch.tensor([[2.0, a, 0.0, 0.0, torch.inf, 0.0]]))
+
+
 KNOBS_OF_ALL = torch.tensor([[1.0, 0.75, 0.5, 2.0, 0.3, 7.0]])
 STRATEGIES = {
     "original": ORIGINAL,
-    "pruning": policy_of(Pruning(2)),
     "max-rank": policy_of(MaxRank(5, 1)),
     "cumsum": policy_of(CumSum(MASS, 1)),
     "cache-prior": policy_of(CachePrior(0.5, 1)),
@@ -142,12 +146,16 @@ STRATEGIES = {
     "latency-ratio": policy_of(Strategy("latency-ratio", 1.5, 1), miss_cost=0.7),
     "random-drop": policy_of(Strategy("random-drop", 0.4), layer=3),
     "random-swap": policy_of(Strategy("random-swap", 0.4, 1), top_k=3, layer=2),
+    "naee-skip": graded("naee-skip", 0.8),
+    "adap-skip": graded("adap-skip", 0.45),
+    "relu-route": graded("relu-route", 1.2),
+    "relu-literal": graded("relu-literal", 0.0),
     "every word": Policy(key_of_all, grade_of_all, True, KNOBS_OF_ALL),
 }
 
 
-def test_every_rule_is_here():
-    assert set(RULES) <= set(STRATEGIES)
+def test_every_rule_with_a_function_is_here():
+    assert {name for name, rule in RULES.items() if rule.key or rule.grade} <= set(STRATEGIES)
     assert STRATEGIES["every word"].words == KEY_WORDS and STRATEGIES["every word"].grade_words == GRADE_WORDS
 
 
@@ -252,7 +260,6 @@ def test_rows_of_a_larger_tensor(backend):
         [MaxRank(1, 0), MaxRank(6, 1), MaxRank(10, 2), MaxRank(4, 5)],
         [CumSum(0.6, 0), CumSum(0.6, 1), CumSum(1.0, 2), CumSum(0.6, 5)],
         [CachePrior(1.0, 0, 0.0), CachePrior(1.0, 0, 0.1), CachePrior(1.0, 0, 0.3), CachePrior(1.0, 0)],
-        [Pruning(1), Pruning(2), Pruning(2), Pruning(1)],
         [Strategy("random-drop", p) for p in (0.0, 0.3, 0.7, 1.0)],
         [Strategy("random-swap", p, 1) for p in (0.0, 0.3, 0.7, 1.0)],
     ],

@@ -145,6 +145,8 @@ def test_a_calibration_of_another_model_is_refused(opened, tiny_calibration, tmp
         ratios=torch.zeros(layers, 1001),
         thresholds=torch.zeros(layers),
         sensitivities=torch.ones(layers),
+        token_ids=torch.tensor([0], dtype=torch.int32),
+        by_token=torch.zeros(layers, 2, count - 1, dtype=torch.float16),
     )
     other.save(tmp_path / "other")
     for pool in (2, 8):

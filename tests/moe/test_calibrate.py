@@ -23,7 +23,7 @@ from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.strategies import Strategy
 from cachemoe.offload.residency import least_recently_used
 
-CALIBRATED = [rule.name for rule in RULES.values() if rule.needs_calibration]
+CALIBRATED = [rule.name for rule in RULES.values() if rule.thresholds or rule.offsets]
 RELU_LITERAL_REFUSES = ("deepseek_v3", "phimoe")
 
 
@@ -51,7 +51,7 @@ def counts_above(rule, logits, k, bound):
         worth = [sum(sorted(g)[-2:]) if rule.scores.group_score == "best-two" else max(g) for g in groups]
         best = sorted(range(len(groups)), key=lambda g: -worth[g])[: rule.scores.top_groups]
         above = sum(value > bound for g in best for value in groups[g])
-        counts.append(min(max(above, 1), most_places(k, len(row))))
+        counts.append(min(max(above, 1), most_places(None, k, len(row))))
     return counts
 
 

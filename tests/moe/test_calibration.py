@@ -32,6 +32,8 @@ def parts(layers=2, experts=5):
         "sensitivities": torch.tensor([46.69, 0.0229]),
         "removal": torch.arange(experts).flip(0).short().expand(layers, -1).contiguous(),
         "misses": misses,
+        "token_ids": torch.tensor([3, 7, 200], dtype=torch.int32),
+        "by_token": torch.zeros(layers, 4, experts, dtype=torch.float16),
     }
 
 
@@ -142,6 +144,7 @@ def with_value(name, value):
         ("misses", torch.full((2, 6), math.inf), "not a cachemoe calibration"),
         ("misses", torch.zeros(2, 6), "not a cachemoe calibration"),
         ("removal", torch.zeros(0, 0, dtype=torch.int16), "not a cachemoe calibration"),
+        ("by_token", with_value("by_token", math.nan), "has by_token that are not finite"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(tmp_path, name, tensor, words):
@@ -174,7 +177,7 @@ def test_load_refuses_a_calibration_of_another_model(opened, tiny_calibration, t
     others = (
         replace(known, model="f" * 32),
         replace(known, k=1, misses=with_finite_from(known.misses, 1)),
-        replace(known, removal=experts, misses=known.misses[:, :8]),
+        replace(known, removal=experts, misses=known.misses[:, :8], by_token=known.by_token[..., :7]),
     )
     for i, other in enumerate(others):
         other.save(tmp_path / str(i))

@@ -41,14 +41,14 @@ def evaluation(model, shape):
 def decode(model, shape, setting):
     """Negative log-likelihood, misses and residency, one token at a time through the key-value cache."""
     state = Residency.empty(torch.full((len(shape.layers),), setting.capacity), shape.experts)
-    policy, k = policy_of(setting.strategy), shape.top_k
+    policy, k = policy_of(setting.strategy), setting.strategy.places(shape.experts, shape.top_k)
     scores = GateScores()
     nats, misses = 0.0, 0
 
     def route_layer(layer, logits, hidden):
         nonlocal misses
         routing = route(logits[None], state[layer : layer + 1], least_recently_used, k, policy, scores)
-        misses += int((~routing.hits).sum())
+        misses += int(routing.misses.count)
         return routing
 
     with Swap(model, route_layer):

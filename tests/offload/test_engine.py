@@ -17,7 +17,7 @@ from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.route import route
 from cachemoe.kernels.state import Routing
-from cachemoe.moe.strategies import CachePrior, Pruning, Strategy, policy_of
+from cachemoe.moe.strategies import CachePrior, Strategy, policy_of
 from cachemoe.offload import engine as engines
 from cachemoe.offload import pool, staging, waves
 from cachemoe.offload.errors import InputError
@@ -157,8 +157,8 @@ calls = st.lists(st.tuples(st.integers(0, LAYERS - 1), st.sampled_from([1, 1, 1,
 capacities = st.lists(st.integers(TOP_K, EXPERTS), min_size=LAYERS, max_size=LAYERS)
 
 
-DROPPING, PRUNING = policy_of(Strategy("random-drop", 0.5)), policy_of(Pruning(1))
-policies = st.sampled_from([ORIGINAL, policy_of(CachePrior(0.4, 1)), DROPPING, PRUNING])
+DROPPING, BEST_ALONE = (policy_of(Strategy("random-drop", p)) for p in (0.5, 1.0))
+policies = st.sampled_from([ORIGINAL, policy_of(CachePrior(0.4, 1)), DROPPING, BEST_ALONE])
 
 
 @given(calls=calls, capacity=capacities, policy=policies)
@@ -171,7 +171,7 @@ def test_outputs_are_the_references(store, weights, calls, capacity, policy):
         counters = engine.counters
         assert counters.hits + counters.misses == counters.selections
         assert counters.selections + counters.drops == TOP_K * sum(tokens for _, tokens in calls)
-        assert (counters.drops > 0) == (policy is PRUNING) or policy is DROPPING
+        assert (counters.drops > 0) == (policy is BEST_ALONE) or policy is DROPPING
         assert counters.bytes_read == counters.pages_read * FORMAT.page_bytes
         assert counters.calls == len(calls)
 
@@ -631,3 +631,90 @@ def test_waves_compute_each_expert_once_from_its_own_page(held, data):
                 computed.append(e)
     assert sorted(computed) == sorted(needed)
     assert final <= set(slots)
+
+
+# ---------------------------------------------------------------------------------------------- asked for a layer early
+
+
+def routed(engine, layer, seed, policy=ORIGINAL):
+    x = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed))
+    return x, reference_route.route(logits_of(seed, 1), engine.caches(layer), least_recently_used, TOP_K, policy)
+
+
+@given(tokens=st.integers(1, 10), capacity=capacities, policy=policies, ahead=st.booleans())
+def test_asking_early_changes_no_bit(store, tokens, capacity, policy, ahead):
+    with engines.OffloadEngine(store, capacity) as plain, foreseeing(store, capacity, Guess(0)) as early:
+        early.prefetcher = Guess(0) if ahead else None
+        for token in range(tokens):
+            tickets = []
+            for layer in range(LAYERS):  # all layers asked for before the first runs
+                x, routing = routed(early, layer, token, policy)
+                tickets.append((x, early.acquire(layer, routing)))
+            for layer, (x, ticket) in enumerate(tickets):
+                _, routing = routed(plain, layer, token, policy)
+                assert torch.equal(early.forward(layer, x, ticket), plain.forward(layer, x, routing))
+            assert_consistent(early)
+        ours, theirs = early.counters, plain.counters
+        assert (ours.hits, ours.misses, ours.drops) == (theirs.hits, theirs.misses, theirs.drops)
+
+
+def test_a_ticket_that_nobody_used_leaves_its_pages(store, weights):
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS) as engine:
+        for seed in range(6):
+            _, routing = routed(engine, 0, seed)
+            engine.acquire(0, routing)  # and the call ends before its experts run
+        y, expected = step(engine, weights, 0, 9, 1)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert_consistent(engine)
+
+
+def test_a_ticket_is_good_until_the_layer_is_routed_again_or_a_call_fails(store):
+    with engines.OffloadEngine(FaultyStore(store, ["none"] * 2 * TOP_K + ["fail"]), [TOP_K] * LAYERS) as engine:
+        x, routing = routed(engine, 0, 0)
+        old = engine.acquire(0, routing)
+        _, routing = routed(engine, 0, 1)
+        new = engine.acquire(0, routing)
+        assert old.loads and new.loads
+        with pytest.raises(RuntimeError, match="good no more"):
+            engine.forward(0, x, old)
+        engine.forward(0, x, new)
+        x, routing = routed(engine, 1, 2)
+        ticket = engine.acquire(1, routing)
+        with pytest.raises(OSError, match="injected"):
+            engine.forward(1, x, ticket)
+        with pytest.raises(RuntimeError, match="good no more"):
+            engine.forward(1, x, ticket)
+        assert_consistent(engine)
+
+
+def test_a_ticket_of_hits_alone_is_not_good_after_a_resize_either(store):
+    with engines.OffloadEngine(store, [EXPERTS] * LAYERS) as engine:
+        x, routing = routed(engine, 0, 0)
+        engine.forward(0, x, routing)
+        x, routing = routed(engine, 0, 0)
+        ticket = engine.acquire(0, routing)
+        assert not ticket.loads
+        engine.resize([TOP_K] * LAYERS)
+        with pytest.raises(RuntimeError, match="good no more"):
+            engine.forward(0, x, ticket)
+
+
+def test_filling_and_resizing_wait_for_what_was_asked_for(store, weights):
+    with engines.OffloadEngine(FaultyStore(store, ["slow"] * 99), [TOP_K] * LAYERS) as engine:
+        for change in (engine.fill, lambda: engine.resize([EXPERTS] * LAYERS)):
+            _, routing = routed(engine, 0, 3)
+            engine.acquire(0, routing)
+            change()
+            assert_consistent(engine)
+            y, expected = step(engine, weights, 0, 4, 1)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_an_absent_expert_costs_is_measured(store, weights):
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS) as plain:
+        cost = plain.miss_cost()
+        step(plain, weights, 0, 0, 1)
+        assert_consistent(plain)
+    slow = Pacing(bytes_per_second=FORMAT.page_bytes / 0.02, latency=0.0)
+    with engines.OffloadEngine(store, [TOP_K] * LAYERS, pacing=slow) as paced:
+        assert paced.miss_cost() > cost > 0  # 20 ms a page

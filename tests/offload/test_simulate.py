@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.reference_route import route
 from cachemoe.kernels.state import Residency
+from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.residency import least_recently_used
-from cachemoe.offload.simulate import belady_misses
+from cachemoe.offload.simulate import belady_misses, replay
 from cachemoe.offload.simulate import lru_misses as all_lru_misses
 
 QWEN_EXPERTS = 60
@@ -136,3 +137,13 @@ def test_misses_in_every_capacity_are_those_of_a_cache_that_is_stepped(experts, 
         assert torch.equal(routing.ids[0], ids)
         assert int(routing.misses.count) == found[capacity]
     assert (found[k:].diff() <= 0).all() and found[experts] == len(ids.unique())
+
+
+def test_replay_is_route_in_a_cold_cache_for_each_capacity():
+    logits, policy = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)), policy_of(CachePrior(0.4, 1))
+    together = replay(logits.half(), policy, [3, 6, 12], 3)
+    for row, capacity in enumerate((3, 6, 12)):
+        state = Residency.empty(torch.tensor([capacity]), 12)
+        alone = route(logits.half()[None], state, least_recently_used, 3, policy)
+        assert torch.equal(together.ids[row], alone.ids[0]) and torch.equal(together.slots[row], alone.slots[0])
+        assert int(together.misses.count[row]) == int(alone.misses.count[0])

@@ -44,6 +44,8 @@ def calibration_of(rule, logits, k, sensitivities=None, **other):
         "sensitivities": torch.ones(1) if sensitivities is None else torch.tensor(sensitivities),
         "removal": torch.arange(experts, dtype=torch.int16)[None],
         "misses": lru_misses(ids, experts)[None] / len(ids),
+        "token_ids": torch.tensor([0], dtype=torch.int32),
+        "by_token": logits.mean(0).expand(1, 2, -1).half(),
         "model": "abc",
         "name": "random",
         "k": k,

@@ -45,7 +45,7 @@ def test_those_above_the_threshold_run_and_the_best_in_any_case(name, experts, k
 
 
 def test_a_token_takes_twice_k_at_most_and_no_more_than_there_are_or_the_kernel_takes():
-    assert [most_places(k, experts) for k, experts in ((2, 8), (4, 6), (1, 60), (10, 64), (16, 64), (8, 8))] == [
+    assert [most_places(None, k, experts) for k, experts in ((2, 8), (4, 6), (1, 60), (10, 64), (16, 64), (8, 8))] == [
         4,
         6,
         2,
