@@ -108,6 +108,8 @@ class Calibration:
         can_be = (misses >= 0) & (misses.isfinite() == (torch.arange(experts + 1) >= about["k"]))
         if not (tensors["removal"].sort(1).values == everyone).all() or not can_be.all():
             raise broken
+        if known == 0 or not (tensors["token_ids"].diff(prepend=torch.tensor([-1], dtype=torch.int32)) > 0).all():
+            raise broken
         return cls(**tensors, **about)
 
     def check(self, model: str, layers: int, experts: int, top_k: int) -> None:

@@ -144,11 +144,19 @@ def with_value(name, value):
         ("misses", torch.full((2, 6), math.inf), "not a cachemoe calibration"),
         ("misses", torch.zeros(2, 6), "not a cachemoe calibration"),
         ("removal", torch.zeros(0, 0, dtype=torch.int16), "not a cachemoe calibration"),
+        ("token_ids", torch.tensor([3, 200, 7], dtype=torch.int32), "not a cachemoe calibration"),
+        ("token_ids", torch.tensor([3, 3, 7], dtype=torch.int32), "not a cachemoe calibration"),
+        ("token_ids", torch.tensor([-1, 3, 7], dtype=torch.int32), "not a cachemoe calibration"),
         ("by_token", with_value("by_token", math.nan), "has by_token that are not finite"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(tmp_path, name, tensor, words):
     assert words in refusal(written(tmp_path / "calibration", **{name: tensor}))
+
+
+def test_a_table_of_no_tokens_is_refused(tmp_path):
+    nothing = {"token_ids": torch.zeros(0, dtype=torch.int32), "by_token": torch.zeros(2, 1, 5, dtype=torch.float16)}
+    assert "not a cachemoe calibration" in refusal(written(tmp_path / "calibration", **nothing))
 
 
 def test_quantiles_between_two_that_are_kept():
