@@ -44,7 +44,7 @@ class Policy:
             best always runs. Weights are the model's own rule over those that run. None: all K run.
         bounded: whether the knob ``regret`` holds: of the pairs of an expert that the key brought in and one of the
             model's own K that left for it, the best with the worst first, only those stay in which the score of the
-            second exceeds that of the first by less.
+            second exceeds that of the first by less; at 0 none.
         knobs: ``[B, len(KNOBS)]`` float32, contiguous, where the logits are; needed with a key or grade. A captured
             graph reads what is written there.
 

@@ -133,7 +133,7 @@ def _bounded(ranks, scores, regret):
         own = range(len(row))
         brought_in, left = [r for r in row if r not in own], [r for r in own if r not in row]
         for new, old in zip(brought_in, reversed(left), strict=True):
-            if not by_rank[old] - by_rank[new] < bound:
+            if not (0 < bound and by_rank[old] - by_rank[new] < bound):  # a correction may rank a lower score better
                 row[row.index(new)] = old
         bounded.append(sorted(row))
     return torch.tensor(bounded, device=ranks.device)

@@ -277,7 +277,7 @@ def _bounded(ranks, scores, regret):
     brought_in = [r for r in row if r >= k]
     left = [r for r in range(k - 1, -1, -1) if r not in row] if brought_in else []
     for new, old in zip(brought_in, left, strict=True):
-        if not scores[old] - scores[new] < regret:
+        if not (0 < regret and scores[old] - scores[new] < regret):
             row[row.index(new)] = old
     return np.array(sorted(row))
 

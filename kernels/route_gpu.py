@@ -210,7 +210,7 @@ def _bounded(chosen, key, score, regret, e, K: tl.constexpr, SIZE: tl.constexpr)
         worst = tl.min(tl.where(left, key, HIGHEST), 0)
         old = tl.max(tl.where(left & (key == worst), e, -1), 0)  # among equals the higher id is the worse
         given_up = tl.sum(tl.where(e == old, score, 0.0), 0) - tl.sum(tl.where(e == new, score, 0.0), 0)
-        undone = (old >= 0) & ((given_up < regret) == 0)
+        undone = (old >= 0) & (((given_up < regret) & (regret > 0)) == 0)
         chosen = tl.where(undone & (e == new), False, chosen | (undone & (e == old)))
         left &= e != old
         brought_in &= e != new

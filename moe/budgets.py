@@ -8,7 +8,7 @@ import torch
 
 
 def budgets(misses: torch.Tensor, total: int) -> list[int]:
-    """The slots of each layer that miss least together; of several ways, the one with fewer slots in the first layers.
+    """The slots of each layer that miss least together; of several ways, the one with fewer slots in the last layers.
 
     Args:
         misses: ``[L, E + 1]``, of each layer in each capacity, infinite where it cannot be.

@@ -50,7 +50,8 @@ def calibrate(
     rules = routing_rules(layers, k, "cpu")
     with progress("recording the routers", len(windows)) as advance:
         logits, seen = _recorded(model, layers, windows, advance)
-    choices = [own_choice(rule, each, k) for rule, each in zip(rules, logits, strict=True)]
+    # Shares of the scores, as policies see them, whatever the model makes of these.
+    choices = [own_choice(replace(rule, weigh=None), each, k) for rule, each in zip(rules, logits, strict=True)]
     with progress("forcing each layer to one expert", len(windows) * len(layers)) as advance:
         losses = divergences(model, shape, rules, windows, advance)
     token_ids, place = windows.flatten().cpu().unique(return_inverse=True)

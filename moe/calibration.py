@@ -104,7 +104,11 @@ class Calibration:
             if not tensors[name].isfinite().all():
                 raise InputError(f"{path} has {name} that are not finite: make it again, on text that the model knows")
         everyone = torch.arange(experts, dtype=torch.int16)
-        if not (tensors["removal"].sort(1).values == everyone).all() or tensors["misses"].isnan().any():
+        misses = tensors["misses"]
+        can_be = (misses >= 0) & (misses.isfinite() == (torch.arange(experts + 1) >= about["k"]))
+        if not (tensors["removal"].sort(1).values == everyone).all() or not can_be.all():
+            raise broken
+        if known == 0 or not (tensors["token_ids"].diff(prepend=torch.tensor([-1], dtype=torch.int32)) > 0).all():
             raise broken
         return cls(**tensors, **about)
 

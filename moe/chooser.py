@@ -9,6 +9,7 @@ from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.kernels.route_cpu import peek
 from cachemoe.kernels.state import Routing
 from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.policies.naee_prune import ABSENT
 from cachemoe.moe.routers import RoutingRule, choose
 from cachemoe.moe.strategies import Strategy, policy_of
 from cachemoe.offload.errors import InputError
@@ -52,7 +53,9 @@ class Chooser:
         self._policies = self._policies_of(strategies, len(rules))
         self._leaves_prompts = self._rule.decode_only and not gates_prompts
         self._rules, self._offsets = [each.to(device) for each in rules], None
-        self.places = strategies[0].places(0 if calibration is None else calibration.removal.shape[1], top_k)
+        experts = 0 if calibration is None else calibration.removal.shape[1]
+        in_groups = (each.scores.top_groups * (experts // each.scores.groups) or top_k for each in rules)
+        self.places = min(strategies[0].places(experts, top_k), *in_groups)
         if self._rule.offsets is not None:
             self._shift([self._rule.offsets(calibration, s.value) for s in strategies], self._rule.function, device)
         self.knobs = None
@@ -80,6 +83,8 @@ class Chooser:
     def _shift(self, offsets: list[torch.Tensor], function: str | None, device) -> None:
         """Have ``[L, E]`` offsets of each cache added to what is selected by: logits, or their scores' correction."""
         every_layer = torch.stack(offsets, 1).to(device)  # [L, B, E]
+        for rule, each in zip(self._rules, every_layer, strict=True):
+            _check_groups(rule, each > ABSENT, self._known["top_k"])
         if function is not None:
             if any(rule.correction is not None or rule.weigh is not None for rule in self._rules):
                 raise InputError("the model selects by more than its logits, which relu-literal would leave out")
@@ -115,3 +120,20 @@ class Chooser:
             logits = logits + self._offsets[layer, 0, 0]
         correction = rule.correction if rule.correction is None else rule.correction.flatten()
         return peek(logits, state, self.places, self._policies[layer], rule.scores, correction)
+
+
+def _check_groups(rule: RoutingRule, left: torch.Tensor, top_k: int) -> None:
+    """Whether a token has K experts to choose from, whichever groups it takes; groups that are left too few come last.
+
+    Args:
+        left: ``[B, E]`` bool, experts that have not been removed.
+
+    Raises:
+        InputError: if not.
+    """
+    scores, experts = rule.scores, left.shape[-1]
+    counts = left.unflatten(-1, (scores.groups, -1)).sum(-1)
+    lacking = (2 if scores.group_score == "best-two" else 1) - counts
+    fewest = (counts + (experts + 1) * lacking.clamp(min=0)).sort(-1).values[..., : scores.top_groups] % (experts + 1)
+    if fewest.sum(-1).min() < top_k:
+        raise InputError(f"some groups of experts would have too few left for the {top_k} of a token: remove fewer")

@@ -99,7 +99,7 @@ def load(
             layout = checkpoint.layout(kind.kind, kind.group)
         slots = slots_of(pool, shape, layout.page_format.page_bytes)
         if capacity != "even":
-            slots = _adaptive(capacity, slots, known)
+            slots = _adaptive(capacity, slots, shape.experts, known)
         routing.check_slots(min(slots), shape.experts, shape.top_k)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
@@ -204,7 +204,7 @@ def check_model(model, top_k: int, page_format: PageFormat, routing: Strategy) -
     return None if routing.label == EXACT else routing_rules(layers, top_k, "cpu")
 
 
-def _adaptive(capacity: str, slots: list[int], calibration: Calibration | None) -> list[int]:
+def _adaptive(capacity: str, slots: list[int], experts: int, calibration: Calibration | None) -> list[int]:
     """As many slots, shared as the calibration's misses say."""
     if capacity != "adaptive":
         raise InputError(f"capacity is even or adaptive, not {capacity!r}")
@@ -213,7 +213,7 @@ def _adaptive(capacity: str, slots: list[int], calibration: Calibration | None) 
             "an adaptive capacity needs a calibration of the model: make one with `cachemoe calibrate MODEL --out "
             "FILE`, and give it as --calibration FILE, or calibration=FILE in Python"
         )
-    if len(calibration.misses) != len(slots):
+    if calibration.removal.shape != (len(slots), experts):
         raise InputError(f"the calibration is of another model, {calibration.name}: make one of this model")
     return budgets(calibration.misses, sum(slots))
 

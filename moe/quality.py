@@ -196,7 +196,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
             def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts):
                 routing = choose(layer, logits, hidden)
                 ran = routing.slots >= 0
-                own, _ = own_choice(rules[layer], logits.unflatten(0, (len(rows), -1)).cpu(), shape.top_k)
+                own = own_choice(rules[layer], logits.cpu(), shape.top_k)[0].unflatten(0, (len(rows), -1))
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
                 counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
                 return routing

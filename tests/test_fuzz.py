@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.moe.budgets import budgets
+from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.info import needs
 from cachemoe.moe.trace import RoutingTrace
@@ -220,3 +222,31 @@ def test_a_damaged_trace(trace, data):
         return
     assert read.logits.shape[:2] == read.ids.shape[:2] == (len(read.logits), len(read.tokens))
     assert (type(read.model), type(read.name), type(read.context)) == (str, str, int)
+
+
+# -------------------------------------------------------------------------------------------------------- calibrations
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "calibration"
+    misses = torch.tensor([[torch.inf, torch.inf, 2.0, 1.0, 0.5]] * 2)
+    removal, token_ids = torch.arange(4, dtype=torch.int16).repeat(2, 1), torch.tensor([1, 5], dtype=torch.int32)
+    numbers = torch.zeros(2, 1001), torch.zeros(2), torch.ones(2), removal, misses, token_ids
+    Calibration(*numbers, torch.zeros(2, 3, 4, dtype=torch.float16), "a model", "name", 2, 10).save(path)
+    return path, path.read_bytes()
+
+
+@fuzzed
+@given(st.data())
+def test_a_damaged_calibration(calibration, data):
+    path, content = calibration
+    path.write_bytes(damaged_safetensors(data.draw, content))
+    try:
+        read = Calibration.load(path)
+    except InputError:
+        return
+    layers, experts = read.removal.shape
+    assert read.removal.sort(1).values.tolist() == [list(range(experts))] * layers
+    assert sum(budgets(read.misses, layers * experts)) == layers * experts and read.ratio(0.5).isfinite().all()
+    assert (type(read.model), type(read.name), type(read.k), type(read.tokens)) == (str, str, int, int)

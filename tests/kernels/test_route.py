@@ -283,6 +283,17 @@ def test_a_correction_for_each_cache(backend):
 
 
 @every_backend
+def test_a_bound_of_0_undoes_every_swap(backend):
+    """Also one that gives up less than nothing: with a correction the model may rank a lower score better."""
+    logits, correction = normal_logits(11, 2, 8, 16), normal_logits(12, 16) / 4
+    states = [Residency.empty(torch.tensor([6, 9]), 16) for _ in range(2)]
+    bounded, sigmoid = policy_of(MaxRank(16, 0, 0.0), MaxRank(16, 1, 0.0)), GateScores("sigmoid")
+    routing = assert_as_reference(backend, logits, states[0], LRU, 4, bounded, sigmoid, correction)
+    own = reference_route.route(logits, states[1], LRU, 4, ORIGINAL, sigmoid, correction)
+    assert torch.equal(routing.ids, own.ids)
+
+
+@every_backend
 @pytest.mark.parametrize("policy", STRATEGIES.values(), ids=STRATEGIES)
 def test_a_router_gone_astray_still_chooses_distinct_experts(backend, policy):
     logits = normal_logits(6, 1, 5, 8)

@@ -14,6 +14,7 @@ from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses, replay
+from cachemoe.offload.simulate import lru_misses as all_lru_misses
 
 QWEN_EXPERTS = 60
 
@@ -102,6 +103,40 @@ def test_miss_rates_on_real_routing_at_half_the_experts(real_routing):
         assert misses == lru_misses(ids.tolist(), capacity)
         assert 0.40 < misses / ids.numel() < 0.50
         assert belady_misses(ids, capacity) < misses
+
+
+# --------------------------------------------------------------------------------------- LRU in every capacity at once
+
+
+def as_logits(ids, experts):
+    """``[T, E]`` of which the model chooses these experts, in their order."""
+    tokens, k = ids.shape
+    return torch.zeros(tokens, experts).scatter_(1, ids, torch.arange(k, 0, -1.0).expand(tokens, k))
+
+
+@given(traces(experts=9, tokens=40))
+def test_misses_in_every_capacity_are_those_of_lru(trace):
+    ids, _ = trace
+    k, found = len(ids[0]), all_lru_misses(torch.tensor(ids), 9).tolist()
+    assert len(found) == 10 and found[:k] == [float("inf")] * k
+    assert found[k:] == [lru_misses(ids, capacity) for capacity in range(k, 10)]
+
+
+@pytest.mark.parametrize(("experts", "k"), [(8, 2), (12, 4), (6, 1), (5, 5)])
+@pytest.mark.parametrize("skew", [0.0, 1.5])
+def test_misses_in_every_capacity_are_those_of_a_cache_that_is_stepped(experts, k, skew):
+    """As routed; the more skewed, the more the trace has favourites."""
+    generator = torch.Generator().manual_seed(experts)
+    logits = torch.randn(150, experts, generator=generator) - skew * torch.arange(experts) / experts
+    ids = logits.topk(k).indices
+    found = all_lru_misses(ids, experts)
+    assert found.dtype == torch.float32 and found[:k].isinf().all()
+    for capacity in range(k, experts + 1):
+        state = Residency.empty(torch.tensor([capacity]), experts)
+        routing = route(as_logits(ids, experts)[None], state, least_recently_used, k)
+        assert torch.equal(routing.ids[0], ids)
+        assert int(routing.misses.count) == found[capacity]
+    assert (found[k:].diff() <= 0).all() and found[experts] == len(ids.unique())
 
 
 def test_replay_is_route_in_a_cold_cache_for_each_capacity():

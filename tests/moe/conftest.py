@@ -1,0 +1,64 @@
+"""What several tests of models share."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+
+@contextmanager
+def silent(description, total):
+    yield lambda: None
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    """A progress that shows nothing."""
+    return silent
+
+
+@pytest.fixture(scope="session")
+def tiny_windows():
+    """``[3, 24]`` random bytes."""
+    return torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def tiny_calibration(tiny_checkpoint, tiny_windows, stores, tmp_path_factory):
+    """The file of a calibration of ``tiny_checkpoint``, made on ``tiny_windows``."""
+    from cachemoe.moe.calibrate import calibrate
+    from cachemoe.moe.checkpoint import Checkpoint
+    from cachemoe.moe.fingerprint import fingerprint
+    from cachemoe.moe.models import load_model
+
+    source, model = Checkpoint(tiny_checkpoint), load_model(tiny_checkpoint, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHEMOE_CACHE", str(stores))
+        known_as = fingerprint(source, silent)
+    made = calibrate(model, source, source.page_format(None), tiny_windows, known_as, "tiny", silent)
+    path = tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
+    made.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory):
+    """A cache directory, whose stores need not be packed again."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def opened(stores, tiny_checkpoint, quiet, monkeypatch):
+    """``load`` of a model, ``tiny_checkpoint`` if none is said; closed after the test."""
+    from cachemoe.moe.load import load
+
+    monkeypatch.setenv("CACHEMOE_CACHE", str(stores))
+    models = []
+
+    def opened(path=tiny_checkpoint, **options):
+        models.append(load(path, **{"pool": 4, "device": "cpu", "progress": quiet} | options)[0])
+        return models[-1]
+
+    yield opened
+    for model in models:
+        model.cachemoe.close()

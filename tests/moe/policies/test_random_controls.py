@@ -1,0 +1,144 @@
+"""What drops or swaps by chance: as often as it says, never the best, the same each time, and as often as a policy."""
+
+import pytest
+import torch
+from literal import RULES, assert_same, assert_weighs, best_first, empty, logits_of, ran, routed, rules
+
+from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.models import load_model
+from cachemoe.moe.quality import Quality, Setting, control_of, evaluate
+from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.strategies import Strategy
+from cachemoe.offload.residency import least_recently_used
+
+EXPERTS, TOKENS, K = 16, 1500, 4
+each_rule = pytest.mark.parametrize("name", RULES)
+
+
+def rate_of(rule, logits, routing, first):
+    """The share of the model's own choice from a place on that does not run."""
+    absent = 0
+    for t, z in enumerate(logits.tolist()):
+        own, here = best_first(z, rule)[:K], ran(routing, t)
+        assert here[:first] == own[:first]
+        absent += len(set(own) - set(here))
+    return absent / (len(logits) * (K - first))
+
+
+@each_rule
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_random_drop_drops_as_often_as_it_says_and_never_the_best(name, p):
+    rule, logits = rules(EXPERTS)[name], logits_of(1, TOKENS, EXPERTS)
+    routing = routed(f"random-drop:{p}", rule, logits, K)
+    assert routing.ids[0].tolist() == [best_first(z, rule)[:K] for z in logits.tolist()]
+    assert rate_of(rule, logits, routing, 1) == pytest.approx(p, abs=0.025)
+    for t in range(50):
+        assert_weighs(routing, t, logits[t].tolist(), rule)
+
+
+@each_rule
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("top_j", [0, 1, 2])
+def test_random_swap_swaps_as_often_as_it_says_and_never_the_j_best(name, p, top_j):
+    rule, logits = rules(EXPERTS)[name], logits_of(1, TOKENS, EXPERTS)
+    routing = routed(f"random-swap:{p}", rule, logits, K, top_j=top_j)
+    assert (routing.slots >= 0).all()
+    assert rate_of(rule, logits, routing, top_j) == pytest.approx(p, abs=0.025)
+    for t in range(50):
+        assert_weighs(routing, t, logits[t].tolist(), rule)
+
+
+def test_the_swapped_in_are_any_of_the_others():
+    rule, logits = rules(EXPERTS)["softmax"], logits_of(1, TOKENS, EXPERTS)
+    routing = routed("random-swap:1", rule, logits, K, top_j=0)
+    places = [best_first(z, rule).index(e) for t, z in enumerate(logits.tolist()) for e in ran(routing, t)]
+    counts = torch.bincount(torch.tensor(places), minlength=EXPERTS)
+    assert not counts[:K].any()
+    expected = TOKENS * K / (EXPERTS - K)
+    assert (counts[K:] > 0.85 * expected).all() and (counts[K:] < 1.15 * expected).all()
+
+
+@pytest.mark.parametrize("text", ["random-drop:0", "random-swap:0"])
+def test_a_probability_of_0_is_the_model_bit_for_bit(text):
+    rule, logits = rules(EXPERTS)["renormalised"], logits_of(1, 100, EXPERTS)
+    expected = routed("original", rule, logits, K, state=empty(6, EXPERTS))
+    assert_same(routed(text, rule, logits, K, state=empty(6, EXPERTS)), expected)
+
+
+def test_a_probability_of_1_drops_or_swaps_all_but_the_best():
+    rule, logits = rules(EXPERTS)["renormalised"], logits_of(1, 100, EXPERTS)
+    assert rate_of(rule, logits, routed("random-drop:1", rule, logits, K), 1) == 1
+    assert rate_of(rule, logits, routed("random-swap:1", rule, logits, K, top_j=2), 2) == 1
+
+
+@pytest.mark.parametrize("text", ["random-drop:0.5", "random-swap:0.5"])
+def test_the_same_is_drawn_each_time_however_the_text_is_cut(text):
+    rule, logits = rules(EXPERTS)["softmax"], logits_of(1, 60, EXPERTS)
+    whole = routed(text, rule, logits, K)
+    assert_same(routed(text, rule, logits, K), whole)
+    state = empty(EXPERTS, EXPERTS)
+    parts = [routed(text, rule, part, K, state=state) for part in logits.split([1, 20, 39])]
+    assert torch.equal(torch.cat([part.ids for part in parts], 1), whole.ids)
+    assert torch.equal(torch.cat([part.slots >= 0 for part in parts], 1), whole.slots >= 0)
+    same_logits = logits[:1].expand(60, -1)
+    drawn = routed(text, rule, same_logits, K)
+    assert len({tuple(ran(drawn, t)) for t in range(60)}) > 3  # another draw each token
+
+
+def quality_of(runs, swaps, selections=1000):
+    return Quality(None, selections=selections, runs=runs, swaps=swaps)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "quality", "control"),
+    [
+        # 100 of 1000 selections are swapped, by a strategy that leaves one of four alone: 100 of 750.
+        (Strategy("max-rank", 8, 1), quality_of(1000, 100), Strategy("random-swap", 100 / 750, 1)),
+        (Strategy("max-rank", 8, 0), quality_of(1000, 100), Strategy("random-swap", 0.1, 0)),
+        (Strategy("max-rank", 8, 4), quality_of(1000, 100), None),
+        (Strategy("max-rank", 8, 1), quality_of(1000, 0), None),
+        # 300 of 1000 are dropped, and of four one cannot be.
+        (Strategy("pruning", 2), quality_of(700, 0), Strategy("random-drop", 300 / 750)),
+        (Strategy("pruning", 1), quality_of(250, 0), Strategy("random-drop", 1.0)),
+        (Strategy("relu-route"), quality_of(1010, 90), None),
+        (Strategy("original"), quality_of(1000, 0), None),
+        (Strategy("random-drop", 0.5), quality_of(600, 0), None),
+        (Strategy("random-swap", 0.5), quality_of(1000, 300), None),
+    ],
+)
+def test_which_control_stands_beside_a_strategy(strategy, quality, control):
+    shape = MoeShape((0, 1), 16, 4, 32, 32, 256, None)
+    expected = control and Setting(control, 7)
+    found = control_of(Setting(strategy, 7), quality, shape)
+    assert (found is None) == (control is None)
+    if control is not None:
+        assert found.capacity == expected.capacity
+        assert (found.strategy.name, found.strategy.top_j) == (control.name, control.top_j)
+        assert found.strategy.value == pytest.approx(control.value)
+
+
+def test_controls_drop_or_swap_as_many_as_the_policy(tiny_checkpoint, tiny_calibration):
+    model, shape = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).shape
+    model.set_experts_implementation("eager")  # which of so few tokens is the fastest
+    windows = torch.randint(0, 256, (8, 120), generator=torch.Generator().manual_seed(5))
+    texts = ("original", "naee-skip:0.5", "pruning:1", "cache-prior:0.5", "max-rank:6", "random-drop:0.3")
+    settings = [Setting(Strategy.parse(text, shape.experts, shape.top_k, 1), 4) for text in texts]
+    known, calls = Calibration.load(tiny_calibration), []
+    options = {"calibration": known, "controls": True, "progress": lambda: calls.append(1)}
+    evaluation = evaluate(model, shape, windows, settings, least_recently_used, **options)
+    assert len(calls) == 2 * len(windows)
+    original, skipped, pruned, prior, rank, chance = evaluation.settings
+    assert original.control is None and chance.control is None
+    for policy in (skipped, pruned):
+        assert policy.runs < policy.selections
+        assert policy.control.runs == pytest.approx(policy.runs, rel=0.03)
+        assert policy.control.swaps == pytest.approx(policy.swaps, abs=0.02 * policy.selections)
+    for policy in (prior, rank):
+        assert policy.runs == policy.selections == policy.control.runs
+        assert policy.control.swaps == pytest.approx(policy.swaps, rel=0.08)
+    for policy in (skipped, pruned, prior, rank):
+        costs = policy.costs(evaluation.unmodified)
+        assert costs["control_kl_nats"] == policy.control.kl / policy.control.tokens > 0
+    assert prior.costs(evaluation.unmodified)["experts_swapped"] == prior.swaps / prior.selections
+    assert original.costs(evaluation.unmodified)["control_kl_nats"] is None
