@@ -1,7 +1,5 @@
 """A table by token id, as what is fetched ahead and as what decides."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from tiny_models import VOCABULARY, save_random
@@ -9,7 +7,6 @@ from tiny_models import VOCABULARY, save_random
 from cachemoe.moe.calibrate import calibrate, means
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import moe_layers
-from cachemoe.moe.load import load
 from cachemoe.moe.models import load_model
 from cachemoe.moe.policies.rule import Rule
 from cachemoe.moe.sources import TokenTable, gates_ahead
@@ -20,11 +17,6 @@ pytest.importorskip("transformers")
 WINDOWS = torch.randint(3, VOCABULARY // 2, (2, 16), generator=torch.Generator().manual_seed(0))  # half of all tokens
 
 
-@contextmanager
-def quiet(description, total):
-    yield lambda: None
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "qwen3"
@@ -33,22 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def opened(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "cache"))
-    models = []
-
-    def opened(**options):
-        models.append(load(folder, **{"pool": 4, "device": "cpu", "progress": quiet} | options)[0])
-        return models[-1]
-
-    yield opened
-    for model in models:
-        model.cachemoe.close()
-
-
-@pytest.fixture
-def calibration(folder, opened, tmp_path):
-    source, plain = Checkpoint(folder), opened()
+def calibration(folder, opened, tmp_path, quiet):
+    source, plain = Checkpoint(folder), opened(folder)
     made = calibrate(
         load_model(folder), source, source.page_format(), WINDOWS, plain.cachemoe.fingerprint, "tiny", quiet
     )
@@ -87,10 +65,10 @@ def test_the_table_has_the_tokens_of_the_text_and_their_mean(folder, calibration
     assert not model.get_input_embeddings()._forward_pre_hooks
 
 
-def test_hint_changes_no_bit_and_fetches_ahead(opened, calibration, monkeypatch):
+def test_hint_changes_no_bit_and_fetches_ahead(folder, opened, calibration, monkeypatch):
     monkeypatch.setattr(staging, "lands_in_time", lambda *_: True)
     tokens = WINDOWS[0]
-    plain, model = opened(), opened(routing="decoupled-hint", calibration=calibration[1])
+    plain, model = opened(folder), opened(folder, routing="decoupled-hint", calibration=calibration[1])
     assert torch.equal(decoded(model, tokens), decoded(plain, tokens))
     ours, theirs = model.cachemoe.counters, plain.cachemoe.counters
     assert (ours.hits, ours.misses) == (theirs.hits, theirs.misses) and model.cachemoe.label == "exact"
@@ -98,9 +76,9 @@ def test_hint_changes_no_bit_and_fetches_ahead(opened, calibration, monkeypatch)
     assert 0.9 < ours.predicted / (2 * 2 * len(tokens)) <= 1 and 0 < ours.prefetch_hits + ours.late_prefetches
 
 
-def test_exec_routes_by_the_table(opened, calibration):
+def test_exec_routes_by_the_table(folder, opened, calibration):
     made, path = calibration
-    model, chosen = opened(routing="decoupled-exec", calibration=path), []
+    model, chosen = opened(folder, routing="decoupled-exec", calibration=path), []
     layer = moe_layers(model)[1]
     layer.experts.register_forward_pre_hook(lambda module, given: chosen.append(given[1].flatten().tolist()))
     token = made.token_ids[2].long()
@@ -109,9 +87,9 @@ def test_exec_routes_by_the_table(opened, calibration):
     assert model.cachemoe.label == "routing changed"
 
 
-def test_without_a_calibration_it_is_refused(opened):
+def test_without_a_calibration_it_is_refused(folder, opened):
     with pytest.raises(InputError, match="decoupled-hint needs a calibration of the model"):
-        opened(routing="decoupled-hint")
+        opened(folder, routing="decoupled-hint")
 
 
 def test_a_rule_without_a_source_asks_nobody(folder):

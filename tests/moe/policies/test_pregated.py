@@ -1,14 +1,11 @@
 """Pre-gated routing: a layer routed by its gate on the input of the layer before, or only fetched ahead by it."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from tiny_models import VOCABULARY, save_random
 
 from cachemoe.kernels.state import Routing
 from cachemoe.moe.layers import gates_of, moe_layers
-from cachemoe.moe.load import load
 from cachemoe.moe.models import load_model
 from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.routers import own_choice
@@ -23,30 +20,11 @@ PROMPT = torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual
 EXEC, HINT = Strategy("pregated-exec"), Strategy("pregated-hint")
 
 
-@contextmanager
-def quiet(description, total):
-    yield lambda: None
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "qwen3"
     save_random("qwen3_moe", folder)
     return folder
-
-
-@pytest.fixture
-def opened(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path / "cache"))
-    models = []
-
-    def opened(**options):
-        models.append(load(folder, **{"pool": 4, "device": "cpu", "progress": quiet} | options)[0])
-        return models[-1]
-
-    yield opened
-    for model in models:
-        model.cachemoe.close()
 
 
 def decoded(model, count=8):
@@ -73,8 +51,8 @@ def watched(model):
     return told
 
 
-def test_exec_runs_what_the_next_gate_says_of_this_layers_input(opened):
-    model = opened(routing=EXEC)
+def test_exec_runs_what_the_next_gate_says_of_this_layers_input(folder, opened):
+    model = opened(folder, routing=EXEC)
     layers, rules = moe_layers(model), model.cachemoe._rules
     told = watched(model)
     decoded(model, 3)
@@ -90,8 +68,8 @@ def test_exec_runs_what_the_next_gate_says_of_this_layers_input(opened):
             seen[number] = flat
 
 
-def test_a_layers_experts_are_known_and_asked_for_before_those_of_the_layer_before_run(opened):
-    model = opened(routing=EXEC)
+def test_a_layers_experts_are_known_and_asked_for_before_those_of_the_layer_before_run(folder, opened):
+    model = opened(folder, routing=EXEC)
     engine, order = model.cachemoe.engine, []
     acquire, forward = engine.acquire, engine.forward
 
@@ -112,16 +90,16 @@ def test_a_layers_experts_are_known_and_asked_for_before_those_of_the_layer_befo
     assert model.cachemoe.label == "routing changed"
 
 
-def test_exec_of_a_prompt_is_that_of_its_tokens(opened):
+def test_exec_of_a_prompt_is_that_of_its_tokens(folder, opened):
     tokens = PROMPT.repeat(1, 2)[:, :8]
     with torch.inference_mode():
-        whole = opened(routing=EXEC, pool=8)(tokens, use_cache=False).logits[0]
-    torch.testing.assert_close(decoded(opened(routing=EXEC, pool=8)), whole, rtol=1e-4, atol=1e-4)
+        whole = opened(folder, routing=EXEC, pool=8)(tokens, use_cache=False).logits[0]
+    torch.testing.assert_close(decoded(opened(folder, routing=EXEC, pool=8)), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_hint_changes_no_bit_and_turns_misses_into_prefetch_hits(opened, monkeypatch):
+def test_a_hint_changes_no_bit_and_turns_misses_into_prefetch_hits(folder, opened, monkeypatch):
     monkeypatch.setattr(staging, "lands_in_time", lambda *_: True)
-    model, plain = opened(routing=HINT), opened()
+    model, plain = opened(folder, routing=HINT), opened(folder)
     assert torch.equal(decoded(model, 12), decoded(plain, 12))
     ours, theirs = model.cachemoe.counters, plain.cachemoe.counters
     assert (ours.hits, ours.misses) == (theirs.hits, theirs.misses)
@@ -132,15 +110,15 @@ def test_a_hint_changes_no_bit_and_turns_misses_into_prefetch_hits(opened, monke
     assert used <= sum(layer.misses for layer in model.cachemoe.layers[1:])
 
 
-def test_a_pool_without_room_refuses_to_fetch_ahead(opened):
-    model = opened()
+def test_a_pool_without_room_refuses_to_fetch_ahead(folder, opened):
+    model = opened(folder)
     with pytest.raises(InputError, match="pregated-hint fetches ahead, and this pool has no room for that"):
         model.cachemoe.routing = HINT
     assert str(model.cachemoe.routing) == "original"
 
 
-def test_from_hint_to_exact_and_back(opened):
-    model = opened(routing=HINT)
+def test_from_hint_to_exact_and_back(folder, opened):
+    model = opened(folder, routing=HINT)
     assert model.cachemoe.engine.prefetcher is not None
     model.cachemoe.routing = None
     assert model.cachemoe.engine.prefetcher is None
