@@ -66,8 +66,9 @@ class Policy:
                 )
         knobs = self.knobs
         if self.key or self.grade:
-            if knobs is None or knobs.dim() != 2 or knobs.shape[1] != len(KNOBS) or knobs.dtype != torch.float32:
-                raise ValueError(f"a key or a grade needs knobs [B, {len(KNOBS)}] float32")
+            form = knobs is not None and (knobs.dim(), knobs.shape[-1:], knobs.dtype, knobs.is_contiguous())
+            if form != (2, (len(KNOBS),), torch.float32, True):
+                raise ValueError(f"a key or a grade needs knobs [B, {len(KNOBS)}] float32, contiguous")
 
     @cached_property  # read for every token
     def words(self) -> tuple[str, ...]:
@@ -83,12 +84,6 @@ class Policy:
     def draws(self) -> bool:
         """Whether either names ``noise``."""
         return "noise" in self.words or "noise" in self.grade_words
-
-    @cached_property
-    def columns(self) -> dict[str, int]:
-        """The knobs that either reads, and where they are in a row."""
-        named = {*self.words, *self.grade_words}
-        return {knob: i for i, knob in enumerate(KNOBS) if knob in named or (knob == "miss" and "cost" in named)}
 
     def to(self, device: torch.device | str) -> Policy:
         """The policy with its knobs on a device."""

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
-from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
+from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.kernels.route_cpu import route_cpu
 from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Misses, Routing
 
@@ -113,11 +113,10 @@ def _check(shape, state, top_k, policy, scores, correction, out):
         raise ValueError(f"the state is of {tuple(state.slot_of.shape)} experts, the logits {(caches, experts)}")
     if state.expert_of.shape[1] < top_k:
         raise ValueError(f"{state.expert_of.shape[1]} slots cannot hold the {top_k} experts of one token")
-    for name in STATE:
-        if not getattr(state, name).is_contiguous():
-            raise ValueError("route writes to the state's memory: its tensors must be contiguous")
-    if policy.knobs is not None and not (policy.knobs.shape == (caches, len(KNOBS)) and policy.knobs.is_contiguous()):
-        raise ValueError(f"the knobs must be contiguous and {(caches, len(KNOBS))}, not {tuple(policy.knobs.shape)}")
+    if not all(map(torch.Tensor.is_contiguous, vars(state).values())):
+        raise ValueError("route writes to the state's memory: its tensors must be contiguous")
+    if policy.knobs is not None and len(policy.knobs) != caches:
+        raise ValueError(f"{caches} caches need as many rows of knobs, not {len(policy.knobs)}")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()
     ):

@@ -177,21 +177,25 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
     keep = None if policy.grade is None else _keeper(negated, gates, first, knobs, policy, k)
     if policy.key is None:
         return (lambda at, slot_of: order[at][..., :k]), keep
-    words = policy.words
+    places_of = _argument_places(policy.words)
     rank = np.empty(order.shape, np.int64)
     rank.put(places, _numbers(order.shape[2]))
-    seen = {}
-    if "value" in words:
-        seen["value"] = -negated
-    if "rank" in words:
-        seen["rank"] = rank.astype(np.float32)
-    if "before" in words:
-        seen["before"] = _before(gates, places, scores)
-    if "span" in words:
-        seen["span"] = np.array(mean_range, np.float32)[..., None]
-    if "noise" in words:
-        seen["noise"] = _noise(first, knobs, order.shape)
-    known = _knobs(knobs, policy)
+    arguments, by_token = [None] * len(places_of), []
+    for word, place in places_of.items():
+        if word in KNOBS:
+            i = KNOBS.index(word)
+            arguments[place] = knobs[0, i] if len(order) == 1 else knobs[:, i, None]
+        elif word == "value":
+            by_token.append((place, -negated))
+        elif word == "rank":
+            by_token.append((place, rank.astype(np.float32)))
+        elif word == "before":
+            by_token.append((place, _before(gates, places, rank, scores)))
+        elif word == "span":
+            by_token.append((place, np.array(mean_range, np.float32)[..., None]))
+        elif word == "noise":
+            by_token.append((place, _noise(first, knobs, order.shape)))
+    have_at, cost_at, bounded = places_of.get("have"), places_of.get("cost"), policy.bounded
     if len(order) == 1:
         kept = order[..., : min(int(knobs[0, 0]), k)]
     else:
@@ -199,20 +203,19 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
     closed = None if scores.top_groups == scores.groups else np.isinf(negated)  # groups not to choose from
 
     def choose(at, slot_of):
-        for word in seen:
-            known[word] = seen[word][at]
-        known["have"] = have = (slot_of >= 0).view(np.int8)
-        if "miss" in known:
-            known["cost"] = known["miss"] * (have == 0)
-        smallest = -policy.key(*[known[word] for word in words])
-        if smallest.dtype != np.float32:
-            smallest = smallest.astype(np.float32)
+        for place, values in by_token:
+            arguments[place] = values[at]
+        if have_at is not None:
+            arguments[have_at] = (slot_of >= 0).view(np.int8)
+        if cost_at is not None:
+            arguments[cost_at] = _miss_cost(knobs) * (slot_of < 0)
+        smallest = np.negative(policy.key(*arguments), dtype=np.float32, casting="same_kind")
         if closed is not None:
             smallest[closed[at]] = np.inf
         smallest[kept[at]] = -np.inf
         ranks = _take(rank[at], smallest.argsort(-1, kind="stable")[..., :k])
         ranks.sort(-1)
-        if policy.bounded:
+        if bounded:
             ranks = _bounded(ranks, _take(gates[at], order[at]), knobs[:, KNOBS.index("regret")])
         return _take(order[at], ranks)
 
@@ -224,15 +227,22 @@ def _numbers(count):
     return np.arange(count)
 
 
+@cache
+def _argument_places(words):
+    return {word: place for place, word in enumerate(words)}
+
+
 def _keeper(negated, gates, first, knobs, policy, k):
     """``keep`` of ``_chooser``."""
     words = policy.grade_words
+    known = {"place": PLACES[:k]}
+    for i, knob in enumerate(KNOBS):
+        known[knob] = knobs[0, i] if len(knobs) == 1 else knobs[:, i, None]
     seen = {}
     if "value" in words:
         seen["value"] = -negated
     if "noise" in words:
         seen["noise"] = _noise(first, knobs, gates.shape)
-    known = _knobs(knobs, policy) | {"place": PLACES[:k]}
     weighs = any(word in words for word in ("weight", "first", "before"))
 
     def keep(at, chosen, slot_of):
@@ -246,20 +256,18 @@ def _keeper(negated, gates, first, knobs, policy, k):
         for word in seen:
             known[word] = _take(seen[word][at], chosen)
         if "have" in words or "cost" in words:
-            known["have"] = have = (_take(slot_of, chosen) >= 0).view(np.int8)
-            if "cost" in words:
-                known["cost"] = known["miss"] * (have == 0)
+            absent = _take(slot_of, chosen) < 0
+            known["have"], known["cost"] = (~absent).view(np.int8), _miss_cost(knobs) * absent
         dropped = policy.grade(*[known[word] for word in words]) < 0
-        return ~(dropped & (PLACES[:k] > 0))
+        return np.broadcast_to(~(dropped & (PLACES[:k] > 0)), chosen.shape)
 
     return keep
 
 
-def _knobs(knobs, policy):
-    """Those that the policy's functions read: of one cache numbers, of several ``[B, 1]``."""
-    if len(knobs) == 1:
-        return {name: knobs[0, i] for name, i in policy.columns.items()}
-    return {name: knobs[:, i, None] for name, i in policy.columns.items()}
+def _miss_cost(knobs):
+    """Of one cache a number, of several ``[B, 1]``."""
+    i = KNOBS.index("miss")
+    return knobs[0, i] if len(knobs) == 1 else knobs[:, i, None]
 
 
 def _noise(first, knobs, shape):
@@ -287,14 +295,14 @@ def _take(values, positions):
     return values.take(positions) if values.ndim == 1 else values[np.arange(len(values))[:, None], positions]
 
 
-def _before(gates, places, scores):
+def _before(gates, places, rank, scores):
     """``[B, T, E]``: of each expert the share of the scores that the better-ranked have."""
     if scores.function != "softmax":
         gates = gates / np.maximum(gates.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
     # As torch sums: in float64, each partial sum rounded.
-    upto, before = gates.take(places).cumsum(-1, np.float64), np.zeros(gates.shape, np.float32)
-    before.put(places[..., 1:], upto[..., :-1])
-    return before
+    upto, by_rank = gates.take(places).cumsum(-1, np.float64), np.empty(gates.shape, np.float32)
+    by_rank[..., 0], by_rank[..., 1:] = 0.0, upto[..., :-1]
+    return by_rank.take(_places(rank, rank.shape[2]))
 
 
 def _step_one(choose, keep, state, evict, tokens, k):
@@ -307,17 +315,17 @@ def _step_one(choose, keep, state, evict, tokens, k):
     last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
     capacity, clock = state.capacity.item(), clocks.item()
     ids, slots = np.empty((1, tokens, k), np.int64), np.empty((1, tokens, k), np.int64)
-    hits, missed, taken = [], [], []
+    hits, missed, taken = np.empty((1, tokens, k), np.bool_), [], []
     for t in range(tokens):
         ids[0, t] = chosen = choose((0, t), slot_of)
         touches = np.arange(clock + k, clock, -1)
         if keep is not None:
             kept = keep((0, t), chosen, slot_of).nonzero()[0]
             chosen, touches = chosen[kept], touches[kept]
-        placed = slot_of.take(chosen).tolist()
+        where = slot_of.take(chosen)
+        found, placed = where >= 0, where.tolist()
         last_use[chosen] = touches
         uses[chosen] += 1
-        found = [slot >= 0 for slot in placed]
         if min(placed) < 0:
             occupants = expert_of[:capacity]
             keys = evict(last_use, uses).take(occupants)
@@ -337,23 +345,16 @@ def _step_one(choose, keep, state, evict, tokens, k):
                     slot_of[expert], expert_of[slot] = slot, expert
                     missed.append(expert)
                     taken.append(slot)
-        if keep is not None:
-            placed, found = _spread(placed, kept, k, -1), _spread(found, kept, k, False)
-        slots[0, t] = placed
-        hits.append(found)
+        if keep is None:
+            slots[0, t], hits[0, t] = placed, found
+        else:
+            slots[0, t], hits[0, t] = -1, False
+            slots[0, t, kept], hits[0, t, kept] = placed, found
         clock += k
     clocks[0] = clock
     count, nothing = len(missed), [-1] * (tokens * k - len(missed))
     misses = np.array([missed + nothing]), np.array([taken + nothing]), np.array([count])
-    return ids, slots, np.array([hits]), *misses
-
-
-def _spread(values, places, k, other):
-    """K values: these in their places, another in the rest."""
-    row = [other] * k
-    for place, value in zip(places.tolist(), values, strict=True):
-        row[place] = value
-    return row
+    return ids, slots, hits, *misses
 
 
 def _step(choose, keep, state, evict, tokens, k):

@@ -100,6 +100,8 @@ class Calibration:
         shapes += [(known,), (layers, known + 1, experts)]
         if [tuple(tensors[name].shape) for name in DTYPES] != shapes or not 1 <= about["k"] <= experts:
             raise broken
+        if (tensors["ratios"] < 0).any() or (tensors["sensitivities"] < 0).any():
+            raise broken
         for name in ("ratios", "thresholds", "sensitivities", "by_token"):
             if not tensors[name].isfinite().all():
                 raise InputError(f"{path} has {name} that are not finite: make it again, on text that the model knows")
@@ -112,16 +114,16 @@ class Calibration:
             raise broken
         return cls(**tensors, **about)
 
-    def check(self, model: str, layers: int, experts: int, top_k: int) -> None:
+    def check(self, model: str | None, layers: int, experts: int, top_k: int) -> None:
         """Whether it was made of this model.
 
         Args:
-            model: its fingerprint.
+            model: its fingerprint; None where that is not known yet.
 
         Raises:
             InputError: if not.
         """
-        if self.model != model or (*self.removal.shape, self.k) != (layers, experts, top_k):
+        if model not in (None, self.model) or (*self.removal.shape, self.k) != (layers, experts, top_k):
             raise InputError(
                 f"the calibration is of another model, {self.name}, or of weights that it had before: make one of this "
                 "model with `cachemoe calibrate`"

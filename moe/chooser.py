@@ -29,6 +29,7 @@ class Chooser:
         gates_prompts: whether calls of many tokens are gated by a rule of decode alone too.
 
     Attributes:
+        miss_cost: as given.
         places: experts chosen a token, of which some may be dropped.
         knobs: ``[L, B, len(KNOBS)]``, what the layers' policies read: what is written here counts from the next call,
             or replay of a graph. None for a strategy that has none.
@@ -49,7 +50,10 @@ class Chooser:
         gates_prompts: bool = True,
     ):
         self._evict, self._rule = evict, strategies[0].rule
+        self.miss_cost = miss_cost
         self._known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
+        if self._rule.by_logits and not all(_selects_by_logits(rule) for rule in rules):
+            raise InputError(f"the model selects by more than its logits, which {self._rule.name} would leave out")
         self._policies = self._policies_of(strategies, len(rules))
         self._leaves_prompts = self._rule.decode_only and not gates_prompts
         self._rules, self._offsets = [each.to(device) for each in rules], None
@@ -86,8 +90,6 @@ class Chooser:
         for rule, each in zip(self._rules, every_layer, strict=True):
             _check_groups(rule, each > ABSENT, self._known["top_k"])
         if function is not None:
-            if any(rule.correction is not None or rule.weigh is not None for rule in self._rules):
-                raise InputError("the model selects by more than its logits, which relu-literal would leave out")
             scores = [replace(rule.scores, function=function, renormalise=False, scale=1.0) for rule in self._rules]
             self._rules = [replace(rule, scores=each) for rule, each in zip(self._rules, scores, strict=True)]
         if any(rule.correction is not None for rule in self._rules):
@@ -120,6 +122,10 @@ class Chooser:
             logits = logits + self._offsets[layer, 0, 0]
         correction = rule.correction if rule.correction is None else rule.correction.flatten()
         return peek(logits, state, self.places, self._policies[layer], rule.scores, correction)
+
+
+def _selects_by_logits(rule: RoutingRule) -> bool:
+    return rule.scores.function == "softmax" and rule.correction is None and rule.weigh is None
 
 
 def _check_groups(rule: RoutingRule, left: torch.Tensor, top_k: int) -> None:

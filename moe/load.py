@@ -10,7 +10,7 @@ from secrets import token_hex
 import torch
 
 from cachemoe.kernels.formats import PageFormat
-from cachemoe.moe.budgets import budgets
+from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
@@ -35,6 +35,7 @@ from cachemoe.offload.staging import STAGING
 from cachemoe.offload.store import ExpertStore
 
 VERIFY = ("read", "open", "off")
+CAPACITIES = EVEN, ADAPTIVE = "even", "adaptive"
 
 
 @plain_torch()
@@ -50,7 +51,7 @@ def load(
     progress: Progress = show_progress,
     revision: str | None = None,
     calibration: str | os.PathLike | None = None,
-    capacity: str = "even",
+    capacity: str = EVEN,
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
@@ -85,6 +86,15 @@ def load(
     evict = eviction_policy(eviction)
     known = None if calibration is None else Calibration.load(calibration)
     routing.check_calibration(known)
+    if known is not None:
+        known.check(None, len(shape.layers), shape.experts, shape.top_k)
+    if capacity not in CAPACITIES:
+        raise InputError(f"capacity is {' or '.join(CAPACITIES)}, not {capacity!r}")
+    if capacity == ADAPTIVE and known is None:
+        raise InputError(
+            "an adaptive capacity needs a calibration of the model: make one with `cachemoe calibrate MODEL --out "
+            "FILE`, and give it as --calibration FILE, or calibration=FILE in Python"
+        )
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)
@@ -98,8 +108,8 @@ def load(
                 raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
             layout = checkpoint.layout(kind.kind, kind.group)
         slots = slots_of(pool, shape, layout.page_format.page_bytes)
-        if capacity != "even":
-            slots = _adaptive(capacity, slots, shape.experts, known)
+        if capacity == ADAPTIVE:
+            slots = adaptive_slots(slots, known, routing.places(shape.experts, shape.top_k))
         routing.check_slots(min(slots), shape.experts, shape.top_k)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
@@ -121,7 +131,8 @@ def load(
         staging = STAGING if routing.rule.prefetches else 0
         engine = _engine(stack, opened, slots, device, evict, staging, progress)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        PooledExperts(model, checkpoint, opened.layout, engine, routing, evict, rules, known).keep(stack.pop_all())
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE
+        PooledExperts(model, checkpoint, opened.layout, *how).keep(stack.pop_all())
     return model, tokenizer
 
 
@@ -202,20 +213,6 @@ def check_model(model, top_k: int, page_format: PageFormat, routing: Strategy) -
     for layer in layers:
         check_experts(layer, page_format)
     return None if routing.label == EXACT else routing_rules(layers, top_k, "cpu")
-
-
-def _adaptive(capacity: str, slots: list[int], experts: int, calibration: Calibration | None) -> list[int]:
-    """As many slots, shared as the calibration's misses say."""
-    if capacity != "adaptive":
-        raise InputError(f"capacity is even or adaptive, not {capacity!r}")
-    if calibration is None:
-        raise InputError(
-            "an adaptive capacity needs a calibration of the model: make one with `cachemoe calibrate MODEL --out "
-            "FILE`, and give it as --calibration FILE, or calibration=FILE in Python"
-        )
-    if calibration.removal.shape != (len(slots), experts):
-        raise InputError(f"the calibration is of another model, {calibration.name}: make one of this model")
-    return budgets(calibration.misses, sum(slots))
 
 
 def _device(name: torch.device | str | None) -> torch.device:

@@ -2,16 +2,18 @@
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import exp
 from threading import Lock
 
 import torch
 
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.state import Residency, Routing
+from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
@@ -22,7 +24,7 @@ from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.sizes import size_text, slots_of
-from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
+from cachemoe.moe.sources import Ahead, Foretold, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -32,6 +34,7 @@ from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import StoreLayout
+from cachemoe.offload.ticket import Ticket
 
 
 @dataclass
@@ -67,6 +70,7 @@ class PooledExperts:
         evict: eviction policy.
         rules: of the routers, if they have just been asked; else they are when a routing needs them.
         calibration: of the model, for routings that need one.
+        adaptive: whether a pool is shared among the layers as the calibration's misses say.
 
     Attributes:
         shape: of the MoE layers.
@@ -88,10 +92,11 @@ class PooledExperts:
         evict: Callable,
         rules: list[RoutingRule] | None = None,
         calibration: Calibration | None = None,
+        adaptive: bool = False,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
-        self._model, self._evict, self._calibration = model, evict, calibration
+        self._model, self._evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
         if calibration is not None:
             calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
         self._lock = Lock()
@@ -126,21 +131,12 @@ class PooledExperts:
     def routing(self, routing: Strategy | str | None) -> None:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
-        if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
-            raise InputError(f"{routing} fetches ahead, and this pool has no room for that: give it to load")
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
+        if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
+            raise InputError(f"{routing} fetches ahead, and this pool has no room for that: load the model with it")
         if not self._retuned(routing):
-            with ExitStack() as asked:
-                gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
-                prefetcher = self._prefetcher(gates) if routing.rule.prefetches else None
-                self._swap.reroute(None if routing.label == EXACT else partial(self._router, routing, gates))
-                if routing.label == EXACT:
-                    self._chooser = self._source = None
-                if isinstance(self.engine, OffloadEngine) and self.engine.staging:
-                    self.engine.prefetcher = prefetcher
-                self._gates.close()
-                self._gates = asked.pop_all()
+            self._swap.reroute(partial(self._router, routing))
         self._routing = routing
 
     @property
@@ -159,6 +155,8 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
+        if self._adaptive:
+            slots = adaptive_slots(slots, self._calibration, self.routing.places(self.shape.experts, self.shape.top_k))
         self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
         with self._lock:
             try:
@@ -192,10 +190,12 @@ class PooledExperts:
         c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format
         pages = len(self.layers) * self.shape.experts
         rate = f" ({c.misses / c.selections:.1%})" if c.selections else ""
+        seen = self._chooser is not None and self.routing.rule.sees_cost
+        cost = f"; an absent expert takes {exp(self._chooser.miss_cost):.1f} times as long" if seen else ""
         return (
             f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
             f"{page_format.kind} pages\n"
-            f"routing: {self.routing}; {self.label}\n"
+            f"routing: {self.routing}; {self.label}{cost}\n"
             f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}; in a prompt an expert misses once\n"
             f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
             f"in {c.compute_s:.2f} s"
@@ -206,27 +206,37 @@ class PooledExperts:
         """Of all layers; see ``Counters``."""
         return self.engine.counters
 
-    def _router(self, routing: Strategy, gates: Sequence[Gate]) -> Callable[..., Routing]:
-        """What routes by that strategy. Routers are asked again if they have been changed since."""
+    def _router(self, routing: Strategy) -> Callable[..., Routing] | None:
+        """What routes by that strategy; None: the model itself does. The model has its own routers meanwhile."""
+        chooser = source = prefetcher = route = None
+        with ExitStack() as asked:
+            gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
+            if routing.rule.prefetches:
+                own = Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
+                prefetcher = Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
+            if routing.label != EXACT:
+                cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
+                known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
+                chooser = Chooser(self._asked(), self.shape.top_k, [routing], self._evict, **known)
+                route = partial(self._route, chooser)
+            if routing.rule.decides:
+                acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
+                source = Ahead(gates, route, acquire)
+                route = source.route
+            if isinstance(self.engine, OffloadEngine) and self.engine.staging:
+                self.engine.prefetcher = prefetcher
+            self._chooser, self._source = chooser, source
+            self._gates.close()
+            self._gates = asked.pop_all()
+        return route
+
+    def _asked(self) -> list[RoutingRule]:
+        """The routers' rules; routers are asked again if they have been changed since."""
         marks = router_marks(self._swap.layers)
         if self._rules is None or self._marks not in (None, marks):
             self._rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
         self._marks = marks
-        cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
-        known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
-        chooser = Chooser(self._rules, self.shape.top_k, [routing], self._evict, **known)
-        source, route = None, partial(self._route, chooser)
-        if routing.rule.decides:
-            acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
-            source = Ahead(gates, route, acquire)
-        self._chooser, self._source = chooser, source
-        return route if source is None else source.route
-
-    def _prefetcher(self, gates: Sequence[Gate]) -> Foretold:
-        """What asks for the experts that the model would choose by what the gates say."""
-        rules = routing_rules(self._swap.layers, self.shape.top_k, "cpu")
-        own = Chooser(rules, self.shape.top_k, [Original()], self._evict)
-        return Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
+        return self._rules
 
     def _retuned(self, routing: Strategy) -> bool:
         """Whether other numbers for the chooser in place are all that the routing needs."""
@@ -266,6 +276,8 @@ class PooledExperts:
         self._check_own(layer)
         count, before, selected = self.layers[layer], self.counters.misses, self.counters.selections
         asked = routing if self._source is None else self._source.claim(layer, routing)
+        if isinstance(asked, Ticket) and not self.engine.holds_good(asked):  # another thread's call came between
+            asked = self._place(layer, routing.ids[0], routing.weights[0])
         y = self.engine.forward(layer, hidden.contiguous(), asked)
         count.selections += self.counters.selections - selected
         count.misses += self.counters.misses - before

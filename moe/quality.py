@@ -149,7 +149,10 @@ def evaluate(
     evaluation = run(settings)
     if controls:
         chosen = {i: c for i, s in enumerate(settings) if (c := control_of(s, evaluation.settings[i], shape))}
-        if chosen:
+        if not chosen:
+            for _ in windows:
+                progress()
+        else:
             for i, control in zip(chosen, run(list(chosen.values())).settings, strict=True):
                 evaluation.settings[i].control = control
     return evaluation
@@ -159,9 +162,9 @@ def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting |
     """What drops, or swaps, as many experts as a setting did, by chance; None where that is none."""
     if setting.strategy.name in ("random-drop", "random-swap"):
         return None
-    k, j = shape.top_k, setting.strategy.top_j
+    k, j = shape.top_k, setting.strategy.top_j if setting.strategy.rule.key else 0
     dropped, swapped = 1 - quality.runs / quality.selections, quality.swaps / quality.selections
-    if setting.strategy.rule.key is not None and swapped > 0 and j < k:
+    if swapped > 0 and j < k:
         return Setting(Strategy("random-swap", min(1.0, swapped * k / (k - j)), j), setting.capacity)
     if dropped > 0 and k > 1:
         return Setting(Strategy("random-drop", min(1.0, dropped * k / (k - 1))), setting.capacity)

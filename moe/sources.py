@@ -15,6 +15,7 @@ from cachemoe.kernels.state import Routing
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.layers import gates_of, moe_layers
 from cachemoe.moe.policies.rule import GATE, TOKEN, Rule
+from cachemoe.offload.errors import InputError
 from cachemoe.offload.prefetch import Prediction
 from cachemoe.offload.ticket import Ticket
 
@@ -89,7 +90,7 @@ class TokenTable:
     """Gates that ask a calibration's table for the tokens that the model is at, whatever the hidden states.
 
     Args:
-        model: of transformers; a hook on its embedding notes the tokens until ``close``.
+        model: of transformers; hooks on it and its embedding note the tokens of each call until ``close``.
         calibration: of the model.
     """
 
@@ -97,8 +98,18 @@ class TokenTable:
         self._known, self._table = calibration.token_ids.long(), calibration.by_token.float()
         self._at = local()  # rows of the table, of each thread's own call
         self.gates = [partial(self._logits, layer) for layer in range(len(self._table))]
-        embedding = model.get_input_embeddings()
-        self.close = embedding.register_forward_pre_hook(self._note).remove
+        self._hooks = (
+            model.register_forward_pre_hook(self._forget),
+            model.get_input_embeddings().register_forward_pre_hook(self._note),
+        )
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _forget(self, model, arguments) -> None:
+        self._at.rows = None  # a call may be given no tokens, but their embeddings
 
     def _note(self, embedding, arguments) -> None:
         tokens = arguments[0].flatten().cpu()
@@ -106,7 +117,10 @@ class TokenTable:
         self._at.rows = torch.where(self._known[place] == tokens, place, len(self._known))
 
     def _logits(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        return self._table[layer, self._at.rows].to(hidden.device)
+        rows = getattr(self._at, "rows", None)
+        if rows is None or len(rows) != len(hidden):
+            raise InputError("what is known by token alone needs the tokens: call the model with input_ids")
+        return self._table[layer, rows].to(hidden.device)
 
 
 class Foretold:

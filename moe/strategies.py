@@ -55,8 +55,9 @@ class Strategy:
             try:
                 value = parameter.number(value_text)
             except ValueError as error:
-                high = max(parameter.bounds(experts, top_k)[1], 1)
-                raise InputError(f"{name} needs its {parameter.symbol}, as in {name}:{high}, not {text!r}") from error
+                example = max(parameter.bounds(experts, top_k)[1], 1) if parameter.number is int else 0.5
+                symbol = parameter.symbol
+                raise InputError(f"{name} needs its {symbol}, as in {name}:{example}, not {text!r}") from error
         elif colon:
             raise InputError(f"{name} takes no value, and {text!r} gives one")
         bound = UNBOUNDED
@@ -213,8 +214,8 @@ def policy_of(
         return ORIGINAL
     rows = []
     for s in strategies:
-        a = s.value if rule.thresholds is None else float(rule.thresholds(calibration, s.value)[layer])
-        rows.append((s.top_j, a or 0.0, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer))
+        a = rule.knob_a(s.value) if rule.thresholds is None else float(rule.thresholds(calibration, s.value)[layer])
+        rows.append((s.top_j, a, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer))
     bounded = any(s.max_regret != UNBOUNDED for s in strategies)
     return Policy(rule.key, rule.grade, bounded, torch.tensor(rows, dtype=torch.float32, device="cpu"))
 

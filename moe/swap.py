@@ -73,11 +73,12 @@ class Swap:
             _restore(own)
             own.clear()
 
-    def reroute(self, make_route: Callable[[], RouteLayer] | None) -> None:
+    def reroute(self, make_route: Callable[[], RouteLayer | None]) -> None:
         """Route otherwise from now on; the experts stay swapped throughout, whoever calls them meanwhile.
 
         Args:
-            make_route: called while the model has its own routers, which can then be asked; None: those choose.
+            make_route: called while the model has its own routers, which can then be asked; where it gives None, those
+                choose.
 
         Raises:
             InputError: if routers cannot be asked; the routing is then as it was.
@@ -85,7 +86,7 @@ class Swap:
         with self.lock:
             _restore(self._own_routers)
             try:
-                route = make_route() if make_route else None
+                route = make_route()
                 self._probes, self._route = self._probed(route) or self._probes, route
                 self._routed.clear()
             finally:

@@ -225,9 +225,12 @@ class OffloadEngine:
 
         Of one token and one expert at a time, medians. The first slot of layer 0 gives up its page.
         """
+        if 0 in self._tickets:
+            self._abandon(0)
         layers, experts = self.state.slot_of.shape
         self._frames.held[0][0], frame = -1, self._frames.of_slot[0][0]
-        x = torch.randn(1, self.page_format.hidden).to(self._pool.pages.device, self.page_format.compute_dtype)
+        x = torch.linspace(-1, 1, self.page_format.hidden, device="cpu")[None]
+        x = x.to(self._pool.pages.device, self.page_format.compute_dtype)
         where, gates, y = torch.tensor([[frame]], device="cpu"), torch.ones(1, 1, device="cpu"), torch.empty_like(x)
         fetches, runs = [], []
         try:
@@ -268,16 +271,22 @@ class OffloadEngine:
         """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
         return self._frames.table(layer) is not None
 
+    def holds_good(self, ticket: Ticket) -> bool:
+        """Whether ``forward`` takes the ticket still."""
+        return ticket.ids is None or ticket in self._tickets.values()
+
     def _abandon(self, layer: int) -> None:
         """Wait for experts that were asked for and never ran: their pages are moving to frames in use."""
-        ticket = self._tickets.pop(layer)
+        ticket = self._tickets[layer]
         try:
             for transfer in self._link.landed(ticket.loads):
                 k = ticket.loads[transfer]
                 self._frames.held[layer][ticket.slots[k]] = ticket.ids[k]
+                self.counters.count_page(self.page_format.page_bytes)
         except BaseException:
             self._recover()
             raise
+        del self._tickets[layer]
 
     def _resident(self, layer: int, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """The output of tokens whose experts the GPU finds itself."""

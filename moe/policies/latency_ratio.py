@@ -6,7 +6,7 @@ from cachemoe.moe.policies.rule import Parameter, Rule
 
 
 def key(value, cost, a):
-    """The logarithm of weight / latency ** a, but for what is the same for all experts of a token."""
+    """The logarithm of weight / latency ** a, but for what is the same for all experts of a token: of softmax alone."""
     return value - a * cost
 
 
@@ -14,5 +14,6 @@ RULE = Rule(
     "latency-ratio",
     key,
     parameter=Parameter("gamma", float, lambda experts, top_k: (0.0, 100.0)),
+    by_logits=True,
     is_exact=lambda value: value == 0,
 )

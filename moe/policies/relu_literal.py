@@ -18,4 +18,5 @@ RULE = Rule(
     places=most_places,
     offsets=lambda calibration, value: -calibration.thresholds[:, None].expand(calibration.removal.shape),
     function="relu",
+    by_logits=True,
 )

@@ -35,10 +35,12 @@ class Rule:
         key, grade: see :class:`cachemoe.kernels.policy.Policy`.
         parameter: None for a rule without.
         places: (value, K, E) -> experts chosen for a token, of which the grade may drop some; None: K.
+        knob_a: (value) -> the knob ``a``.
         knob_b: (value, K) -> the knob ``b``.
-        thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer; None: ``a`` is the value.
+        thresholds: (calibration, value) -> ``[L]``, the knob ``a`` of each layer in place of ``knob_a``'s.
         offsets: (calibration, value) -> ``[L, E]``, added to what experts are selected by; None: nothing.
         function: of the scores, in place of the model's; they are the weights as they are.
+        by_logits: whether it fits only models that select by the logits of a softmax.
         decode_only: whether ``load`` leaves prompts alone.
         source: what says ahead of a layer which experts it will choose: ``gate``, its gate on the input of the layer
             before, or ``token``, a calibration's table by token id; None: nothing.
@@ -52,10 +54,12 @@ class Rule:
     grade: Callable | None = None
     parameter: Parameter | None = None
     places: Callable[[float | None, int, int], int] | None = None
+    knob_a: Callable[[float | None], float] = lambda value: value or 0.0
     knob_b: Callable[[float | None, int], float] = lambda value, top_k: 0.0
     thresholds: Callable | None = None
     offsets: Callable | None = None
     function: str | None = None
+    by_logits: bool = False
     decode_only: bool = False
     source: str | None = None
     decides: bool = False

@@ -113,13 +113,17 @@ def test_load_with_the_calibration_as_it_was_made(opened, tiny_calibration):
         assert model.cachemoe.engine.state.capacity.tolist() == budgets(known.misses, 2 * pool)
 
 
-def test_a_strategy_that_a_small_share_does_not_hold_is_refused(opened, tiny_calibration, tmp_path):
+def test_each_layer_gets_what_its_strategy_needs_at_least(opened, tiny_calibration, tmp_path):
     misses = torch.full((2, 9), 1.0)
     misses[1] = torch.arange(8, -1, -1)
     misses[:, :2] = math.inf
     path = save_with_misses(tiny_calibration, tmp_path / "calibration", misses)
-    with pytest.raises(InputError, match="relu-route may choose 4 experts for a token: 2 slots of a layer are too few"):
-        opened(calibration=path, capacity="adaptive", pool=4, routing="relu-route")
+    model = opened(calibration=path, capacity="adaptive", pool=5, routing="relu-route")
+    assert model.cachemoe.engine.state.capacity.tolist() == [4, 6]
+    model.cachemoe.resize(6)  # shared again
+    assert model.cachemoe.engine.state.capacity.tolist() == [4, 8]
+    with pytest.raises(InputError, match="the pool cannot be shared among the layers: 6 slots cannot be"):
+        model.cachemoe.resize(3)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(opened, tiny_calibration, tmp_path):

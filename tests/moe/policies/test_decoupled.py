@@ -87,6 +87,15 @@ def test_exec_routes_by_the_table(folder, opened, calibration):
     assert model.cachemoe.label == "routing changed"
 
 
+def test_embeddings_in_the_tokens_place_are_refused(folder, opened, calibration):
+    model = opened(folder, routing="decoupled-exec", calibration=calibration[1])
+    tokens = WINDOWS[:1, :5]
+    with torch.inference_mode():
+        model(tokens)
+        with pytest.raises(InputError, match="call the model with input_ids"):
+            model(inputs_embeds=model.get_input_embeddings().weight[tokens])
+
+
 def test_without_a_calibration_it_is_refused(folder, opened):
     with pytest.raises(InputError, match="decoupled-hint needs a calibration of the model"):
         opened(folder, routing="decoupled-hint")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from literal import RULES, assert_same, assert_weighs, best_first, empty, logits_of, routed, rules, scores_of
 
+from cachemoe.offload.errors import InputError
+
 EXPERTS, TOKENS, CAPACITY = 12, 80, 5
-each_rule = pytest.mark.parametrize("name", RULES)
+by_logits = pytest.mark.parametrize("name", ["softmax", "renormalised"])
 
 
 def assert_routes_as_the_model(text, rule, logits, k, top_j, **options):
@@ -17,14 +19,14 @@ def assert_routes_as_the_model(text, rule, logits, k, top_j, **options):
     assert torch.equal(state.slot_of, theirs.slot_of)
 
 
-@each_rule
+@by_logits
 @pytest.mark.parametrize("top_j", [0, 2])
 def test_gamma_of_0_is_the_model_bit_for_bit(name, top_j):
     rule, logits = rules(EXPERTS)[name], logits_of(1, TOKENS, EXPERTS)
     assert_routes_as_the_model("latency-ratio:0", rule, logits, 3, top_j, miss_cost=2.0)
 
 
-@each_rule
+@by_logits
 @pytest.mark.parametrize("top_j", [0, 2])
 def test_equal_costs_change_nothing(name, top_j):
     rule, logits = rules(EXPERTS)[name], logits_of(1, TOKENS, EXPERTS)
@@ -59,3 +61,10 @@ def test_a_large_gamma_takes_residents_alone():
     routed("original", rule, logits_of(2, 20, EXPERTS), 3, state=state)
     routing = routed("latency-ratio:100", rule, logits, 3, state=state, top_j=0, miss_cost=2.0)
     assert routing.hits.all()
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES).difference(("softmax", "renormalised"))))
+def test_values_that_are_no_logarithms_of_weights_are_refused(name):
+    rule, logits = rules(EXPERTS)[name], logits_of(1, 2, EXPERTS)
+    with pytest.raises(InputError, match="selects by more than its logits, which latency-ratio would leave out"):
+        routed("latency-ratio:1", rule, logits, 3, state=empty(CAPACITY, EXPERTS))

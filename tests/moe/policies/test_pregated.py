@@ -1,5 +1,7 @@
 """Pre-gated routing: a layer routed by its gate on the input of the layer before, or only fetched ahead by it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny_models import VOCABULARY, save_random
@@ -115,6 +117,36 @@ def test_a_pool_without_room_refuses_to_fetch_ahead(folder, opened):
     with pytest.raises(InputError, match="pregated-hint fetches ahead, and this pool has no room for that"):
         model.cachemoe.routing = HINT
     assert str(model.cachemoe.routing) == "original"
+
+
+def state_of(model):
+    return [tensor.clone() for tensor in vars(model.cachemoe.engine.state).values()]
+
+
+@pytest.mark.parametrize("after", ["pregated-hint", "pregated-exec"])
+@pytest.mark.parametrize("before", ["cache-prior:0.9", "pruning:1", "pregated-exec"])
+def test_asking_for_gates_leaves_the_residency_alone(folder, opened, before, after):
+    model = opened(folder, routing=HINT)
+    model.cachemoe.routing = before
+    decoded(model)
+    resident = state_of(model)
+    model.cachemoe.routing = after
+    for a, b in zip(state_of(model), resident, strict=True):
+        assert torch.equal(a, b)
+    decoded(model)
+
+
+def test_threads_take_turns_at_layers_routed_ahead(folder, opened):
+    model = opened(folder, routing=EXEC, pool=4)
+    prompts = torch.randint(3, VOCABULARY, (4, 1, 5), generator=torch.Generator().manual_seed(2))
+
+    def generated(prompt):
+        return model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
+
+    alone = [generated(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            assert list(threads.map(generated, prompts)) == alone
 
 
 def test_from_hint_to_exact_and_back(folder, opened):

@@ -101,7 +101,8 @@ def quality_of(runs, swaps, selections=1000):
         # 300 of 1000 are dropped, and of four one cannot be.
         (Strategy("pruning", 2), quality_of(700, 0), Strategy("random-drop", 300 / 750)),
         (Strategy("pruning", 1), quality_of(250, 0), Strategy("random-drop", 1.0)),
-        (Strategy("relu-route"), quality_of(1010, 90), None),
+        (Strategy("relu-route"), quality_of(1010, 90), Strategy("random-swap", 0.09, 0)),
+        (Strategy("pregated-exec"), quality_of(1000, 400), Strategy("random-swap", 0.4, 0)),
         (Strategy("original"), quality_of(1000, 0), None),
         (Strategy("random-drop", 0.5), quality_of(600, 0), None),
         (Strategy("random-swap", 0.5), quality_of(1000, 300), None),
