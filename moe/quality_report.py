@@ -6,7 +6,7 @@ from rich.table import Table
 # What a routing costs; the latency tables show the same.
 COST_COLUMNS = (
     ("k_eff", lambda r: f"{r['k_eff']:.2f}"),
-    ("perp-\nlexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("ppl", lambda r: f"{r['perplexity']:.3f}"),
     ("change\n%", lambda r: f"{round(100 * r['perplexity_change'], 1) + 0.0:+.1f}"),
     ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
