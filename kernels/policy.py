@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 
+import numpy as np
 import torch
 
 KEY_WORDS = ("value", "rank", "before", "have", "span", "cost", "noise", "a", "b")
@@ -81,9 +82,19 @@ class Policy:
         return _words(self.grade)
 
     @cached_property
+    def place_of(self) -> dict[str, int]:
+        """Of each of the key's words its place among the parameters."""
+        return {word: place for place, word in enumerate(self.words)}
+
+    @cached_property
     def draws(self) -> bool:
         """Whether either names ``noise``."""
         return "noise" in self.words or "noise" in self.grade_words
+
+    @cached_property
+    def knobs_on_host(self) -> np.ndarray:
+        """The knobs' memory on the CPU: what is written to the tensor is here too."""
+        return self.knobs.numpy()
 
     def to(self, device: torch.device | str) -> Policy:
         """The policy with its knobs on a device."""

@@ -115,7 +115,7 @@ def _check(shape, state, top_k, policy, scores, correction, out):
         raise ValueError(f"{state.expert_of.shape[1]} slots cannot hold the {top_k} experts of one token")
     if not all(map(torch.Tensor.is_contiguous, vars(state).values())):
         raise ValueError("route writes to the state's memory: its tensors must be contiguous")
-    if policy.knobs is not None and len(policy.knobs) != caches:
+    if policy.knobs is not None and policy.knobs.shape[0] != caches:
         raise ValueError(f"{caches} caches need as many rows of knobs, not {len(policy.knobs)}")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()

@@ -18,6 +18,7 @@ LARGE = 1e38  # the difference of smaller numbers is finite in float32
 NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 TINY, SCALE = np.finfo(np.float32).tiny, np.float32(2.0**-24)
 PLACES = np.arange(512, dtype=np.float32)
+INT8 = np.dtype(np.int8)
 
 
 def route_cpu(
@@ -122,7 +123,8 @@ def _rank(logits, scores, correction, needs_gates=True):
     as only a router gone astray has it: numpy would sort NaN last."""
     if logits.requires_grad:
         logits = logits.detach()
-    logits = logits.float()
+    if logits.dtype != torch.float32:
+        logits = logits.float()
     gates = reference_route.gate_scores(logits, scores) if needs_gates else logits
     corrected = gates if correction is None else gates + correction.float().reshape(-1, 1, logits.shape[2])
     negated = -(logits if correction is None else corrected).numpy()
@@ -130,7 +132,7 @@ def _rank(logits, scores, correction, needs_gates=True):
     experts = order.shape[2]
     places = _places(order, experts)
     ends = negated.take(places[..., :: max(experts - 1, 1)])  # the highest and the lowest, or the only one
-    if not all(-LARGE < value < LARGE for value in ends.ravel().tolist()):
+    if not sum(map(abs, ends.ravel().tolist())) < LARGE:  # NaN is not, either
         return None
     if scores.top_groups < scores.groups:
         candidates = reference_route.candidates(torch.from_numpy(-negated), corrected, scores).numpy()
@@ -173,15 +175,14 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
     """The policy as two functions, of a token's index into ``[B, T, E]``, of one cache or of all: ``choose``, with
     ``slot_of`` ``[..., E]``, gives the chosen experts ``[..., K]``, the highest selection value first; ``keep``, with
     these and ``slot_of``, whether each of them runs, and is None where all do."""
-    knobs = None if policy.knobs is None else policy.knobs.numpy()
+    knobs = None if policy.knobs is None else policy.knobs_on_host
     keep = None if policy.grade is None else _keeper(negated, gates, first, knobs, policy, k)
     if policy.key is None:
         return (lambda at, slot_of: order[at][..., :k]), keep
-    places_of = _argument_places(policy.words)
+    arguments, by_token, place_of = [None] * len(policy.words), [], policy.place_of
     rank = np.empty(order.shape, np.int64)
     rank.put(places, _numbers(order.shape[2]))
-    arguments, by_token = [None] * len(places_of), []
-    for word, place in places_of.items():
+    for word, place in place_of.items():
         if word in KNOBS:
             i = KNOBS.index(word)
             arguments[place] = knobs[0, i] if len(order) == 1 else knobs[:, i, None]
@@ -195,8 +196,9 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
             by_token.append((place, np.array(mean_range, np.float32)[..., None]))
         elif word == "noise":
             by_token.append((place, _noise(first, knobs, order.shape)))
-    have_at, cost_at, bounded = places_of.get("have"), places_of.get("cost"), policy.bounded
-    if len(order) == 1:
+    have_at, cost_at, bounded = place_of.get("have"), place_of.get("cost"), policy.bounded
+    key, alone = policy.key, len(order) == 1
+    if alone:
         kept = order[..., : min(int(knobs[0, 0]), k)]
     else:
         kept = rank < np.minimum(knobs[:, None, :1], k)
@@ -206,18 +208,23 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
         for place, values in by_token:
             arguments[place] = values[at]
         if have_at is not None:
-            arguments[have_at] = (slot_of >= 0).view(np.int8)
+            arguments[have_at] = (slot_of >= 0).view(INT8)
         if cost_at is not None:
             arguments[cost_at] = _miss_cost(knobs) * (slot_of < 0)
-        smallest = np.negative(policy.key(*arguments), dtype=np.float32, casting="same_kind")
+        smallest = -key(*arguments)
+        if smallest.dtype.char != "f":
+            smallest = smallest.astype(np.float32)
         if closed is not None:
             smallest[closed[at]] = np.inf
         smallest[kept[at]] = -np.inf
-        ranks = _take(rank[at], smallest.argsort(-1, kind="stable")[..., :k])
-        ranks.sort(-1)
+        if alone:
+            ranks = rank[at].take(smallest.argsort(kind="stable")[:k])
+        else:
+            ranks = _take(rank[at], smallest.argsort(-1, kind="stable")[:, :k])
+        ranks.sort()
         if bounded:
             ranks = _bounded(ranks, _take(gates[at], order[at]), knobs[:, KNOBS.index("regret")])
-        return _take(order[at], ranks)
+        return order[at].take(ranks) if alone else _take(order[at], ranks)
 
     return choose, keep
 
@@ -225,11 +232,6 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
 @cache
 def _numbers(count):
     return np.arange(count)
-
-
-@cache
-def _argument_places(words):
-    return {word: place for place, word in enumerate(words)}
 
 
 def _keeper(negated, gates, first, knobs, policy, k):
@@ -257,7 +259,7 @@ def _keeper(negated, gates, first, knobs, policy, k):
             known[word] = _take(seen[word][at], chosen)
         if "have" in words or "cost" in words:
             absent = _take(slot_of, chosen) < 0
-            known["have"], known["cost"] = (~absent).view(np.int8), _miss_cost(knobs) * absent
+            known["have"], known["cost"] = (~absent).view(INT8), _miss_cost(knobs) * absent
         dropped = policy.grade(*[known[word] for word in words]) < 0
         return np.broadcast_to(~(dropped & (PLACES[:k] > 0)), chosen.shape)
 
@@ -300,8 +302,8 @@ def _before(gates, places, rank, scores):
     if scores.function != "softmax":
         gates = gates / np.maximum(gates.sum(-1, keepdims=True), np.finfo(np.float32).tiny)
     # As torch sums: in float64, each partial sum rounded.
-    upto, by_rank = gates.take(places).cumsum(-1, np.float64), np.empty(gates.shape, np.float32)
-    by_rank[..., 0], by_rank[..., 1:] = 0.0, upto[..., :-1]
+    upto, by_rank = gates.take(places).astype(np.float64).cumsum(-1), np.zeros(gates.shape, np.float32)
+    by_rank[..., 1:] = upto[..., :-1]
     return by_rank.take(_places(rank, rank.shape[2]))
 
 

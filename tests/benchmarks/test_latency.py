@@ -104,7 +104,7 @@ def test_no_partial_file_is_left(report):
     [
         (("--strategy", "fastest"), ("unknown strategy 'fastest'", "cache-prior")),
         (("--strategy", "cache-prior:1.5"), ("lambda", "between 0.0 and 1.0", "1.5")),
-        (("--strategy", "cache-prior"), ("lambda", "cache-prior:1.0")),
+        (("--strategy", "cache-prior"), ("lambda", "cache-prior:0.5")),
         (("--capacity", "1"), ("--capacity 1", "between the 2")),
         (("--capacity", "9"), ("--capacity 9", "the 8 there are")),
         (("--capacity", "half"), ("'half'", "50%")),
