@@ -183,6 +183,18 @@ def notes(report: dict) -> list[str]:
         f"{FREE_MISSES}: the same with routing told of the pool, as {ORIGINAL}, so that what a pool costs beside its "
         "misses shows."
     )
+    rows = report["capacities"][0]["rows"]
+    graphed = {row["strategy"] for row in rows if row["in_a_graph"]}
+    if graphed and (others := [s for s in settings["strategy"] if s not in graphed]):
+        said.append(
+            f"Not in a graph: {', '.join(others)}; they choose another number of experts than the captured engine has, "
+            "or ask the host ahead of a layer."
+        )
+    if any(row.get("control_kl_nats") is not None for row in rows):
+        said.append(
+            "KL by chance: of the same text with as many experts dropped by chance, or the model's own K replaced by "
+            "others as often (random-drop, random-swap)."
+        )
     said.append(
         f"Misses are counted over the {unmodified['tokens']} scored tokens, from cold caches, against the "
         f"{report['model']['k']} experts a token and layer that the model itself selects; MB and ms over {decoded} "

@@ -92,8 +92,11 @@ def own_choice(
     logits = logits.float()
     gates = gate_scores(logits, scores)
     values = logits if correction is None else gates + correction.float()
-    allowed = candidates(values, gates if correction is None else values, scores)
-    ids = _order(~allowed, values, descending=True)[..., :top_k]
+    if scores.top_groups < scores.groups:
+        allowed = candidates(values, gates if correction is None else values, scores)
+        ids = _order(~allowed, values, descending=True)[..., :top_k]
+    else:
+        ids = values.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     return ids, _weights(gates.gather(-1, ids), scores)
 
 
