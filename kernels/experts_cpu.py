@@ -100,15 +100,15 @@ def experts(
 
 def _one_token(x, slots, gates, weights, page_format, out, pending, partial, finish):
     """Decode: nothing to gather, and so little work that every operation counts."""
-    kept = slice(None) if min(slots.tolist()) >= 0 else (slots >= 0).nonzero().flatten()
+    kept = None if min(slots.tolist()) >= 0 else (slots >= 0).nonzero().flatten()
     if pending is None:
-        pairs = side_by_side(x, weights, slots[kept], page_format)[:, 0]
+        pairs = side_by_side(x, weights, slots if kept is None else slots[kept], page_format)[:, 0]
         if not finish:
-            partial[0, kept] = pairs
+            partial[0, slice(None) if kept is None else kept] = pairs
     else:
-        ks = (pending[0] & (slots >= 0)).nonzero().flatten()
-        if len(ks):
+        now = pending[0] if kept is None else pending[0] & (slots >= 0)
+        if (ks := now.nonzero().flatten()).numel():
             partial[0, ks] = side_by_side(x, weights, slots[ks], page_format)[:, 0]
-        pairs = partial[0, kept]
+        pairs = partial[0] if kept is None else partial[0, kept]
     if finish:
-        out.copy_(torch.mm(gates[:, kept], pairs))
+        out.copy_(torch.mm(gates if kept is None else gates[:, kept], pairs))
