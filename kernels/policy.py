@@ -30,9 +30,6 @@ KNOBS = ("j", "a", "b", "miss", "regret", "seed")
 """Of a cache: J, the best-ranked experts that are always kept, all K where K is less; what key and grade read; the
 ``cost`` of an absent expert; the bound of what a swap gives up; and what ``noise`` is drawn from, a whole number."""
 
-DROP = -1
-"""The level of an expert that is not to run."""
-
 
 @dataclass(frozen=True, eq=False)
 class Policy:
@@ -41,7 +38,7 @@ class Policy:
     Args:
         key: a function of some of ``KEY_WORDS``, named in their order -> a number for each expert, the highest of which
             are chosen beside the J best-ranked; what it does not name is not computed. None: the model's own choice.
-        grade: likewise of ``GRADE_WORDS`` -> a level for each of the K chosen: 0 runs, below 0 does not (``DROP``). The
+        grade: likewise of ``GRADE_WORDS`` -> a level for each of the K chosen: 0 runs, below 0 does not. The
             best always runs. Weights are the model's own rule over those that run. None: all K run.
         bounded: whether the knob ``regret`` holds: of the pairs of an expert that the key brought in and one of the
             model's own K that left for it, the best with the worst first, only those stay in which the score of the

@@ -20,6 +20,7 @@ from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.policies.naee_prune import ABSENT
 from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.quality import MOST_BYTES, divergence, log_probabilities
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
@@ -27,7 +28,6 @@ from cachemoe.moe.swap import Swap
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import lru_misses
 
-MOST_BYTES = 1 << 30  # of a batch's logits in float32
 REMOVAL_TOKENS = 256  # that the removal of experts is tried on
 
 
@@ -150,7 +150,7 @@ def divergences(
     at_once = max(1, min(count, MOST_BYTES // (4 * windows.shape[1] * shape.vocabulary)))
     total = torch.zeros(count, dtype=torch.float64)
     for window in windows:
-        reference = _log_probabilities(model(window[None].to(model.device)).logits[0])
+        reference = log_probabilities(model(window[None].to(model.device)).logits[0])
         for first in range(0, count, at_once):
             rows = range(first, min(first + at_once, count))
             chooser = Chooser(rules, k, [Strategy("random-drop", 0.0)] * len(rows), least_recently_used)
@@ -162,16 +162,11 @@ def divergences(
                 return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), state.clone())
 
             with Swap(model, route):
-                log_p = _log_probabilities(model(window.expand(len(rows), -1).to(model.device)).logits)
-            lost = torch.where(reference.exp() == 0, 0.0, reference.exp() * (reference - log_p))
-            total[list(rows)] += lost.double().sum((1, 2)).cpu()
+                log_p = log_probabilities(model(window.expand(len(rows), -1).to(model.device)).logits)
+            total[list(rows)] += divergence(reference, log_p).double().sum((1, 2)).cpu()
             for _ in rows:
                 advance()
     return (total / windows.numel()).float()
-
-
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().log_softmax(-1)
 
 
 def _output(source, page_format: PageFormat, layer: int, e: int, x: torch.Tensor) -> torch.Tensor:

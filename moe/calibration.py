@@ -10,17 +10,13 @@ mean logits for each of them and, last, for all. In the metadata ``model`` (the 
 ``k``, ``tokens`` and ``version``.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from cachemoe.moe.tensor_file import load_tensors, save_tensors
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.files import whole_file
-from cachemoe.offload.header import parse_json
 
 CALIBRATION_VERSION = 1
 QUANTILES = 1001
@@ -34,6 +30,14 @@ DTYPES = {
     "by_token": torch.float16,
 }
 KINDS = {"model": str, "name": str, "k": int, "tokens": int}  # of what the metadata says beside the version
+
+
+def missing(what: str) -> InputError:
+    """The error that ``what`` cannot be done without a calibration."""
+    return InputError(
+        f"{what} needs a calibration of the model: make one with `cachemoe calibrate MODEL --out FILE`, and give it as "
+        "--calibration FILE, or calibration=FILE in Python"
+    )
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,7 @@ class Calibration:
             OSError: if it cannot be written.
         """
         about = {"version": CALIBRATION_VERSION} | {name: getattr(self, name) for name in KINDS}
-        tensors = {name: getattr(self, name).contiguous() for name in DTYPES}
-        with whole_file(path) as partial:
-            partial.write_bytes(save(tensors, metadata={"cachemoe-calibration": json.dumps(about)}))
+        save_tensors(path, "calibration", about, {name: getattr(self, name) for name in DTYPES})
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
@@ -81,17 +83,7 @@ class Calibration:
         if not path.is_file():
             raise InputError(f"there is no calibration at {path}: `cachemoe calibrate` makes one")
         broken = InputError(f"{path} is not a cachemoe calibration, or damaged: make it again")
-        try:
-            with safe_open(path, framework="pt") as file:
-                fields = parse_json((file.metadata() or {})["cachemoe-calibration"].encode())
-                tensors = {name: file.get_tensor(name) for name in DTYPES}
-            version, about = fields["version"], {name: fields[name] for name in KINDS}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise broken from error
-        if version != CALIBRATION_VERSION:
-            raise InputError(f"{path} is a calibration of another version: make it again")
-        if any(type(about[name]) is not kind for name, kind in KINDS.items()):
-            raise broken
+        tensors, about = load_tensors(path, "calibration", CALIBRATION_VERSION, KINDS, list(DTYPES))
         if any(tensors[name].dtype != dtype for name, dtype in DTYPES.items()) or tensors["removal"].dim() != 2:
             raise broken
         layers, experts = tensors["removal"].shape

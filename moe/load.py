@@ -11,7 +11,7 @@ import torch
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.budgets import adaptive_slots
-from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.calibration import Calibration, missing
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import Fingerprint
 from cachemoe.moe.hub import checkpoint_folder
@@ -91,10 +91,7 @@ def load(
     if capacity not in CAPACITIES:
         raise InputError(f"capacity is {' or '.join(CAPACITIES)}, not {capacity!r}")
     if capacity == ADAPTIVE and known is None:
-        raise InputError(
-            "an adaptive capacity needs a calibration of the model: make one with `cachemoe calibrate MODEL --out "
-            "FILE`, and give it as --calibration FILE, or calibration=FILE in Python"
-        )
+        raise missing("an adaptive capacity")
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)

@@ -187,7 +187,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
     original_ids = []
     for window in windows:
         with recorded_routers(model) as answers:
-            reference = _log_probabilities(model(window[None]).logits[0, :-1])
+            reference = log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
         for rows, state, chooser, rule in batches:
@@ -208,7 +208,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known) ->
                 choose = Ahead(gates, route).route if rule.decides else route
                 with Swap(model, partial(route_layer, choose=choose)):
                     logits = model(window.expand(len(rows), -1)).logits[:, :-1]
-            _score(rows, _log_probabilities(logits), reference, window[1:])
+            _score(rows, log_probabilities(logits), reference, window[1:])
             for quality, (misses, runs, swaps) in zip(rows, counts.T.tolist(), strict=True):
                 quality.misses += misses
                 quality.runs += runs
@@ -231,8 +231,16 @@ def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iter
         yield from (members[start : start + most] for start in range(0, len(members), most))
 
 
-def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Of logits ``[..., V]``, in float32 or better."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def divergence(reference: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    """``[..., V]`` each token's part of the divergence of log-probabilities from a reference's, in nats."""
+    p = reference.exp()
+    # A token that cannot be has no part in it, though its logarithms are infinite.
+    return torch.where(p == 0, 0.0, p * (reference - log_p))
 
 
 def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> None:
@@ -240,10 +248,7 @@ def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> No
     for quality, log_p in zip(rows, log_probabilities, strict=True):
         quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
         quality.tokens += len(targets)
-        p = reference.exp()
-        # A token that cannot be has no part in it, though its logarithms are infinite.
-        kl = torch.where(p == 0, 0.0, p * (reference - log_p))
-        quality.kl += float(kl.double().sum())
+        quality.kl += float(divergence(reference, log_p).double().sum())
         quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
 
 

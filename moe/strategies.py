@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 
 from cachemoe.kernels.policy import ORIGINAL, Policy
-from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.calibration import Calibration, missing
 from cachemoe.moe.policies import RULES
 from cachemoe.moe.policies.rule import EXACT, Rule
 from cachemoe.offload.errors import InputError
@@ -119,10 +119,7 @@ class Strategy:
             InputError: if it is missing.
         """
         if self.rule.needs_calibration and calibration is None:
-            raise InputError(
-                f"{self.name} needs a calibration of the model: make one with `cachemoe calibrate MODEL --out FILE`, "
-                "and give it as --calibration FILE, or calibration=FILE in Python"
-            )
+            raise missing(self.name)
 
     def places(self, experts: int, top_k: int) -> int:
         """Experts that are chosen for a token, of which a grade may drop some: K, or what the rule says."""

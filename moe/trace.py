@@ -5,17 +5,13 @@ One safetensors file: ``logits`` ``[L, T, E]`` float16, what each MoE layer's ro
 checkpoint's fingerprint), ``name``, ``context`` (tokens after which attention starts afresh) and ``version``.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from cachemoe.moe.tensor_file import load_tensors, save_tensors
 from cachemoe.offload.errors import InputError
-from cachemoe.offload.files import whole_file
-from cachemoe.offload.header import parse_json
 
 TRACE_VERSION = 1
 DTYPES = {"logits": torch.float16, "ids": torch.int16, "tokens": torch.int32}
@@ -49,9 +45,7 @@ class RoutingTrace:
             OSError: if it cannot be written.
         """
         about = {"version": TRACE_VERSION, "model": self.model, "name": self.name, "context": self.context}
-        tensors = {name: getattr(self, name).contiguous() for name in DTYPES}
-        with whole_file(path) as partial:
-            partial.write_bytes(save(tensors, metadata={"cachemoe-trace": json.dumps(about)}))
+        save_tensors(path, "trace", about, {name: getattr(self, name) for name in DTYPES})
 
     @classmethod
     def load(cls, path: Path) -> "RoutingTrace":
@@ -62,17 +56,7 @@ class RoutingTrace:
         """
         if not path.is_file():
             raise InputError(f"there is no trace at {path}: `cachemoe trace` makes one")
-        try:
-            with safe_open(path, framework="pt") as file:
-                fields = parse_json((file.metadata() or {})["cachemoe-trace"].encode())
-                tensors = {name: file.get_tensor(name) for name in DTYPES}
-            version, about = fields["version"], {name: fields[name] for name in KINDS}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again") from error
-        if version != TRACE_VERSION:
-            raise InputError(f"{path} is a trace of another version: make it again")
-        if any(type(about[name]) is not kind for name, kind in KINDS.items()):
-            raise InputError(f"{path} is not a cachemoe trace, or damaged: make it again")
+        tensors, about = load_tensors(path, "trace", TRACE_VERSION, KINDS, list(DTYPES))
         if any(tensors[name].dtype != dtype for name, dtype in DTYPES.items()):
             raise InputError(f"{path} has parts of another dtype than a trace has: make it again")
         logits, ids, tokens = (tuple(tensors[name].shape) for name in DTYPES)
