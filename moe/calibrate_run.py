@@ -1,16 +1,14 @@
 """One run of ``cachemoe calibrate``: a checkpoint and a text, and what policies have to know."""
 
-from contextlib import closing
 from pathlib import Path
 
 from cachemoe.moe.calibrate import calibrate
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.hub import checkpoint_folder
-from cachemoe.moe.load import load
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.text import check_tokenizer, windows_of
+from cachemoe.moe.read_text import open_for_text
+from cachemoe.moe.text import windows_of
 
 
 def run_calibrate(
@@ -28,14 +26,9 @@ def run_calibrate(
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
-    folder = checkpoint_folder(path, revision)
-    check_tokenizer(folder)
-    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
-    with closing(model.cachemoe):
-        with outside(f"{path} cannot be computed in float32"):
-            model.float()
-        pooled = model.cachemoe
+    with open_for_text(path, revision, pool, format, progress, in_float32=True) as (model, tokenizer):
+        pooled, source = model.cachemoe, Checkpoint(model.name_or_path)
         windows = windows_of(text, tokenizer, tokens, context, pooled.shape, from_end=text is None)
-        name, page_format = Path(model.name_or_path).resolve().name, pooled.engine.page_format
+        name, page_format = source.path.resolve().name, pooled.engine.page_format
         with outside(f"{path} cannot be run on the text"):
-            return calibrate(model, Checkpoint(folder), page_format, windows, pooled.fingerprint, name, progress)
+            return calibrate(model, source, page_format, windows, pooled.fingerprint, name, progress)

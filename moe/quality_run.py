@@ -1,19 +1,17 @@
 """One run of ``cachemoe quality``, from options to the report."""
 
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from cachemoe.moe.calibration import Calibration
-from cachemoe.moe.hub import checkpoint_folder
-from cachemoe.moe.load import load
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Evaluation, Setting, evaluate
+from cachemoe.moe.read_text import open_for_text
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.text import HELD_OUT, check_tokenizer, windows_of
+from cachemoe.moe.text import HELD_OUT, windows_of
 from cachemoe.offload.residency import eviction_policy
 
 
@@ -41,13 +39,9 @@ def run_quality(
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
-    evict, folder = eviction_policy(eviction), checkpoint_folder(path, revision)
+    evict = eviction_policy(eviction)
     known = None if calibration is None else Calibration.load(calibration)
-    check_tokenizer(folder)
-    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
-    with closing(model.cachemoe):
-        with outside(f"{path} cannot be computed in float32"):
-            model.float()  # bfloat16 would round a batch of settings otherwise than the unmodified model alone
+    with open_for_text(path, revision, pool, format, progress, in_float32=True) as (model, tokenizer):
         shape, pooled = model.cachemoe.shape, model.cachemoe
         parsed = [Strategy.parse(each, shape.experts, shape.top_k, top_j) for each in strategies]
         parsed = list(dict.fromkeys([Strategy("original"), *parsed]))

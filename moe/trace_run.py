@@ -1,16 +1,14 @@
 """One run of ``cachemoe trace``: a model's own routing of a text, recorded."""
 
-from contextlib import closing
 from pathlib import Path
 
 import torch
 
-from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.layers import recorded_routers
-from cachemoe.moe.load import load
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.text import check_tokenizer, windows_of
+from cachemoe.moe.read_text import open_for_text
+from cachemoe.moe.text import windows_of
 from cachemoe.moe.trace import RoutingTrace
 
 
@@ -30,10 +28,7 @@ def run_trace(
     Raises:
         InputError: for a checkpoint or options that cannot be.
     """
-    folder = checkpoint_folder(path, revision)
-    check_tokenizer(folder)
-    model, tokenizer = load(folder, pool=pool, format=format, progress=progress)
-    with closing(model.cachemoe):
+    with open_for_text(path, revision, pool, format, progress, in_float32=False) as (model, tokenizer):
         windows = windows_of(text, tokenizer, tokens, context, model.cachemoe.shape)
         logits, ids = [], []
         failed = outside(f"{path} cannot be run on the text")
