@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 
 import torch
 
@@ -14,18 +15,36 @@ from cachemoe.offload.residency import least_recently_used
 def belady_misses(ids: torch.Tensor, capacity: int) -> int:
     """Misses of the optimal eviction with hindsight (Belady's MIN): the expert whose next use is farthest leaves.
 
-    Each token's experts must be resident together, every miss is admitted, pages have one size. Optimal for this
-    trace only: a router that sees the cache changes the trace and may miss less.
+    Optimal for this trace only: a router that sees the cache changes the trace and may miss less.
 
     Args:
-        ids: ``[T, K]`` integers, distinct experts of each token in one layer.
-        capacity: slots, at least K.
+        ids, capacity: as for ``lookahead_misses``.
 
     Raises:
-        ValueError: if capacity is below K.
+        ValueError: as ``lookahead_misses``.
+    """
+    return lookahead_misses(ids, capacity, inf)
+
+
+def lookahead_misses(ids: torch.Tensor, capacity: int, window: float) -> int:
+    """Misses of an eviction that knows the uses of the next W tokens (after Read-ME, arXiv 2410.19123, section 4).
+
+    Experts that none of these tokens uses leave first, the least recently used of them before the others; then the
+    one whose next use is farthest. W = 0 is LRU, W = infinite is Belady's MIN. Each token's experts must be resident
+    together, every miss is admitted, pages have one size.
+
+    Args:
+        ids: ``[T, K]`` integers, distinct experts of each token in one layer, the highest gate weight first.
+        capacity: slots, at least K.
+        window: W, tokens after the present one; ``math.inf`` for all.
+
+    Raises:
+        ValueError: if the capacity is below K, or W below 0.
     """
     if capacity < ids.shape[1]:
         raise ValueError(f"{capacity} slots cannot hold the {ids.shape[1]} experts of one token")
+    if not window >= 0:
+        raise ValueError(f"a window of {window} tokens cannot be")
     trace = ids.tolist()
     never = len(trace)
     next_use = [[never] * len(token) for token in trace]
@@ -35,17 +54,20 @@ def belady_misses(ids: torch.Tensor, capacity: int) -> int:
             next_use[t][k] = seen.get(expert, never)
             seen[expert] = t
 
-    resident: dict[int, int] = {}  # expert -> its next use
+    resident: dict[int, int] = {}  # expert -> its next use, the least recently used first
     misses = 0
-    for token, uses in zip(trace, next_use, strict=True):
+    for t, (token, uses) in enumerate(zip(trace, next_use, strict=True)):
         for expert in token:
             if expert in resident:
                 continue
             misses += 1
             if len(resident) == capacity:
-                del resident[max((e for e in resident if e not in token), key=resident.__getitem__)]
+                known = {e: use if use <= t + window else never for e, use in resident.items() if e not in token}
+                del resident[max(known, key=known.__getitem__)]  # of equals the first, the least recently used
             resident[expert] = never
-        resident.update(zip(token, uses, strict=True))
+        for expert, use in zip(reversed(token), reversed(uses), strict=True):
+            del resident[expert]  # to come last in the order
+            resident[expert] = use
     return misses
 
 

@@ -1,6 +1,7 @@
-"""Belady's MIN against every possible choice, against LRU, and on real routing."""
+"""Belady's MIN against every possible choice, against LRU, and on real routing; and what lies between the two."""
 
 import json
+import math
 from functools import cache
 from itertools import combinations
 
@@ -13,7 +14,7 @@ from cachemoe.kernels.reference_route import route
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.strategies import CachePrior, policy_of
 from cachemoe.offload.residency import least_recently_used
-from cachemoe.offload.simulate import belady_misses, replay
+from cachemoe.offload.simulate import belady_misses, lookahead_misses, replay
 from cachemoe.offload.simulate import lru_misses as all_lru_misses
 
 QWEN_EXPERTS = 60
@@ -103,6 +104,65 @@ def test_miss_rates_on_real_routing_at_half_the_experts(real_routing):
         assert misses == lru_misses(ids.tolist(), capacity)
         assert 0.40 < misses / ids.numel() < 0.50
         assert belady_misses(ids, capacity) < misses
+
+
+# ------------------------------------------------------------------------------------------ knowing the next W tokens
+
+
+def literal_lookahead_misses(ids, capacity, window):
+    """At each miss: of the residents that the window does not use the one touched longest ago; else the farthest."""
+    resident, touched, misses = set(), {}, 0
+    for t, token in enumerate(ids):
+        for e in token:
+            if e not in resident:
+                misses += 1
+                if len(resident) == capacity:
+                    others = [o for o in resident if o not in token]
+                    coming = ids[t + 1 : t + 1 + window]
+                    unknown = [o for o in others if not any(o in later for later in coming)]
+                    if unknown:
+                        victim = min(unknown, key=touched.__getitem__)
+                    else:
+                        victim = max(others, key=lambda o: next(i for i, later in enumerate(coming) if o in later))
+                    resident.remove(victim)
+                resident.add(e)
+        for place, e in enumerate(token):
+            touched[e] = (t, -place)  # the highest gate weight, which comes first, is touched last
+    return misses
+
+
+@given(traces(experts=8, tokens=40), st.integers(0, 8))
+def test_lookahead_is_the_literal_rule(trace, window):
+    ids, capacity = trace
+    assert lookahead_misses(torch.tensor(ids), capacity, window) == literal_lookahead_misses(ids, capacity, window)
+
+
+@given(traces(experts=10, tokens=60))
+def test_a_window_of_nothing_is_lru(trace):
+    ids, capacity = trace
+    found = lookahead_misses(torch.tensor(ids), capacity, 0)
+    assert found == lru_misses(ids, capacity) == all_lru_misses(torch.tensor(ids), 10)[capacity]
+
+
+@given(traces(experts=6, tokens=9))
+def test_a_window_of_everything_is_belady(trace):
+    ids, capacity = trace
+    for window in (len(ids), math.inf):
+        assert lookahead_misses(torch.tensor(ids), capacity, window) == fewest_misses(ids, capacity)
+
+
+def test_a_window_below_nothing_is_refused():
+    for window in (-1, math.nan):
+        with pytest.raises(ValueError, match=f"a window of {window} tokens cannot be"):
+            lookahead_misses(torch.tensor([[0]]), 1, window)
+
+
+def test_on_real_routing_a_window_leads_from_lru_to_belady(real_routing):
+    for ids in real_routing:
+        misses = [lookahead_misses(ids, QWEN_EXPERTS // 2, window) for window in (0, 2, 8, 32, math.inf)]
+        assert misses[0] == lru_misses(ids.tolist(), QWEN_EXPERTS // 2)
+        assert misses[-1] == belady_misses(ids, QWEN_EXPERTS // 2)
+        assert misses == sorted(misses, reverse=True) and len(set(misses)) == len(misses)
 
 
 # --------------------------------------------------------------------------------------- LRU in every capacity at once
