@@ -101,7 +101,7 @@ def rows_at(
     """
     full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
     full.slot_of.copy_(torch.arange(shape.experts).expand_as(full.slot_of))
-    full.expert_of.copy_(full.slot_of)
+    full.page_of.copy_(full.slot_of)
     here = [(s, q) for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity]
     original = next(q for s, q in here if s.strategy == ORIGINAL)
     rows = [

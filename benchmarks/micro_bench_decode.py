@@ -41,7 +41,7 @@ def engines(tmp_path_factory):
         OffloadEngine(store, capacity, staging=4, timeline=Timeline()) as full,
     ):
         for engine in (plain, full):
-            engine.state.expert_of[:] = engine.state.slot_of[:] = torch.arange(EXPERTS)
+            engine.state.page_of[:] = engine.state.slot_of[:] = torch.arange(EXPERTS)
             engine.fill()
         routers = torch.randn(LAYERS, EXPERTS, PAGE_FORMAT.hidden, generator=torch.Generator().manual_seed(0))
         states, policy = [full.state[layer : layer + 1] for layer in range(LAYERS)], policy_of(CachePrior(0.2))

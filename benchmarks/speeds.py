@@ -46,10 +46,10 @@ def store_bandwidths(store: Store, slots: int = 12) -> dict[str, list[float]]:
             list(readers.map(read, chunks))
             measured["bare"].append(pages * size / (perf_counter() - start))
 
-            engine.state.expert_of.fill_(-1)
+            engine.state.page_of.fill_(-1)
             engine.fill()  # empties the pool
             for layer, ids in chosen:
-                engine.state.expert_of[layer] = torch.tensor(ids)
+                engine.state.page_of[layer] = torch.tensor(ids)
             start = perf_counter()
             engine.fill()
             measured["engine"].append(pages * size / (perf_counter() - start))

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy, noise_bits
+from cachemoe.kernels.eviction import eviction
+from cachemoe.kernels.policy import DROP, KNOBS, ORIGINAL, SWAP, Policy, noise_bits
 from cachemoe.kernels.state import SOFTMAX, GateScores, Residency, Routing
 
 
@@ -31,8 +32,8 @@ def route(
     Args:
         logits: ``[B, T, E]`` floating point router logits.
         state: ``Residency`` of B caches; updated in place.
-        evict: eviction policy, (last_use, uses) -> int64 keys; of the residents that the token does not need the
-            smallest leaves, the lower slot among equals.
+        evict: eviction policy, some of ``EVICT_WORDS`` -> int64 keys; of a level's residents that the token does not
+            need the smallest leaves, the lower slot among equals.
         top_k: K, the places that a policy may drop experts from.
         policy: see ``Policy``.
         scores: how the model scores and groups its experts.
@@ -42,13 +43,12 @@ def route(
         The ``Routing``. Misses take the free slots, lowest first, then the evicted ones, by descending gate weight.
 
     Raises:
-        ValueError: if a capacity is below K, since a slot needed by the same token is never a victim; or if ``scores``
-            does not fit E and K.
+        ValueError: if a level has less than K slots, since a slot needed by the same token is never a victim; or if
+            ``scores`` does not fit E and K.
     """
     caches, tokens, experts = logits.shape
     scores.check(experts, top_k)
-    if int(state.capacity.min()) < top_k:
-        raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
+    check_slots(state, top_k)
     logits = logits.float()
     gates = gate_scores(logits, scores)
     values = logits if correction is None else gates + correction.float().reshape(-1, 1, experts)
@@ -62,8 +62,8 @@ def route(
         chosen = order[:, t, :top_k]
         words = {name: each[:, t] for name, each in seen.items()}
         if policy.grade or policy.key:
-            words["have"] = state.resident().int()
-            words["cost"] = torch.where(state.resident(), 0.0, policy.knobs[:, KNOBS.index("miss"), None])
+            words["have"] = have = _have(state)
+            words["cost"] = torch.where(have > 0, 0.0, policy.knobs[:, KNOBS.index("miss"), None])
         if policy.key is not None:
             key = policy.key(*(words[word] for word in policy.words)).float().expand(caches, experts)
             tier = torch.full_like(rank[:, t], 2)
@@ -76,11 +76,14 @@ def route(
             regret = policy.knobs[:, KNOBS.index("regret")]
             ranks = _bounded(ranks, gates[:, t].gather(1, order[:, t]), regret)
         chosen = order[:, t].gather(1, ranks)
-        return chosen, _kept(policy, chosen, gates[:, t], words)
+        own.append(chosen)
+        return chosen, _levels(policy, chosen, gates[:, t], words)
 
-    out = Routing.empty(caches, tokens, top_k, logits.device)
-    _step(choose, state, evict, out)
-    out.weights.copy_(_weights(gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0), scores))
+    own, out = [], Routing.empty(caches, tokens, top_k, logits.device)
+    _step(choose, state, evict, out, order.masked_fill(~allowed.gather(-1, order), -1), policy)
+    ran = gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0)
+    whole = ran if policy.renormalises else gates.gather(-1, torch.stack(own, 1))
+    out.weights.copy_(_weights(ran, scores, whole))
     return out
 
 
@@ -97,13 +100,14 @@ def own_choice(
         ids = _order(~allowed, values, descending=True)[..., :top_k]
     else:
         ids = values.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
-    return ids, _weights(gates.gather(-1, ids), scores)
+    gates = gates.gather(-1, ids)
+    return ids, _weights(gates, scores, gates)
 
 
-def _weights(gates, scores):
-    """Of the scores ``[..., K]`` of chosen experts, 0 where dropped."""
+def _weights(gates, scores, whole):
+    """Of the scores ``[..., K]`` of the experts that run, 0 where dropped, as shares of those of ``whole``."""
     if scores.renormalise:
-        gates = gates / (gates.sum(-1, keepdim=True) + scores.epsilon)
+        gates = gates / (whole.sum(-1, keepdim=True) + scores.epsilon)
     return gates * scores.scale
 
 
@@ -116,6 +120,8 @@ def _words_of_tokens(policy, values, gates, order, rank, scores, state):
     seen = {"value": values, "rank": rank.float(), "span": mean_range[..., None]}
     for knob in "ab":
         seen[knob] = policy.knobs[:, None, KNOBS.index(knob), None].expand(-1, tokens, -1)
+    if policy.table is not None:
+        seen["table"] = policy.table[:, None].expand(-1, tokens, -1)
     if "before" in policy.words:
         seen["before"] = _before(gates, order, scores)
     index = (first[:, None] + torch.arange(tokens, device=values.device))[..., None] * experts
@@ -142,10 +148,17 @@ def _bounded(ranks, scores, regret):
     return torch.tensor(bounded, device=ranks.device)
 
 
-def _kept(policy, chosen, gates, words):
-    """``[B, K]`` bool: the chosen that run."""
+def _have(state):
+    """``[B, E]`` int32 of the layer that is routed: 0 where an expert is absent, else 1 + the best level resident."""
+    first, size = state.layer * state.levels * state.experts, state.levels * state.experts
+    resident = state.resident()[:, first : first + size].unflatten(1, (state.levels, -1))
+    return torch.where(resident.any(1), resident.int().argmax(1) + 1, 0).int()
+
+
+def _levels(policy, chosen, gates, words):
+    """``[B, K]``: what the policy wants of each of the chosen."""
     if policy.grade is None:
-        return torch.ones_like(chosen, dtype=torch.bool)
+        return torch.zeros_like(chosen)
     place = torch.arange(chosen.shape[1], device=chosen.device)
     weight = gates.gather(1, chosen)
     # Summed place by place in float32, whatever the device.
@@ -153,10 +166,10 @@ def _kept(policy, chosen, gates, words):
     before = torch.cat((torch.zeros_like(weight[:, :1]), _running(weight)[:, :-1]), 1)
     seen = {"weight": weight, "first": weight[:, :1], "before": before, "place": place.float().expand_as(weight)}
     seen |= {"a": words["a"], "b": words["b"]}
-    for name in ("value", "have", "cost", "noise"):
-        seen[name] = words[name].gather(1, chosen)
-    level = policy.grade(*(seen[word] for word in policy.grade_words))
-    return ~((level < 0) & (place > 0)).expand(chosen.shape)
+    for name in ("value", "have", "cost", "noise", "table"):
+        if name in words:
+            seen[name] = words[name].gather(1, chosen)
+    return policy.grade(*(seen[word] for word in policy.grade_words)).expand(chosen.shape)
 
 
 def _running(values):
@@ -185,31 +198,138 @@ def place(
         ValueError: if a capacity is below K.
     """
     caches, tokens, top_k = ids.shape
-    if int(state.capacity.min()) < top_k:
-        raise ValueError(f"{int(state.capacity.min())} slots cannot hold the {top_k} experts of one token")
+    check_slots(state, top_k)
     order = weights.argsort(dim=-1, descending=True, stable=True)
     ids = ids.gather(-1, order)
     out = Routing.empty(caches, tokens, top_k, ids.device)
     weights = weights.gather(-1, order)
-    kept = torch.ones_like(ids, dtype=torch.bool) if drops is None else ~drops.gather(-1, order)
-    _step(lambda t: (ids[:, t], kept[:, t]), state, evict, out)
+    levels = torch.zeros_like(ids) if drops is None else DROP * drops.gather(-1, order).long()
+    _step(lambda t: (ids[:, t], levels[:, t]), state, evict, out, ids, ORIGINAL)
     out.weights.copy_(weights)
     return out
 
 
-def _step(choose: Callable, state, evict: Callable, out: Routing) -> None:
-    """Touch and place token after token what ``choose(t)`` says then, ``[B, K]`` experts and which of them run; fills
-    ``out`` but for the weights."""
-    for t in range(out.ids.shape[1]):
-        out.ids[:, t], kept = choose(t)
-        out.slots[:, t], out.hits[:, t] = _touch_and_place(out.ids[:, t], kept, state, evict)
-    missed = ~out.hits & (out.slots >= 0)
-    for b, missing in enumerate(missed):
-        count = int(missing.sum())
-        out.misses.count[b] = count
-        for listed, chosen in ((out.misses.experts, out.ids), (out.misses.slots, out.slots)):
-            listed[b] = -1
-            listed[b, :count] = chosen[b][missing]
+def _step(choose: Callable, state, evict: Callable, out: Routing, order: torch.Tensor, policy: Policy) -> None:
+    """Touch and place token after token what ``choose(t)`` says then, ``[B, K]`` experts and the levels wanted of them;
+    fills ``out`` but for the weights.
+
+    Args:
+        order: ``[B, T, E]`` experts, the best first; -1 of those that the token may not choose.
+    """
+    caches, tokens, _ = out.ids.shape
+    if state.levels > 1 or policy.swaps:
+        out.asked = torch.empty_like(out.ids)
+    missed = [[] for _ in range(caches)]
+    for t in range(tokens):
+        chosen, levels = choose(t)
+        for b in range(caches):
+            table = None if policy.table is None else policy.table[b]
+            ran = decide(chosen[b].tolist(), levels[b].tolist(), order[b, t], state, b, policy.swaps, table)
+            placed, new = settle(ran, state, b, evict)
+            missed[b] += new
+            for k, (e, page, asked, hit) in enumerate(ran):
+                out.ids[b, t, k], out.slots[b, t, k], out.hits[b, t, k] = e, placed.get(page, -1), hit
+                if out.asked is not None:
+                    out.asked[b, t, k] = asked
+    for b, pairs in enumerate(missed):
+        out.misses.count[b] = len(pairs)
+        listed = torch.tensor([*pairs, *[(-1, -1)] * (out.misses.pages.shape[1] - len(pairs))], dtype=torch.int64)
+        out.misses.pages[b], out.misses.slots[b] = listed.view(-1, 2).T
+
+
+def check_slots(state, top_k: int) -> None:
+    """Whether each level has slots for what one token may ask.
+
+    Raises:
+        ValueError: if not.
+    """
+    if (least := min(*state.capacity.tolist(), *state.cheaper, state.page_of.shape[-1])) < top_k:
+        raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
+
+
+def decide(chosen, levels, order, state, b: int, swaps: bool, table) -> list[tuple[int, int, int, bool]]:
+    """What runs in each place of a token in cache ``b``.
+
+    Args:
+        chosen: K experts, the best first.
+        levels: what the policy wants of them; below 0 a place is dropped or swapped, but the first, which is full; a
+            level that there is not is the cheapest that there is.
+        order: experts, the best first, who may stand in for others.
+        table: ``[E]``, who is like whom, where the policy swaps.
+
+    Returns:
+        Of each place the expert, its page, -1 where dropped, the page asked for, and whether the page is resident.
+    """
+    experts, count = state.experts, state.levels
+    slot_of = state.slot_of[b, state.layer * count * experts :][: count * experts].tolist()
+
+    def best(e: int, worst: int) -> int | None:
+        return next((page for page in range(e, (worst + 1) * experts, experts) if slot_of[page] >= 0), None)
+
+    ran, used = [], set(chosen)
+    for place, (e, wanted) in enumerate(zip(chosen, levels, strict=True)):
+        if place == 0 and wanted < 0:
+            wanted = 0
+        if wanted < 0 and not (swaps and wanted <= SWAP):
+            ran.append((e, -1, -1, False))
+            continue
+        level = min(int(wanted), count - 1) if wanted > 0 else 0  # and of NaN
+        asked, worst = level * experts + e, count - 1 if wanted < 0 else level
+        page = best(e, worst)
+        if page is None and wanted < 0:
+            likes = (o for o in order.tolist() if o >= 0 and o not in used and table[o] == table[e])
+            mates = ((o, page) for o in likes if (page := best(o, count - 1)) is not None)
+            e, page = next(mates, (e, None))
+            used.add(e)
+        ran.append((e, asked if page is None else page, asked, page is not None))
+    return ran
+
+
+def settle(ran, state, b: int, evict: Callable) -> tuple[dict[int, int], list[tuple[int, int]]]:
+    """A token's residency update in cache ``b``: touch the experts that run, give absent pages the slots of those that
+    leave.
+
+    Args:
+        ran: as ``decide`` gives it; touched in reverse, so that the best leaves last.
+
+    Returns:
+        The slot of each page that runs; and of the missing ones, in order, page and slot.
+    """
+    k, experts = len(ran), state.experts
+    first_expert, first_page = state.layer * experts, state.layer * experts * state.levels
+    slot_of, page_of = state.slot_of[b], state.page_of[b]
+    before = int(state.clock[b])
+    for place, (e, page, _, _) in enumerate(ran):
+        if page >= 0:
+            state.last_use[b, first_expert + e] = before + k - place
+            state.uses[b, first_expert + e] += 1
+            if state.heavy is not None:
+                state.heavy[b, first_expert + e] += page < experts
+    placed = {page: int(slot_of[first_page + page]) for _, page, _, hit in ran if hit}
+    missed = []
+    if absent := [page for _, page, _, hit in ran if page >= 0 and not hit]:
+        key, of_expert = eviction(evict, state)()[b].tolist(), _expert_of(state)
+        ends = [(first, min(end, first + int(state.capacity[b])) if level == 0 else end)
+                for level, (first, end) in enumerate(state.slots)]  # fmt: skip
+        for page in absent:
+            # Free slots, lowest first, then residents by the policy's key; never one that the token needs.
+            open_slots = [slot for slot in range(*ends[page // experts]) if slot not in placed.values()]
+            held = {slot: int(page_of[slot]) for slot in open_slots}
+            slot = min(
+                open_slots, key=lambda slot: (0, slot) if held[slot] < 0 else (1, key[of_expert(held[slot])], slot)
+            )
+            if held[slot] >= 0:
+                slot_of[held[slot]] = -1
+            slot_of[first_page + page], page_of[slot], placed[page] = slot, first_page + page, slot
+            missed.append((page, slot))
+    state.clock[b] += k
+    return placed, missed
+
+
+def _expert_of(state) -> Callable[[int], int]:
+    """Of a page in a cache its expert, as the cache's tensors have them."""
+    experts, size = state.experts, state.experts * state.levels
+    return lambda page: page // size * experts + page % experts
 
 
 @torch.no_grad()
@@ -275,45 +395,3 @@ def _before(gates, order, scores):
     before = gates.gather(-1, order).cumsum(-1).roll(1, -1)
     before[..., 0] = 0.0
     return torch.empty_like(before).scatter_(-1, order, before)
-
-
-def _touch_and_place(chosen, kept, state, evict):
-    """One token's residency update: touch its experts, give those absent the slots of the experts that leave.
-
-    Args:
-        chosen: ``[B, K]`` int64, highest gate weight first; touched in reverse, so that it leaves last.
-        kept: ``[B, K]`` bool, those that run: the others are as if not chosen.
-
-    Returns:
-        ``[B, K]`` slots, -1 where not kept, and hits.
-    """
-    k = chosen.shape[1]
-    slots = state.slot_of.gather(1, chosen)
-    hits = (slots >= 0) & kept
-    untouched = state.clock[:, None].clone()
-    touched = torch.where(
-        kept, untouched + torch.arange(k, 0, -1, device=chosen.device), state.last_use.gather(1, chosen)
-    )
-    state.last_use.scatter_(1, chosen, touched)
-    state.uses.scatter_add_(1, chosen, kept.long())
-    state.clock += k
-
-    # Victims by slot: free ones, lowest first, then residents by the policy's key; never one just touched.
-    expert_of, capacity = state.expert_of, state.expert_of.shape[1]
-    occupant = expert_of.clamp(min=0)
-    key = evict(state.last_use, state.uses).gather(1, occupant).masked_fill(expert_of < 0, 0)
-    tier = (expert_of >= 0).long()
-    tier[(expert_of >= 0) & (state.last_use.gather(1, occupant) > untouched)] = 2
-    tier[torch.arange(capacity, device=chosen.device) >= state.capacity[:, None]] = 2
-    victims = _order(tier, key, descending=False)[:, :k]
-    missed = ~hits & kept
-    nth_miss = (missed.cumsum(1) - 1).clamp(min=0)
-    slots = torch.where(missed, victims.gather(1, nth_miss), torch.where(kept, slots, -1))
-
-    for b, k in missed.nonzero().tolist():
-        expert, slot = chosen[b, k], slots[b, k]
-        if (leaving := expert_of[b, slot]) >= 0:
-            state.slot_of[b, leaving] = -1
-        state.slot_of[b, expert] = slot
-        expert_of[b, slot] = expert
-    return slots, hits

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from types import SimpleNamespace
 
 import torch
 
-from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
 from cachemoe.kernels.route_cpu import route_cpu
-from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Misses, Routing
+from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Residency, Routing
 
 FUSED_TOKENS = 4  # beyond, reading the router's weight once a token costs more than a launch of its own
 
@@ -54,7 +53,7 @@ def route(
     _check(logits.shape, state, top_k, policy, scores, correction, out)
     if not torch.compiler.is_compiling():
         return _route(logits, state, evict, top_k, policy, scores, correction, out)
-    out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
+    out = _output(out, logits.shape, state, top_k, policy, logits.device)
     _route_op(logits, *_op_arguments(state, evict, top_k, policy, scores, correction, out))
     return out
 
@@ -98,7 +97,7 @@ def route_hidden(
         return logits, _route_hidden(
             hidden, router, logits, ticket, state, evict, top_k, policy, scores, correction, out
         )
-    out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
+    out = _output(out, hidden.shape, state, top_k, policy, hidden.device)
     _route_hidden_op(
         hidden, router, logits, ticket, *_op_arguments(state, evict, top_k, policy, scores, correction, out)
     )
@@ -109,14 +108,17 @@ def _check(shape, state, top_k, policy, scores, correction, out):
     """What both implementations rely on and can be told without waiting for a GPU."""
     caches, tokens, experts = shape
     scores.check(experts, top_k)
-    if state.slot_of.shape != (caches, experts):
-        raise ValueError(f"the state is of {tuple(state.slot_of.shape)} experts, the logits {(caches, experts)}")
-    if state.expert_of.shape[1] < top_k:
-        raise ValueError(f"{state.expert_of.shape[1]} slots cannot hold the {top_k} experts of one token")
-    if not all(map(torch.Tensor.is_contiguous, vars(state).values())):
+    if state.last_use.shape != (caches, experts * state.layers):
+        raise ValueError(f"the state is of {tuple(state.last_use.shape)} experts, the logits {(caches, experts)}")
+    if state.page_of.shape[1] < top_k:
+        raise ValueError(f"{state.page_of.shape[1]} slots cannot hold the {top_k} experts of one token")
+    if not all(map(torch.Tensor.is_contiguous, state.tensors().values())):
         raise ValueError("route writes to the state's memory: its tensors must be contiguous")
-    if policy.knobs is not None and policy.knobs.shape[0] != caches:
-        raise ValueError(f"{caches} caches need as many rows of knobs, not {len(policy.knobs)}")
+    for what, tensor, columns in (("knobs", policy.knobs, len(KNOBS)), ("the table", policy.table, experts)):
+        if tensor is not None and tensor.shape != (caches, columns):
+            raise ValueError(f"{what} must be [{caches}, {columns}] for {caches} caches, not {tuple(tensor.shape)}")
+    if state.layers > 1 and torch.compiler.is_compiling():
+        raise ValueError("torch.compile takes layers that have caches of their own, not one that they share")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()
     ):
@@ -129,7 +131,7 @@ def _check(shape, state, top_k, policy, scores, correction, out):
 def _route(logits, state, evict, top_k, policy, scores, correction, out):
     if not logits.is_cuda:
         return route_cpu(logits, state, evict, top_k, policy, scores, correction, out)
-    out = out or Routing.empty(*logits.shape[:2], top_k, logits.device)
+    out = _output(out, logits.shape, state, top_k, policy, logits.device)
     if logits.stride(2) != 1:
         logits = logits.contiguous()
     _plan(logits, state, evict, top_k, policy, scores, correction, out).run()
@@ -141,10 +143,18 @@ def _route_hidden(hidden, router, logits, ticket, state, evict, top_k, policy, s
     if not hidden.is_cuda or hidden.shape[1] > FUSED_TOKENS:
         logits.copy_(hidden.to(logits.dtype) @ router.to(logits.dtype).mT)
         return _route(logits, state, evict, top_k, policy, scores, correction, out)
-    out = out or Routing.empty(*hidden.shape[:2], top_k, hidden.device)
+    out = _output(out, hidden.shape, state, top_k, policy, hidden.device)
     if ticket is None:
         ticket = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)
     _plan(logits, state, evict, top_k, policy, scores, correction, out, (hidden, router, ticket)).run()
+    return out
+
+
+def _output(out, shape, state, top_k, policy, device):
+    """Where the routing goes, with ``asked`` where a policy may not get what it asks for."""
+    out = out or Routing.empty(*shape[:2], top_k, device)
+    if out.asked is None and (state.levels > 1 or policy.swaps):
+        out.asked = torch.empty_like(out.ids)
     return out
 
 
@@ -157,14 +167,14 @@ def _plan(*arguments):
 def _op_arguments(state, evict, top_k, policy, scores, correction, out):
     """What ``_from_op`` turns back: an operator takes tensors, numbers and strings, and lists of them."""
     return (
-        [getattr(state, name) for name in STATE],
-        list(out.tensors()),
+        list(state.tensors().values()),
+        state.cheaper,
+        list(out.tensors()) + ([] if out.asked is None else [out.asked]),
         _named(evict),
         top_k,
         None if policy.key is None else _named(policy.key),
         None if policy.grade is None else _named(policy.grade),
-        policy.bounded,
-        policy.knobs,
+        *(policy.bounded, policy.knobs, policy.table, policy.swaps, policy.renormalises),
         *(scores.function, scores.groups, scores.top_groups, scores.group_score),
         *(scores.renormalise, scores.epsilon, scores.scale),
         correction,
@@ -180,16 +190,16 @@ def _function(named: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def _from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores_and_correction):
-    *scores, correction = scores_and_correction
+def _from_op(state, cheaper, out, evict, top_k, key, grade, bounded, knobs, table, swaps, renormalises, *others):
+    *scores, correction = others
     return (
-        SimpleNamespace(**dict(zip(STATE, state, strict=True))),
+        Residency(*state, cheaper=tuple(cheaper)),
         _function(evict),
         top_k,
-        Policy(key and _function(key), grade and _function(grade), bounded, knobs),
+        Policy(key and _function(key), grade and _function(grade), bounded, knobs, table, swaps, renormalises),
         GateScores(*scores),
         correction,
-        Routing(*out[:4], Misses(*out[4:])),
+        Routing(*out[:4], Misses(*out[4:7]), *out[7:]),
     )
 
 
@@ -197,6 +207,7 @@ def _from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores_and_c
 def _route_op(
     logits: torch.Tensor,
     state: list[torch.Tensor],
+    cheaper: list[int],
     out: list[torch.Tensor],
     evict: str,
     top_k: int,
@@ -204,6 +215,9 @@ def _route_op(
     grade: str | None,
     bounded: bool,
     knobs: torch.Tensor | None,
+    table: torch.Tensor | None,
+    swaps: bool,
+    renormalises: bool,
     function: str,
     groups: int,
     top_groups: int,
@@ -213,8 +227,9 @@ def _route_op(
     scale: float,
     correction: torch.Tensor | None,
 ) -> None:
-    scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route(logits, *_from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores, correction))
+    of_policy = key, grade, bounded, knobs, table, swaps, renormalises
+    scores = function, groups, top_groups, group_score, renormalise, epsilon, scale
+    _route(logits, *_from_op(state, cheaper, out, evict, top_k, *of_policy, *scores, correction))
 
 
 @torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "ticket", "state", "out"))
@@ -224,6 +239,7 @@ def _route_hidden_op(
     logits: torch.Tensor,
     ticket: torch.Tensor | None,
     state: list[torch.Tensor],
+    cheaper: list[int],
     out: list[torch.Tensor],
     evict: str,
     top_k: int,
@@ -231,6 +247,9 @@ def _route_hidden_op(
     grade: str | None,
     bounded: bool,
     knobs: torch.Tensor | None,
+    table: torch.Tensor | None,
+    swaps: bool,
+    renormalises: bool,
     function: str,
     groups: int,
     top_groups: int,
@@ -240,14 +259,10 @@ def _route_hidden_op(
     scale: float,
     correction: torch.Tensor | None,
 ) -> None:
-    scores = (function, groups, top_groups, group_score, renormalise, epsilon, scale)
-    _route_hidden(
-        hidden,
-        router,
-        logits,
-        ticket,
-        *_from_op(state, out, evict, top_k, key, grade, bounded, knobs, *scores, correction),
-    )
+    of_policy = key, grade, bounded, knobs, table, swaps, renormalises
+    scores = function, groups, top_groups, group_score, renormalise, epsilon, scale
+    arguments = _from_op(state, cheaper, out, evict, top_k, *of_policy, *scores, correction)
+    _route_hidden(hidden, router, logits, ticket, *arguments)
 
 
 @_route_op.register_fake

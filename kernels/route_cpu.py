@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from cachemoe.kernels import reference_route
-from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy, noise_bits
+from cachemoe.kernels.eviction import eviction
+from cachemoe.kernels.policy import DROP, KNOBS, ORIGINAL, Policy, noise_bits
 from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
 
 LARGE = 1e38  # the difference of smaller numbers is finite in float32
@@ -32,8 +33,7 @@ def route_cpu(
     out: Routing | None,
 ) -> Routing:
     """As :func:`cachemoe.kernels.reference_route.route`; the tensors of ``state`` and ``out`` are contiguous."""
-    if (least := min(state.capacity.tolist())) < top_k:
-        raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
+    reference_route.check_slots(state, top_k)
     caches, tokens, experts = logits.shape
     ranked = _rank(logits, scores, correction)
     if ranked is None:
@@ -42,28 +42,47 @@ def route_cpu(
             return routing
         for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
             tensor.copy_(result)
+        out.asked = routing.asked
         return out
 
     first = state.tokens.tolist() if policy.draws else None
     *ranked, ranges = ranked
-    choose, keep = _chooser(*ranked, first, _mean_range(ranges, state), policy, scores, top_k)
-    step = _step_one if caches == 1 else _step
-    ids, slots, hits, *misses = step(choose, keep, state, evict, tokens, top_k)
+    choose, grade = _chooser(*ranked, first, _mean_range(ranges, state), policy, scores, top_k, _have(state))
+    asked = own = None
+    if _is_plain(state, policy):
+        step = _step_one if caches == 1 else _step
+        ids, slots, hits, *misses = step(choose, grade, state, evict, tokens, top_k)
+    else:
+        ids, slots, hits, *misses, asked, own = _step_pages(
+            choose, grade, state, evict, tokens, top_k, ranked[1], policy
+        )
 
     weights = ranked[-1].take(_places(ids, experts))
-    if keep is not None:
+    if grade is not None:
         weights[slots < 0] = 0.0
     if scores.renormalise:
-        weights /= weights.sum(-1, keepdims=True) + np.float32(scores.epsilon)
+        if policy.renormalises or own is None:
+            whole = weights
+        else:
+            whole = ranked[-1].take(_places(own, experts))
+        weights = weights / (whole.sum(-1, keepdims=True) + np.float32(scores.epsilon))
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
     results = (ids, weights, slots, hits, *misses)
+    if asked is not None:
+        asked = torch.from_numpy(asked)
     if out is None:
-        *tensors, miss_experts, miss_slots, miss_count = map(torch.from_numpy, results)
-        return Routing(*tensors, Misses(miss_experts, miss_slots, miss_count))
+        *tensors, miss_pages, miss_slots, miss_count = map(torch.from_numpy, results)
+        return Routing(*tensors, Misses(miss_pages, miss_slots, miss_count), asked)
     for tensor, result in zip(out.tensors(), results, strict=True):
         tensor.numpy()[...] = result
+    out.asked = asked
     return out
+
+
+def _is_plain(state, policy: Policy) -> bool:
+    """Whether a page is an expert, of a layer with caches of its own, and runs in its place or not at all."""
+    return state.levels == state.layers == 1 and not policy.swaps and policy.renormalises
 
 
 def place(
@@ -71,15 +90,16 @@ def place(
 ) -> Routing:
     """As :func:`cachemoe.kernels.reference_route.place`; the tensors of ``state`` are contiguous."""
     caches, tokens, k = ids.shape
-    if (least := min(state.capacity.tolist())) < k:
-        raise ValueError(f"{least} slots cannot hold the {k} experts of one token")
+    if not _is_plain(state, ORIGINAL):
+        return reference_route.place(ids, weights, state, evict, drops)
+    reference_route.check_slots(state, k)
     weights = weights.detach().float().numpy()
     order = (-weights).argsort(-1, kind="stable")
     chosen = np.take_along_axis(ids.numpy(), order, -1)
-    kept = None if drops is None else np.take_along_axis(~drops.numpy(), order, -1)
+    levels = None if drops is None else DROP * np.take_along_axis(drops.numpy(), order, -1)
     step = _step_one if caches == 1 else _step
-    keep = None if kept is None else lambda at, *_: kept[at]
-    ids, slots, hits, *misses = step(lambda at, _: chosen[at], keep, state, evict, tokens, k)
+    grade = None if levels is None else lambda at, *_: levels[at]
+    ids, slots, hits, *misses = step(lambda at, _: chosen[at], grade, state, evict, tokens, k)
     results = ids, np.take_along_axis(weights, order, -1), slots, hits
     return Routing(*map(torch.from_numpy, results), Misses(*map(torch.from_numpy, misses)))
 
@@ -100,21 +120,30 @@ def peek(
         top_k, policy, scores, correction: as for ``route``.
 
     Returns:
-        Those of the K experts that would run, the highest selection value first.
+        The pages of those that would run, the highest selection value first: with one level the experts.
     """
     needs_gates = correction is not None or scores.groups > 1 or "before" in policy.words
     needs_gates = needs_gates or policy.grade is not None or policy.bounded
     ranked = _rank(logits[None, None], scores, correction, needs_gates)
     if ranked is None:
         anyone = (lambda last_use, uses: last_use), top_k
-        routing = reference_route.route(logits[None, None], state.clone(), *anyone, policy, scores, correction)
-        return routing.ids[routing.slots >= 0].tolist()
+        stepped = state.clone()
+        routing = reference_route.route(logits[None, None], stepped, *anyone, policy, scores, correction)
+        first = state.layer * state.levels * state.experts
+        return (stepped.page_of[0, routing.slots[routing.slots >= 0]] - first).tolist()
     *ranked, _ = ranked
     mean_range = [[state.range_sum.item() / max(state.tokens.item(), 1)]]
-    choose, keep = _chooser(*ranked, state.tokens.tolist(), mean_range, policy, scores, top_k)
-    slot_of = state.slot_of.numpy()[0]
+    choose, grade = _chooser(*ranked, state.tokens.tolist(), mean_range, policy, scores, top_k, _have(state))
+    slot_of = _own_pages(state)[0]
     chosen = choose((0, 0), slot_of)
-    return (chosen if keep is None else chosen[keep((0, 0), chosen, slot_of)]).tolist()
+    levels = None if grade is None else grade((0, 0), chosen, slot_of)
+    if _is_plain(state, policy):
+        return (chosen if levels is None else chosen[_kept(levels)]).tolist()
+    wanted = [0] * top_k if levels is None else levels.tolist()
+    table = None if policy.table is None else policy.table[0]
+    order = _candidates(*ranked[:3], scores)[0, 0]
+    ran = reference_route.decide(chosen.tolist(), wanted, order, state, 0, policy.swaps, table)
+    return [page for _, page, _, _ in ran if page >= 0]
 
 
 def _rank(logits, scores, correction, needs_gates=True):
@@ -140,6 +169,11 @@ def _rank(logits, scores, correction, needs_gates=True):
         order = negated.argsort(-1, kind="stable")
         places = _places(order, experts)
     return negated, order, places, gates.numpy(), ends[..., -1] - ends[..., 0]
+
+
+def _candidates(negated, order, places, scores):
+    """``[B, T, E]`` the experts in order, -1 of those that the token may not choose."""
+    return order if scores.top_groups == scores.groups else np.where(np.isinf(negated.take(places)), -1, order)
 
 
 def _places(ids, experts):
@@ -171,14 +205,34 @@ def _mean_range(ranges, state):
     return sums[:, :-1] / past
 
 
-def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k):
+def _have(state) -> Callable[[np.ndarray], np.ndarray]:
+    """From a layer's ``slot_of`` ``[..., V * E]`` the word ``have``, ``[..., E]`` int8."""
+    if state.levels == 1:
+        return lambda slot_of: (slot_of >= 0).view(INT8)
+    levels, experts = state.levels, state.experts
+
+    def have(slot_of):
+        resident = slot_of.reshape(*slot_of.shape[:-1], levels, experts) >= 0
+        return np.where(resident.any(-2), resident.argmax(-2) + 1, 0).astype(INT8)
+
+    return have
+
+
+def _own_pages(state) -> np.ndarray:
+    """``[B, V * E]``, where the pages of the layer that is routed are."""
+    size = state.levels * state.experts
+    return state.slot_of.numpy()[:, state.layer * size : (state.layer + 1) * size]
+
+
+def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k, have):
     """The policy as two functions, of a token's index into ``[B, T, E]``, of one cache or of all: ``choose``, with
-    ``slot_of`` ``[..., E]``, gives the chosen experts ``[..., K]``, the highest selection value first; ``keep``, with
-    these and ``slot_of``, whether each of them runs, and is None where all do."""
+    ``slot_of`` ``[..., V * E]``, gives the chosen experts ``[..., K]``, the highest selection value first; ``grade``,
+    with these and ``slot_of``, the level wanted of each of them, and is None where all are to run at full precision."""
     knobs = None if policy.knobs is None else policy.knobs_on_host
-    keep = None if policy.grade is None else _keeper(negated, gates, first, knobs, policy, k)
+    table = None if policy.table is None else policy.table.numpy()
+    grade = None if policy.grade is None else _grader(negated, gates, first, knobs, table, policy, k, have)
     if policy.key is None:
-        return (lambda at, slot_of: order[at][..., :k]), keep
+        return (lambda at, slot_of: order[at][..., :k]), grade
     arguments, by_token, place_of = [None] * len(policy.words), [], policy.place_of
     rank = np.empty(order.shape, np.int64)
     rank.put(places, _numbers(order.shape[2]))
@@ -186,6 +240,8 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
         if word in KNOBS:
             i = KNOBS.index(word)
             arguments[place] = knobs[0, i] if len(order) == 1 else knobs[:, i, None]
+        elif word == "table":
+            arguments[place] = table[0] if len(order) == 1 else table
         elif word == "value":
             by_token.append((place, -negated))
         elif word == "rank":
@@ -208,9 +264,9 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
         for place, values in by_token:
             arguments[place] = values[at]
         if have_at is not None:
-            arguments[have_at] = (slot_of >= 0).view(INT8)
+            arguments[have_at] = have(slot_of)
         if cost_at is not None:
-            arguments[cost_at] = _miss_cost(knobs) * (slot_of < 0)
+            arguments[cost_at] = _miss_cost(knobs) * (have(slot_of) == 0)
         smallest = -key(*arguments)
         if smallest.dtype.char != "f":
             smallest = smallest.astype(np.float32)
@@ -226,7 +282,7 @@ def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k
             ranks = _bounded(ranks, _take(gates[at], order[at]), knobs[:, KNOBS.index("regret")])
         return order[at].take(ranks) if alone else _take(order[at], ranks)
 
-    return choose, keep
+    return choose, grade
 
 
 @cache
@@ -234,8 +290,8 @@ def _numbers(count):
     return np.arange(count)
 
 
-def _keeper(negated, gates, first, knobs, policy, k):
-    """``keep`` of ``_chooser``."""
+def _grader(negated, gates, first, knobs, table, policy, k, have):
+    """``grade`` of ``_chooser``."""
     words = policy.grade_words
     known = {"place": PLACES[:k]}
     for i, knob in enumerate(KNOBS):
@@ -247,7 +303,7 @@ def _keeper(negated, gates, first, knobs, policy, k):
         seen["noise"] = _noise(first, knobs, gates.shape)
     weighs = any(word in words for word in ("weight", "first", "before"))
 
-    def keep(at, chosen, slot_of):
+    def grade(at, chosen, slot_of):
         if weighs:
             weight = _take(gates[at], chosen)
             weight = weight / np.maximum(weight.cumsum(-1)[..., -1:], TINY)
@@ -257,13 +313,19 @@ def _keeper(negated, gates, first, knobs, policy, k):
                 weight[..., :-1].cumsum(-1, out=known["before"][..., 1:])
         for word in seen:
             known[word] = _take(seen[word][at], chosen)
+        if "table" in words:
+            known["table"] = _take(table[0] if len(table) == 1 else table, chosen)
         if "have" in words or "cost" in words:
-            absent = _take(slot_of, chosen) < 0
-            known["have"], known["cost"] = (~absent).view(INT8), _miss_cost(knobs) * absent
-        dropped = policy.grade(*[known[word] for word in words]) < 0
-        return np.broadcast_to(~(dropped & (PLACES[:k] > 0)), chosen.shape)
+            known["have"] = _take(have(slot_of), chosen)
+            known["cost"] = _miss_cost(knobs) * (known["have"] == 0)
+        return np.broadcast_to(policy.grade(*[known[word] for word in words]), chosen.shape)
 
-    return keep
+    return grade
+
+
+def _kept(levels):
+    """``[..., K]`` bool: who runs, of the levels wanted, where there is nobody to swap in."""
+    return ~((levels < 0) & (PLACES[: levels.shape[-1]] > 0))
 
 
 def _miss_cost(knobs):
@@ -307,30 +369,60 @@ def _before(gates, places, rank, scores):
     return by_rank.take(_places(rank, rank.shape[2]))
 
 
-def _step_one(choose, keep, state, evict, tokens, k):
+def _step_pages(choose, grade, state, evict, tokens, k, order, policy):
+    """Step caches of several levels, or that layers share, or whose policy swaps: as the reference does.
+
+    Returns:
+        The arrays of a ``Routing`` in order, but for the weights, and then ``asked``, and the experts chosen at first.
+    """
+    slot_of, alone = _own_pages(state), len(order) == 1
+    ids, slots, asked, own = np.empty((4, len(order), tokens, k), np.int64)
+    hits, missed = np.empty(ids.shape, np.bool_), [[] for _ in order]
+    wanted = np.zeros(k)
+    for t in range(tokens):
+        at, seen = ((0, t), slot_of[0]) if alone else ((slice(None), t), slot_of)
+        own[:, t] = chosen = choose(at, seen)
+        levels = np.broadcast_to(wanted if grade is None else grade(at, chosen, seen), own[:, t].shape).tolist()
+        for b, experts in enumerate(own[:, t].tolist()):
+            table = None if policy.table is None else policy.table[b]
+            ran = reference_route.decide(experts, levels[b], order[b, t], state, b, policy.swaps, table)
+            placed, new = reference_route.settle(ran, state, b, evict)
+            missed[b] += new
+            ids[b, t], pages, asked[b, t], hits[b, t] = zip(*ran, strict=True)
+            slots[b, t] = [placed.get(page, -1) for page in pages]
+    counts = np.array([len(pairs) for pairs in missed])
+    pages, places = np.full((2, len(order), tokens * k), -1)
+    for b, pairs in enumerate(missed):
+        pages[b, : len(pairs)], places[b, : len(pairs)] = np.array(pairs, np.int64).reshape(-1, 2).T
+    return ids, slots, hits, pages, places, counts, asked, own
+
+
+def _step_one(choose, grade, state, evict, tokens, k):
     """Step one cache: choose, touch and place each token's experts.
 
     Returns:
         The arrays of a ``Routing`` in order, but for the weights.
     """
-    slot_of, expert_of = state.slot_of.numpy()[0], state.expert_of.numpy()[0]
+    slot_of, page_of = state.slot_of.numpy()[0], state.page_of.numpy()[0]
     last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
     capacity, clock = state.capacity.item(), clocks.item()
     ids, slots = np.empty((1, tokens, k), np.int64), np.empty((1, tokens, k), np.int64)
     hits, missed, taken = np.empty((1, tokens, k), np.bool_), [], []
+    keys_now = None
     for t in range(tokens):
         ids[0, t] = chosen = choose((0, t), slot_of)
         touches = np.arange(clock + k, clock, -1)
-        if keep is not None:
-            kept = keep((0, t), chosen, slot_of).nonzero()[0]
+        if grade is not None:
+            kept = _kept(grade((0, t), chosen, slot_of)).nonzero()[0]
             chosen, touches = chosen[kept], touches[kept]
         where = slot_of.take(chosen)
         found, placed = where >= 0, where.tolist()
         last_use[chosen] = touches
         uses[chosen] += 1
         if min(placed) < 0:
-            occupants = expert_of[:capacity]
-            keys = evict(last_use, uses).take(occupants)
+            occupants = page_of[:capacity]
+            keys_now = keys_now or eviction(evict, state)
+            keys = keys_now()[0].take(occupants)
             if occupants[occupants.argmin()] < 0:
                 free = (occupants < 0).nonzero()[0]
                 keys[free] = FIRST + free
@@ -341,25 +433,24 @@ def _step_one(choose, keep, state, evict, tokens, k):
                 if placed[i] < 0:
                     placed[i] = slot = int(keys.argmin())
                     keys[slot] = NEVER
-                    old = expert_of.item(slot)
+                    old = page_of.item(slot)
                     if old >= 0:
                         slot_of[old] = -1
-                    slot_of[expert], expert_of[slot] = slot, expert
+                    slot_of[expert], page_of[slot] = slot, expert
                     missed.append(expert)
                     taken.append(slot)
-        if keep is None:
+        if grade is None:
             slots[0, t], hits[0, t] = placed, found
         else:
             slots[0, t], hits[0, t] = -1, False
             slots[0, t, kept], hits[0, t, kept] = placed, found
-        clock += k
-    clocks[0] = clock
+        clocks[0] = clock = clock + k
     count, nothing = len(missed), [-1] * (tokens * k - len(missed))
     misses = np.array([missed + nothing]), np.array([taken + nothing]), np.array([count])
     return ids, slots, hits, *misses
 
 
-def _step(choose, keep, state, evict, tokens, k):
+def _step(choose, grade, state, evict, tokens, k):
     """As ``_step_one`` for B caches."""
     slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
     caches = len(slot_of)
@@ -381,16 +472,16 @@ def _step(choose, keep, state, evict, tokens, k):
         touches = before[:, None] + places
         ids[:, t], hits[:, t] = chosen, placed >= 0
         missing = ~hits[:, t]
-        if keep is not None:
-            kept = keep((slice(None), t), chosen, slot_of)
+        if grade is not None:
+            kept = _kept(grade((slice(None), t), chosen, slot_of))
             placed[~kept] = -1
             hits[:, t] &= kept
             missing &= kept
         flat_last_use[entries[kept]] = touches[kept]
         flat_uses[entries[kept]] += 1
-        clock += k
         if missing.any():
             _place(chosen, placed, missing, before, first, state, evict, misses)
+        clock += k
         slots[:, t] = placed
     return ids, slots, hits, *misses
 
@@ -403,12 +494,12 @@ def _place(chosen, placed, missing, untouched, first, state, evict, misses):
         untouched: ``[B]`` the clock before the token.
         first: ``[B, 1]`` where each cache begins in a flat array.
     """
-    expert_of, slot_of, last_use = state.expert_of.numpy(), state.slot_of.numpy(), state.last_use.numpy()
-    occupants = np.maximum(expert_of, 0) + first
-    key = evict(last_use, state.uses.numpy()).take(occupants)
+    page_of, slot_of, last_use = state.page_of.numpy(), state.slot_of.numpy(), state.last_use.numpy()
+    occupants = np.maximum(page_of, 0) + first
+    key = eviction(evict, state)().take(occupants)
     key[last_use.take(occupants) > untouched[:, None]] = NEVER
-    slot = np.arange(expert_of.shape[1])
-    free = expert_of < 0
+    slot = np.arange(page_of.shape[1])
+    free = page_of < 0
     if free.any():
         key = np.where(free, FIRST + slot, key)
     key[slot >= state.capacity.numpy()[:, None]] = NEVER
@@ -418,11 +509,11 @@ def _place(chosen, placed, missing, untouched, first, state, evict, misses):
     nth = [0] * len(chosen)
     for b, k in np.argwhere(missing).tolist():
         expert, slot = chosen[b, k], victims[b, nth[b]]
-        old = expert_of[b, slot]
+        old = page_of[b, slot]
         if old >= 0:
             slot_of[b, old] = -1
         slot_of[b, expert] = slot
-        expert_of[b, slot] = expert
+        page_of[b, slot] = expert
         placed[b, k] = slot
         experts[b, count[b]] = expert
         places[b, count[b]] = slot

@@ -10,34 +10,39 @@ keys that sort as the float32 values do, one warp-wide instruction each; ties go
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 
 from cachemoe.kernels.launch import Launch
-from cachemoe.kernels.policy import GRADE_WORDS, KEY_WORDS, KNOBS, Policy, noise_bits
+from cachemoe.kernels.policy import EVICT_WORDS, KNOBS, Policy, noise_bits, words_of
 from cachemoe.kernels.state import STATE, GateScores, Routing
 
 MAX_EXPERTS, MAX_TOP_K, MAX_GROUPS = 512, 16, 32
 
-OUTPUTS = ("ids", "weights", "slots", "hits", "miss_experts", "miss_slots", "miss_count")
+OUTPUTS = ("ids", "weights", "slots", "hits", "miss_pages", "miss_slots", "miss_count")
 
 LOWEST = tl.constexpr(-(2**31))  # below every key: not to be chosen
 HIGHEST = tl.constexpr(2**31 - 1)  # NaN's key
 
-# Which words a policy's key and grade name: a bit each.
-ALL_WORDS = tuple(dict.fromkeys((*KEY_WORDS, *GRADE_WORDS)))
+# Every word, in an order in which both a key and a grade name theirs: a bit each.
+ALL_WORDS = (
+    *("value", "rank", "weight", "first", "before", "place", "have", "span", "cost", "noise", "table", "a", "b"),
+)
+WORD_COUNT, EVICT_COUNT = tl.constexpr(len(ALL_WORDS)), tl.constexpr(len(EVICT_WORDS))
 
 
-def _bit(word: str) -> int:
-    return 1 << ALL_WORDS.index(word)
+def _bits(words: Sequence[str], known: Sequence[str] = ALL_WORDS) -> int:
+    return sum(1 << known.index(word) for word in words)
 
 
-VALUE, RANK, BEFORE, HAVE, SPAN, COST, NOISE, A, B = (tl.constexpr(_bit(word)) for word in KEY_WORDS)
-WEIGHT, FIRST, PLACE = (tl.constexpr(_bit(word)) for word in ("weight", "first", "place"))
+VALUE, RANK, WEIGHT, FIRST, BEFORE, PLACE, HAVE, SPAN, COST, NOISE, TABLE, A, B = (
+    tl.constexpr(_bits([word])) for word in ALL_WORDS
+)
 
 
 @triton.jit
@@ -129,54 +134,12 @@ def _ranks(
 
 
 @triton.jit
-def _key_words(WORDS: tl.constexpr, value, rank, before, have, span, cost, noise, a, b):
-    """Those that a key names, in order."""
+def _named(WORDS: tl.constexpr, COUNT: tl.constexpr, values):
+    """Those of the values that a function names, in order."""
     named = ()
-    if VALUE & WORDS:
-        named = named + (value,)  # noqa: RUF005 (the compiler knows no other way)
-    if RANK & WORDS:
-        named = named + (rank,)  # noqa: RUF005
-    if BEFORE & WORDS:
-        named = named + (before,)  # noqa: RUF005
-    if HAVE & WORDS:
-        named = named + (have,)  # noqa: RUF005
-    if SPAN & WORDS:
-        named = named + (span,)  # noqa: RUF005
-    if COST & WORDS:
-        named = named + (cost,)  # noqa: RUF005
-    if NOISE & WORDS:
-        named = named + (noise,)  # noqa: RUF005
-    if A & WORDS:
-        named = named + (a,)  # noqa: RUF005
-    if B & WORDS:
-        named = named + (b,)  # noqa: RUF005
-    return named
-
-
-@triton.jit
-def _grade_words(WORDS: tl.constexpr, value, weight, first, before, place, have, cost, noise, a, b):
-    """Those that a grade names, in order."""
-    named = ()
-    if VALUE & WORDS:
-        named = named + (value,)  # noqa: RUF005
-    if WEIGHT & WORDS:
-        named = named + (weight,)  # noqa: RUF005
-    if FIRST & WORDS:
-        named = named + (first,)  # noqa: RUF005
-    if BEFORE & WORDS:
-        named = named + (before,)  # noqa: RUF005
-    if PLACE & WORDS:
-        named = named + (place,)  # noqa: RUF005
-    if HAVE & WORDS:
-        named = named + (have,)  # noqa: RUF005
-    if COST & WORDS:
-        named = named + (cost,)  # noqa: RUF005
-    if NOISE & WORDS:
-        named = named + (noise,)  # noqa: RUF005
-    if A & WORDS:
-        named = named + (a,)  # noqa: RUF005
-    if B & WORDS:
-        named = named + (b,)  # noqa: RUF005
+    for i in tl.static_range(COUNT):
+        if (WORDS >> i) & 1:
+            named = named + (values[i],)  # noqa: RUF005 (the compiler knows no other way)
     return named
 
 
@@ -242,19 +205,21 @@ def _route_kernel(
     # inputs: logits [B, T, E]; fused, they are an output, of hidden [B, T, H] and router [E, H] or [B, E, H]
     logits_ptr, stride_b, stride_t, correction_ptr, correction_stride,
     hidden_ptr, router_ptr, router_stride, ticket_ptr,
-    # state: [B, E], [B, C] and [B]
-    slot_of_ptr, expert_of_ptr, capacity_ptr, last_use_ptr, uses_ptr, clock_ptr, tokens_ptr, range_sum_ptr,
-    # [B, KNOBS] and numbers
-    knobs_ptr, epsilon, scale,
+    # state: [B, V * E], [B, C], [B, E] and [B]
+    slot_of_ptr, page_of_ptr, capacity_ptr, last_use_ptr, uses_ptr, clock_ptr, tokens_ptr, range_sum_ptr, heavy_ptr,
+    # [B, KNOBS], [B, E] and numbers
+    knobs_ptr, table_ptr, epsilon, scale,
     # outputs: [B, T, K], [B, T * K], [B]
-    ids_ptr, weights_ptr, slots_ptr, hits_ptr, miss_experts_ptr, miss_slots_ptr, miss_count_ptr,
+    ids_ptr, weights_ptr, slots_ptr, hits_ptr, miss_pages_ptr, miss_slots_ptr, miss_count_ptr, asked_ptr,
     # shapes and constants
     T, H,
     E: tl.constexpr, C: tl.constexpr, K: tl.constexpr, E_PAD: tl.constexpr, C_PAD: tl.constexpr,
-    EVICT: tl.constexpr, NOISE_BITS: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
+    EVICT: tl.constexpr, EVICT_NAMED: tl.constexpr, LEVELS: tl.constexpr, ENDS: tl.constexpr, CHEAPER_PAD: tl.constexpr,
+    NOISE_BITS: tl.constexpr, FUNCTION: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr,
     GROUPS_PAD: tl.constexpr, GROUP_PAD: tl.constexpr,
     KEY: tl.constexpr, GRADE: tl.constexpr, WORDS: tl.constexpr, GRADE_WORDS: tl.constexpr, BOUNDED: tl.constexpr,
+    SWAPS: tl.constexpr, OF_RUNNING: tl.constexpr,
     KNOBS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     cache = tl.program_id(0).to(tl.int64)
@@ -273,9 +238,14 @@ def _route_kernel(
     e, c = tl.max_contiguous(tl.arange(0, E_PAD), 1), tl.max_contiguous(tl.arange(0, C_PAD), 1)
     real = e < E
     logits = tl.load(logits_ptr + e, real, 0.0)
-    slot_of = tl.load(slot_of_ptr + cache * E + e, real, -1).to(tl.int32)
-    expert_of = tl.load(expert_of_ptr + cache * C + c, c < C, 0).to(tl.int32)
-    capacity = tl.load(capacity_ptr + cache)
+    slot_of = tl.load(slot_of_ptr + cache * LEVELS * E + e, real, -1).to(tl.int32)
+    if LEVELS > 1:  # the cheaper levels' slots, a row each; those of full precision come after them
+        v = 1 + tl.arange(0, CHEAPER_PAD)[:, None]
+        cheap = tl.load(slot_of_ptr + cache * LEVELS * E + v * E + e[None, :], (v < LEVELS) & real[None, :], -1)
+        cheap = cheap.to(tl.int32)
+        heavy_touches = tl.zeros([E_PAD], tl.int32)
+    page_of = tl.load(page_of_ptr + cache * C + c, c < C, 0).to(tl.int32)
+    capacity = ENDS[LEVELS - 1] + tl.load(capacity_ptr + cache)
     clock = tl.load(clock_ptr + cache)
     seen = tl.load(tokens_ptr + cache)
     range_sum = tl.load(range_sum_ptr + cache)
@@ -298,7 +268,9 @@ def _route_kernel(
     if correction_ptr is not None:
         correction = tl.load(correction_ptr + e, real, 0.0)
 
-    free = tl.sum(((expert_of < 0) & (c < capacity)).to(tl.int32), 0)
+    if TABLE & EITHER or SWAPS:
+        table = tl.load(table_ptr + cache * E + e, real, 0.0)
+    free = tl.sum(((page_of < 0) & (c < capacity)).to(tl.int32), 0)
     # Of each expert the touches of this call, and the clock after the last of them, 0 before it, from the call's start:
     # int32 in registers, where last_use and uses are only read for a miss.
     touches, touched = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
@@ -325,9 +297,15 @@ def _route_kernel(
             key = tl.where(((groups >> (e // GROUP)) & 1) == 1, key, LOWEST)
 
         biased = key
-        have, cost, noise = (slot_of >= 0).to(tl.int32), 0.0, 0.0
+        have, cost, noise, numbers = (slot_of >= 0).to(tl.int32), 0.0, 0.0, 0.0
+        if LEVELS > 1:
+            cheapest = tl.min(tl.where((cheap >= 0) & (v < LEVELS), v, LEVELS), 0)
+            best = tl.where(slot_of >= 0, 0, cheapest)  # the best level resident; that after the last where none is
+            have = tl.where(best < LEVELS, best + 1, 0)
         if COST & EITHER:
-            cost = tl.where(slot_of >= 0, 0.0, miss)
+            cost = tl.where(have > 0, 0.0, miss)
+        if TABLE & EITHER:
+            numbers = table
         if NOISE & EITHER:
             noise = NOISE_BITS(seed + seen * E + e).to(tl.float32) * 5.9604644775390625e-08
         if KEYED:
@@ -343,7 +321,9 @@ def _route_kernel(
                 )  # fmt: skip
             if SPAN & WORDS:
                 span = (range_sum / tl.maximum(seen, 1).to(tl.float64)).to(tl.float32)
-            biased = KEY(*_key_words(WORDS, value, rank.to(tl.float32), before, have, span, cost, noise, a, b))
+            ranks = rank.to(tl.float32)
+            words = (value, ranks, x, x, before, x, have, span, cost, noise, numbers, a, b)
+            biased = KEY(*_named(WORDS, WORD_COUNT, words))
             biased = tl.where(key == LOWEST, LOWEST, _key(biased.to(tl.float32)))
 
         place = tl.full([E_PAD], K, tl.int32)  # of the chosen their place in the token's order, K for the others
@@ -367,49 +347,112 @@ def _route_kernel(
                 left &= e != chosen
 
         used = place < K
+        kept, limit, asked, total = used, tl.zeros([E_PAD], tl.int32), e, 0.0
         offsets = (cache * T + t) * K + place
-        tl.store(ids_ptr + offsets, e, used)
-        kept = used
+        if not OF_RUNNING:
+            total = tl.sum(tl.where(used, score, 0.0), 0)
         if GRADED:
             weight, first, before = _shares(score, place, K)
             places = place.to(tl.float32)
-            level = GRADE(*_grade_words(GRADE_WORDS, value, weight, first, before, places, have, cost, noise, a, b))
-            kept = used & (((level < 0) == 0) | (place == 0))  # NaN is no reason to drop
-            place = tl.where(kept, place, K)  # a dropped expert is as if not chosen
-        missing = kept & (slot_of < 0)
+            words = (value, x, weight, first, before, places, have, x, cost, noise, numbers, a, b)
+            level = GRADE(*_named(GRADE_WORDS, WORD_COUNT, words))
+            below = (level < 0) & (place > 0)  # NaN is no reason to drop
+            kept = used & (below == 0)
+            if LEVELS > 1:
+                limit = tl.where(level > 0, tl.minimum(level, LEVELS - 1.0), 0.0).to(tl.int32)
+                asked = limit * E + e
+            if SWAPS:
+                swapped = used & below & (level <= -2)
+                kept |= swapped
+                limit = tl.where(swapped & (have > 0), LEVELS - 1, limit)
+        if asked_ptr is not None:
+            tl.store(asked_ptr + offsets, tl.where(kept, asked, -1), used)
+        if SWAPS:
+            for k in range(1, K):
+                one = swapped & (place == k) & (have == 0)
+                if tl.sum(one.to(tl.int32), 0) > 0:
+                    like = tl.sum(tl.where(one, table, 0.0), 0)
+                    mates = (used == 0) & (have > 0) & (table == like) & (key != LOWEST)
+                    if tl.sum(mates.to(tl.int32), 0) > 0:
+                        mate = e == _highest(tl.where(mates, key, LOWEST), e, E_PAD)
+                        used |= mate
+                        kept = (kept | mate) & (one == 0)
+                        limit = tl.where(mate, LEVELS - 1, limit)
+                        place = tl.where(mate, k, tl.where(one, K, place))
+            offsets = (cache * T + t) * K + place
+        taken = place < K
+        tl.store(ids_ptr + offsets, e, taken)
+        place = tl.where(kept, place, K)  # a dropped expert is as if not chosen
+        if LEVELS > 1:
+            run = tl.minimum(best, limit)
+            missing = kept & (best > limit)
+            heavy_touches += (kept & (run == 0)).to(tl.int32)
+        else:
+            missing = kept & (slot_of < 0)
         touched = tl.where(kept, elapsed + K - place, touched)
         touches += kept.to(tl.int32)
-        tl.store(hits_ptr + offsets, (slot_of >= 0) & kept, used)
+        tl.store(hits_ptr + offsets, kept & (missing == 0), taken)
         weights = tl.where(kept, score, 0.0)
         if RENORMALISE:
-            weights /= tl.sum(weights, 0) + epsilon
-        tl.store(weights_ptr + offsets, weights * scale, used)
+            if OF_RUNNING:
+                total = tl.sum(weights, 0)
+            weights /= total + epsilon
+        tl.store(weights_ptr + offsets, weights * scale, taken)
 
         misses = tl.sum(missing.to(tl.int32), 0)
         # The policy's keys in two halves that int32 compares in order, which takes a warp one instruction each.
         high, low = tl.zeros([E_PAD], tl.int32), tl.zeros([E_PAD], tl.int32)
-        if misses > free:
+        if misses > free or (LEVELS > 1 and misses > 0):
             last_use = tl.load(last_use_ptr + cache * E + e, real, 0)
+            last_use = tl.where(touched > 0, clock + touched, last_use)
             uses = tl.load(uses_ptr + cache * E + e, real, 0) + touches
-            policy = EVICT(tl.where(touched > 0, clock + touched, last_use), uses)
+            heavy = uses
+            if LEVELS > 1:
+                heavy = tl.load(heavy_ptr + cache * E + e, real, 0) + heavy_touches
+            seen_of = (last_use, uses, heavy, 1, clock + elapsed)
+            policy = EVICT(*_named(EVICT_NAMED, EVICT_COUNT, seen_of)).to(tl.int64)
             high, low = (policy >> 32).to(tl.int32), policy.to(tl.int32) ^ LOWEST
         for _ in range(misses):
-            expert = tl.min(tl.where(kept & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
+            if LEVELS > 1:
+                expert = tl.min(tl.where(missing, place * E_PAD + e, K * E_PAD), 0) % E_PAD
+                missing &= e != expert
+                level_now = tl.sum(tl.where(e == expert, run, 0), 0)
+                row = tl.where(level_now == 0, slot_of, tl.sum(tl.where(v == level_now, cheap, 0), 0))
+                begin, end = ENDS[LEVELS - 1], capacity
+                for i in tl.static_range(LEVELS - 1):
+                    begin = tl.where(level_now == i + 1, ENDS[i], begin)
+                    end = tl.where(level_now == i + 1, ENDS[i + 1], end)
+                empty = (page_of < 0) & (c >= begin) & (c < end)
+                free = tl.sum(empty.to(tl.int32), 0)
+                least = (row >= 0) & ((kept & (run == level_now)) == 0)
+            else:
+                expert = tl.min(tl.where(kept & (slot_of < 0), place * E_PAD + e, K * E_PAD), 0) % E_PAD
+                row, empty = slot_of, (page_of < 0) & (c < capacity)
+                least = (slot_of >= 0) & (place == K)
             if free > 0:
-                slot = tl.min(tl.where((expert_of < 0) & (c < capacity), c, C - 1), 0)
+                slot = tl.min(tl.where(empty, c, C - 1), 0)
                 free -= 1
             else:
-                least = (slot_of >= 0) & (place == K)
                 least &= high == tl.min(tl.where(least, high, HIGHEST), 0)
                 least &= low == tl.min(tl.where(least, low, HIGHEST), 0)
-                slot = tl.min(tl.where(least, slot_of, C - 1), 0)
-            slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
-            expert_of = tl.where(c == slot, expert, expert_of)
+                slot = tl.min(tl.where(least, row, C - 1), 0)
+            page = expert
+            if LEVELS > 1:
+                page = level_now * E + expert
+                slot_of = tl.where((e == expert) & (level_now == 0), slot, tl.where(slot_of == slot, -1, slot_of))
+                here = (e == expert)[None, :] & (v == level_now)
+                cheap = tl.where(here, slot, tl.where(cheap == slot, -1, cheap))
+            else:
+                slot_of = tl.where(e == expert, slot, tl.where(slot_of == slot, -1, slot_of))
+            page_of = tl.where(c == slot, page, page_of)
             listed = cache * T * K + missed
-            tl.store(miss_experts_ptr + listed, expert)
+            tl.store(miss_pages_ptr + listed, page)
             tl.store(miss_slots_ptr + listed, slot)
             missed += 1
-        tl.store(slots_ptr + offsets, tl.where(kept, slot_of, -1), used)
+        where = slot_of
+        if LEVELS > 1:
+            where = tl.where(run == 0, slot_of, tl.sum(tl.where(v == run[None, :], cheap, 0), 0))
+        tl.store(slots_ptr + offsets, tl.where(kept, where, -1), taken)
         logits_ptr += stride_t
         elapsed += K
         seen += 1
@@ -418,11 +461,15 @@ def _route_kernel(
 
     for first in range(missed, T * K, 128):
         i = first + tl.max_contiguous(tl.arange(0, 128), 1)
-        tl.store(miss_experts_ptr + cache * T * K + i, -1, i < T * K)
+        tl.store(miss_pages_ptr + cache * T * K + i, -1, i < T * K)
         tl.store(miss_slots_ptr + cache * T * K + i, -1, i < T * K)
     tl.store(miss_count_ptr + cache, missed)
-    tl.store(slot_of_ptr + cache * E + e, slot_of, real)
-    tl.store(expert_of_ptr + cache * C + c, expert_of, c < C)
+    tl.store(slot_of_ptr + cache * LEVELS * E + e, slot_of, real)
+    if LEVELS > 1:
+        tl.store(slot_of_ptr + cache * LEVELS * E + v * E + e[None, :], cheap, (v < LEVELS) & real[None, :])
+        heavy = tl.load(heavy_ptr + cache * E + e, heavy_touches > 0, 0)
+        tl.store(heavy_ptr + cache * E + e, heavy + heavy_touches, heavy_touches > 0)
+    tl.store(page_of_ptr + cache * C + c, page_of, c < C)
     tl.store(last_use_ptr + cache * E + e, clock + touched, touched > 0)
     uses = tl.load(uses_ptr + cache * E + e, touched > 0, 0)
     tl.store(uses_ptr + cache * E + e, uses + touches, touched > 0)
@@ -460,15 +507,18 @@ def plan_route(
             that the launch counts in and leaves at zero; all contiguous. Then ``logits``, contiguous, is an output.
 
     Raises:
-        ValueError: for more experts, experts a token or groups than the kernel takes.
+        ValueError: for more experts, experts a token or groups than the kernel takes, or caches that layers share: no
+            program could hold their pages.
     """
     caches, tokens, experts = logits.shape
+    if state.layers > 1:
+        raise ValueError("the kernel routes layers that have caches of their own, not one that they share")
     if experts > MAX_EXPERTS or top_k > MAX_TOP_K or scores.groups > MAX_GROUPS:
         raise ValueError(
             f"the kernel takes up to {MAX_EXPERTS} experts, {MAX_TOP_K} a token and {MAX_GROUPS} groups, "
             f"not {experts}, {top_k} and {scores.groups}"
         )
-    slots, num_warps, padded = state.expert_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
+    slots, num_warps, padded = state.page_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
     hidden, router, ticket = gate or (None, None, None)
     arguments = {
         "logits_ptr": logits,
@@ -481,10 +531,13 @@ def plan_route(
         "router_stride": 0 if router is None or router.dim() == 2 else router.stride(0),
         "ticket_ptr": ticket,
         **{f"{name}_ptr": getattr(state, name) for name in STATE},
+        "heavy_ptr": state.heavy,
         "knobs_ptr": policy.knobs,
+        "table_ptr": policy.table,
         "epsilon": float(scores.epsilon),
         "scale": float(scores.scale),
         **{f"{name}_ptr": tensor for name, tensor in zip(OUTPUTS, out.tensors(), strict=True)},
+        "asked_ptr": out.asked,
         "T": tokens,
         "H": 0 if hidden is None else hidden.shape[2],
     }
@@ -495,6 +548,10 @@ def plan_route(
         "E_PAD": padded,
         "C_PAD": triton.next_power_of_2(slots),
         "EVICT": _jitted(evict),
+        "EVICT_NAMED": _bits(words_of(evict), EVICT_WORDS),
+        "LEVELS": state.levels,
+        "ENDS": (0, *accumulate(state.cheaper)),  # of the slots before the cheaper levels' first, and of each
+        "CHEAPER_PAD": triton.next_power_of_2(max(len(state.cheaper), 1)),
         "FUNCTION": scores.function,
         "RENORMALISE": scores.renormalise,
         "GROUPS": scores.groups,
@@ -504,9 +561,11 @@ def plan_route(
         "GROUP_PAD": triton.next_power_of_2(experts // scores.groups),
         "KEY": policy.key and _jitted(policy.key),
         "GRADE": policy.grade and _jitted(policy.grade),
-        "WORDS": sum(map(_bit, policy.words)),
-        "GRADE_WORDS": sum(map(_bit, policy.grade_words)),
+        "WORDS": _bits(policy.words),
+        "GRADE_WORDS": _bits(policy.grade_words),
         "BOUNDED": policy.bounded,
+        "SWAPS": policy.swaps,
+        "OF_RUNNING": policy.renormalises,
         "NOISE_BITS": _jitted(noise_bits),
         "KNOBS": len(KNOBS),
         "CHUNK": max(1, 512 * num_warps // padded),  # larger tiles of ranks spill

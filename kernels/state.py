@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -16,76 +19,144 @@ class Residency:
 
     ``route`` reads and writes a state of leading dimension ``[B]``; ``state[i]`` gives views along the first dimension.
 
+    A page is an expert at a level. Of E experts and V levels, page v * E + e is expert e at level v, and level 0 is
+    full precision; with one level the pages are the experts. The slots of the cheaper levels come first,
+    level by level.
+
+    One cache that all layers share has the pages of layer after layer, V * E of each, and L * E experts;
+    ``of_layer(i)`` is what layer i's routing sees and updates.
+
     Args:
-        slot_of: ``[..., E]`` int64, the page table: the expert's slot, -1 when absent.
-        expert_of: ``[..., C]`` int64, its inverse: the slot's expert, -1 when free. C is the largest capacity.
-        capacity: ``[...]`` int64, slots in use. Slots from ``capacity`` on are given to nobody.
+        slot_of: ``[..., V * E]`` int64, the page table: the page's slot, -1 when absent.
+        page_of: ``[..., C]`` int64, its inverse: the slot's page, -1 when free. C is the largest capacity, and all
+            slots of cheaper levels.
+        capacity: ``[...]`` int64, slots in use for full precision. The slots beyond are given to nobody.
         last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
         uses: ``[..., E]`` int64, touches.
         clock: ``[...]`` int64, touches of all experts.
         tokens: ``[...]`` int64, tokens routed.
         range_sum: ``[...]`` float64, sum over those tokens of max(logits) - min(logits).
+        heavy: ``[..., E]`` int64, touches at full precision; None with one level, where that is all of them.
+        cheaper: slots of each cheaper level.
+        layers: L, that share a cache.
+        layer: the one of them that is routed.
     """
 
     slot_of: torch.Tensor
-    expert_of: torch.Tensor
+    page_of: torch.Tensor
     capacity: torch.Tensor
     last_use: torch.Tensor
     uses: torch.Tensor
     clock: torch.Tensor
     tokens: torch.Tensor
     range_sum: torch.Tensor
+    heavy: torch.Tensor | None = None
+    cheaper: tuple[int, ...] = ()
+    layers: int = 1
+    layer: int = 0
 
     @classmethod
-    def empty(cls, capacity: torch.Tensor, experts: int) -> Residency:
+    def empty(
+        cls, capacity: torch.Tensor, experts: int, cheaper: Sequence[int] = (), layers: int | None = None
+    ) -> Residency:
         """Cold caches.
 
         Args:
-            capacity: ``[...]`` int64, slots of each cache.
-            experts: E.
+            capacity: ``[...]`` int64, slots of each cache for full precision.
+            experts: E, of a layer.
+            cheaper: slots of each cache for each cheaper level.
+            layers: L, that share each cache; None: a cache is of one layer.
 
         Raises:
-            ValueError: if a capacity is below 1 or above E.
+            ValueError: if there are less than 1, or more than experts, at a level.
         """
-        capacity = torch.as_tensor(capacity, dtype=torch.int64, device="cpu")
-        low, high = int(capacity.min()), int(capacity.max())
-        if low < 1 or high > experts:
-            raise ValueError(f"a capacity must lie between 1 and the {experts} experts of a layer, not {low}..{high}")
+        capacity, shared = torch.as_tensor(capacity, dtype=torch.int64, device="cpu"), layers is not None
+        layers = layers or 1
+        every = experts * layers
+        low, high = min(int(capacity.min()), *cheaper, every), max(int(capacity.max()), *cheaper, 0)
+        if low < 1 or high > every:
+            raise ValueError(f"a capacity must lie between 1 and the {every} experts of a cache, not {low}..{high}")
         shape = tuple(capacity.shape)
+        routed = (*shape, layers) if shared else shape
+
+        def numbers(shape, value=0, dtype=torch.int64):
+            return torch.full(shape, value, dtype=dtype, device="cpu")
+
         return cls(
-            slot_of=torch.full((*shape, experts), -1, dtype=torch.int64, device="cpu"),
-            expert_of=torch.full((*shape, high), -1, dtype=torch.int64, device="cpu"),
+            slot_of=numbers((*shape, every * (1 + len(cheaper))), -1),
+            page_of=numbers((*shape, int(capacity.max()) + sum(cheaper)), -1),
             capacity=capacity.clone(),
-            last_use=torch.zeros((*shape, experts), dtype=torch.int64, device="cpu"),
-            uses=torch.zeros((*shape, experts), dtype=torch.int64, device="cpu"),
-            clock=torch.zeros(shape, dtype=torch.int64, device="cpu"),
-            tokens=torch.zeros(shape, dtype=torch.int64, device="cpu"),
-            range_sum=torch.zeros(shape, dtype=torch.float64, device="cpu"),
+            last_use=numbers((*shape, every)),
+            uses=numbers((*shape, every)),
+            clock=numbers(shape),
+            tokens=numbers(routed),
+            range_sum=numbers(routed, 0.0, torch.float64),
+            heavy=numbers((*shape, every)) if cheaper else None,
+            cheaper=tuple(cheaper),
+            layers=layers,
         )
 
+    @property
+    def experts(self) -> int:
+        """E, of a layer."""
+        return self.last_use.shape[-1] // self.layers
+
+    @property
+    def shared(self) -> bool:
+        """Whether the layers share the caches."""
+        return self.tokens.dim() > self.capacity.dim()
+
+    @property
+    def levels(self) -> int:
+        """V."""
+        return 1 + len(self.cheaper)
+
+    @cached_property  # read for every token
+    def slots(self) -> tuple[tuple[int, int], ...]:
+        """Of each level its first slot, and the one after its last; full precision's end at the largest capacity."""
+        ends = (0, *accumulate(self.cheaper))
+        return ((ends[-1], self.page_of.shape[-1]), *pairwise(ends))
+
+    def levels_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """int64, of each slot on the CPU the level of its pages, -1 where there is no slot."""
+        starts = torch.tensor([0, *(end for _, end in self.slots[1:])], device="cpu")
+        return (torch.bucketize(slots, starts, right=True) % self.levels).masked_fill(slots < 0, -1)
+
+    def of_layer(self, layer: int) -> Residency:
+        """What one of the layers that share the caches sees, and updates."""
+        routed = {"tokens": self.tokens[..., layer], "range_sum": self.range_sum[..., layer]}
+        return replace(self, **routed, layer=layer)
+
     def __getitem__(self, index) -> Residency:
-        return Residency(*(getattr(self, field.name)[index] for field in fields(self)))
+        return self._each(lambda tensor: tensor[index])
 
     def clone(self) -> Residency:
-        return Residency(*(getattr(self, field.name).clone() for field in fields(self)))
+        return self._each(torch.clone)
 
     def to(self, device: torch.device | str) -> Residency:
         """The state on another device; the same tensors where they are there already."""
-        return Residency(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by name, those that it has."""
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
 
     def with_slots(self, count: int) -> Residency:
-        """The state with C = ``count`` slots, ``expert_of`` cut or filled up with free ones; the rest is shared."""
-        kept = self.expert_of[..., :count]
+        """The state with C = ``count`` slots, ``page_of`` cut or filled up with free ones; the rest is shared."""
+        kept = self.page_of[..., :count]
         free = kept.new_full((*kept.shape[:-1], count - kept.shape[-1]), -1)
-        return replace(self, expert_of=torch.cat((kept, free), -1))
+        return replace(self, page_of=torch.cat((kept, free), -1))
 
     def resident(self) -> torch.Tensor:
-        """``[..., E]`` bool: the experts that have a slot."""
+        """``[..., V * E]`` bool: the pages that have a slot."""
         return self.slot_of >= 0
 
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Residency:
+        return replace(self, **{name: function(tensor) for name, tensor in self.tensors().items()})
 
-STATE = tuple(field.name for field in fields(Residency))
-"""The tensors of a ``Residency``, which kernels know by name."""
+
+STATE = tuple(field.name for field in fields(Residency) if field.type == "torch.Tensor")
+"""The tensors that every ``Residency`` has, which kernels know by name."""
 
 
 @dataclass(slots=True, eq=False)  # made for every token and layer: a frozen one takes three times as long
@@ -93,12 +164,12 @@ class Misses:
     """The misses of a call in step order: token by token, by descending gate weight within a token.
 
     Args:
-        experts: ``[B, T * K]`` int64, the missing experts; -1 from ``count`` on.
+        pages: ``[B, T * K]`` int64, the missing pages, as ``Residency`` numbers a layer's; -1 from ``count`` on.
         slots: ``[B, T * K]`` int64, the slot that each is to be fetched to; -1 from ``count`` on.
         count: ``[B]`` int64.
     """
 
-    experts: torch.Tensor
+    pages: torch.Tensor
     slots: torch.Tensor
     count: torch.Tensor
 
@@ -108,12 +179,15 @@ class Routing:
     """What ``route`` decided.
 
     Args:
-        ids: ``[B, T, K]`` int64, distinct experts of each token, the highest selection value first.
+        ids: ``[B, T, K]`` int64, distinct experts of each token, the highest selection value first; one that a policy
+            swapped in stands in the place of the one that it is for.
         weights: ``[B, T, K]`` float32, gate weights, from the unbiased logits; 0 of a dropped expert.
-        slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes; -1 of
-            a dropped expert, which does not run.
-        hits: ``[B, T, K]`` bool, whether the expert was resident when the token was routed, and runs.
+        slots: ``[B, T, K]`` int64, where each expert's page is, or is to be fetched to, when the token computes, which
+            says its level; -1 of a dropped expert, which does not run.
+        hits: ``[B, T, K]`` bool, whether the page was resident when the token was routed, and runs.
         misses: what is to be fetched.
+        asked: ``[B, T, K]`` int64, the page that the policy asked for, where another may run in its place: an expert at
+            a better level, or one swapped in; -1 of a dropped expert. None with one level and no swaps: the expert's.
     """
 
     ids: torch.Tensor
@@ -121,16 +195,18 @@ class Routing:
     slots: torch.Tensor
     hits: torch.Tensor
     misses: Misses
+    asked: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of them, in order."""
-        misses = (self.misses.experts, self.misses.slots, self.misses.count)
+        """All that every routing has, in order."""
+        misses = (self.misses.pages, self.misses.slots, self.misses.count)
         return (self.ids, self.weights, self.slots, self.hits, *misses)
 
     def __getitem__(self, caches: slice) -> Routing:
         """The routing of some of the caches, the same memory."""
-        *tensors, experts, slots, count = (tensor[caches] for tensor in self.tensors())
-        return Routing(*tensors, Misses(experts, slots, count))
+        *tensors, pages, slots, count = (tensor[caches] for tensor in self.tensors())
+        asked = None if self.asked is None else self.asked[caches]
+        return Routing(*tensors, Misses(pages, slots, count), asked)
 
     @classmethod
     def empty(cls, caches: int, tokens: int, top_k: int, device: torch.device | str = "cpu") -> Routing:

@@ -6,6 +6,7 @@ Every part is a pure function of what the text gave: of logits, choices, or the 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import comb
 
 import torch
 
@@ -14,9 +15,12 @@ from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import KNOBS
 from cachemoe.kernels.reference_route import candidates, gate_scores
 from cachemoe.kernels.state import Residency
-from cachemoe.moe.calibration import QUANTILES, Calibration
+from cachemoe.moe.calibration import PARTS, QUANTILES, Calibration
+from cachemoe.moe.cheapening import STEPS, cheap_losses, hobbit_weights, importance
 from cachemoe.moe.chooser import Chooser
+from cachemoe.moe.clusters import clusters, co_routing, gate_similarity, output_similarity
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.leveled import LeveledExperts
 from cachemoe.moe.policies.naee_prune import ABSENT
 from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
@@ -29,18 +33,29 @@ from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import lru_misses
 
 REMOVAL_TOKENS = 256  # that the removal of experts is tried on
+LOSS_WINDOWS = 4  # that the loss of rounding is measured on
+FIT_TOUCHES = 2048  # of layers by tokens, that an eviction policy is fitted on
+GROUPS = 8  # clusters of a layer, as in the paper
 
 
 @torch.inference_mode()
 def calibrate(
-    model, source, page_format: PageFormat, windows: torch.Tensor, fingerprint: str, name: str, progress: Progress
+    model,
+    source,
+    formats: Sequence[PageFormat],
+    leveled: LeveledExperts,
+    windows: torch.Tensor,
+    fingerprint: str,
+    name: str,
+    progress: Progress,
 ) -> Calibration:
     """See the module.
 
     Args:
         model: of transformers, in float32, with its own routing.
         source: the ``Checkpoint`` or ``ModelExperts`` that its experts come from.
-        page_format: in which they compute.
+        formats: of their pages, in which they compute, and of a cheaper level.
+        leveled: computes in both.
         windows: ``[windows, context]`` tokens.
         fingerprint, name: of the checkpoint.
         progress: shows what takes long.
@@ -56,14 +71,29 @@ def calibrate(
         losses = divergences(model, shape, rules, windows, advance)
     token_ids, place = windows.flatten().cpu().unique(return_inverse=True)
     shares = torch.stack([rest_shares(weights).square().mean() for _, weights in choices])
-    removal = []
+    removal, important, groups = [], [], []
+    count = min(GROUPS, max(shape.experts // 2, 1))
     with progress("removing experts", len(layers)) as advance:
         for layer, rule in enumerate(rules):
-            outputs = torch.cat(
-                [_output(source, page_format, layer, e, seen[layer]) for e in range(shape.experts)]
+            outputs, cheap = (
+                torch.cat([_output(source, each, layer, e, seen[layer]) for e in range(shape.experts)])
+                for each in formats
             )  # [E, T, H]
-            removal.append(removal_order(logits[layer][: outputs.shape[1]], outputs, rule, k))
+            tokens = outputs.shape[1]
+            removal.append(removal_order(logits[layer][:tokens], outputs, rule, k))
+            ids, weights = choices[layer]
+            important.append(importance(outputs, cheap, ids[:tokens], weights[:tokens]))
+            alike = gate_similarity(layers[layer].router.weight.cpu()), output_similarity(outputs)
+            groups.append(torch.stack([clusters(each, count) for each in (*alike, co_routing(ids, shape.experts))]))
             advance()
+    order = torch.cat(important).argsort(stable=True)
+    few = windows[:LOSS_WINDOWS]
+    with progress("rounding experts", (PARTS + 1) * len(few)) as advance:
+        cheap_loss = cheap_losses(model, shape, rules, few, order, leveled, advance)
+    some = max(FIT_TOUCHES // len(layers), 1)
+    sizes = [each.page_bytes for each in formats]
+    with progress("fitting an eviction policy", comb(STEPS + 3, 3)) as advance:
+        fitted = hobbit_weights([each[:some] for each in logits], rules, shape, sizes, advance)
     return Calibration(
         ratios=torch.stack([ratios(weights) for _, weights in choices]),
         thresholds=torch.stack([threshold(rule, each, k) for rule, each in zip(rules, logits, strict=True)]),
@@ -72,10 +102,15 @@ def calibrate(
         misses=torch.stack([lru_misses(ids, shape.experts) / len(ids) for ids, _ in choices]),
         token_ids=token_ids.int(),
         by_token=torch.stack([means(each, place) for each in logits]).half(),
+        clusters=torch.stack(groups, 1).short(),
+        importance=torch.stack(important),
+        cheap_losses=cheap_loss,
+        hobbit=fitted,
         model=fingerprint,
         name=name,
         k=k,
         tokens=windows.numel(),
+        cheaper=formats[1].kind,
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from cachemoe.moe.calibrate import calibrate
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.leveled import cheaper_format, open_leveled
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.read_text import open_for_text
@@ -19,6 +20,7 @@ def run_calibrate(
     context: int,
     pool: str | None,
     format: str | None,
+    cheaper: str | None,
     progress: Progress,
 ) -> Calibration:
     """Calibrate a model with its own routing.
@@ -29,6 +31,11 @@ def run_calibrate(
     with open_for_text(path, revision, pool, format, progress, in_float32=True) as (model, tokenizer):
         pooled, source = model.cachemoe, Checkpoint(model.name_or_path)
         windows = windows_of(text, tokenizer, tokens, context, pooled.shape, from_end=text is None)
-        name, page_format = source.path.resolve().name, pooled.engine.page_format
-        with outside(f"{path} cannot be run on the text"):
-            return calibrate(model, source, page_format, windows, pooled.fingerprint, name, progress)
+        name, own = source.path.resolve().name, pooled.engine.page_format
+        formats = [own, cheaper_format(source, own, cheaper)]
+        capacity = [count.slots for count in pooled.layers]
+        with (
+            open_leveled(source, formats, capacity, progress, pooled.engine) as leveled,
+            outside(f"{path} cannot be run on the text"),
+        ):
+            return calibrate(model, source, formats, leveled, windows, pooled.fingerprint, name, progress)

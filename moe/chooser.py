@@ -51,13 +51,13 @@ class Chooser:
     ):
         self._evict, self._rule = evict, strategies[0].rule
         self.miss_cost = miss_cost
-        self._known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost}
+        experts = 0 if calibration is None else calibration.removal.shape[1]
+        self._known = {"top_k": top_k, "calibration": calibration, "miss_cost": miss_cost, "experts": experts}
         if self._rule.by_logits and not all(_selects_by_logits(rule) for rule in rules):
             raise InputError(f"the model selects by more than its logits, which {self._rule.name} would leave out")
         self._policies = self._policies_of(strategies, len(rules))
         self._leaves_prompts = self._rule.decode_only and not gates_prompts
         self._rules, self._offsets = [each.to(device) for each in rules], None
-        experts = 0 if calibration is None else calibration.removal.shape[1]
         in_groups = (each.scores.top_groups * (experts // each.scores.groups) or top_k for each in rules)
         self.places = min(strategies[0].places(experts, top_k), *in_groups)
         if self._rule.offsets is not None:
@@ -66,7 +66,7 @@ class Chooser:
         if self._policies[0].knobs is not None:
             self.knobs = torch.stack([policy.knobs for policy in self._policies]).to(device)
             pairs = zip(self._policies, self.knobs, strict=True)
-            self._policies = [replace(policy, knobs=knobs) for policy, knobs in pairs]
+            self._policies = [replace(policy.to(device), knobs=knobs) for policy, knobs in pairs]
 
     def retune(self, strategies: Sequence[Strategy]) -> bool:
         """Go on by other strategies if they differ in knobs alone; whether they do.
@@ -76,7 +76,7 @@ class Chooser:
         """
         new = self._policies_of(strategies, len(self._policies))
         same = strategies[0].rule is self._rule and new[0].bounded == self._policies[0].bounded
-        if self.knobs is None or not same or self._rule.offsets is not None:
+        if self.knobs is None or not same or self._rule.offsets or self._rule.table:
             return False
         self.knobs.copy_(torch.stack([policy.knobs for policy in new]))
         return True
@@ -112,7 +112,7 @@ class Chooser:
         return choose(self._rules[layer], logits, state, self._evict, self.places, policy, out)
 
     def peek(self, layer: int, logits: torch.Tensor, state) -> list[int]:
-        """What ``route`` would run for one token of one cache on the CPU, the best first; nothing is updated.
+        """The pages that ``route`` would run for one token of one cache on the CPU, the best first; nothing is updated.
 
         Args:
             logits: ``[E]``.

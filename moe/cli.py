@@ -16,12 +16,28 @@ from cachemoe.moe.terminal import check_destination, console, one_sentence, save
 ROUTINGS = (
     "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, pregated-hint, "
     "pregated-exec, random-drop:p, random-swap:p; with a calibration relu-route, relu-literal, naee-skip:q, "
-    "naee-prune:r, adap-skip:T, decoupled-hint, decoupled-exec. After those that swap experts also ,max-regret=bound"
+    "naee-prune:r, adap-skip:T, decoupled-hint, decoupled-exec, hobbit:T1:T2, edgemoe:P, "
+    "moec-substitute:likeness. After those that swap experts also ,max-regret=bound"
 )
 Checkpoint = Annotated[str, typer.Argument(help="Checkpoint folder of safetensors, or a Hugging Face hub id.")]
 Format = Annotated[
     str | None,
-    typer.Option(help="Of the pages: bf16, fp16, fp32, int8 or int4.", show_default="the checkpoint's own precision"),
+    typer.Option(
+        help="Of the pages: bf16, fp16, fp32, int8, int4 or int2.", show_default="the checkpoint's own precision"
+    ),
+]
+Formats = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of the pages: bf16, fp16, fp32, int8, int4 or int2; repeatable: of cheaper levels after full precision.",
+        show_default="the checkpoint's own precision",
+    ),
+]
+Cheaper = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the cheaper level that some strategies ask for.", show_default="int4, or of int4 pages int2"
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Of a hub id: branch, tag or commit.", show_default="its main branch")
@@ -94,10 +110,14 @@ def info(
 def pack(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="The store to make, .safetensors; another that is there is replaced.")],
-    format: Format = None,
+    format: Formats = None,
     revision: Revision = None,
 ):
-    """Make a store of a checkpoint's experts, one expert in memory at a time; whole or not at all."""
+    """Make a store of a checkpoint's experts, one expert in memory at a time; whole or not at all.
+
+    Of several formats each has a file of its own, the second and further with its format in the name: a level can so be
+    added, or made anew, without the others.
+    """
     with one_sentence():
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.hub import checkpoint_folder
@@ -106,22 +126,27 @@ def pack(
         from cachemoe.offload.store import ExpertStore
 
         opened = Opened(checkpoint_folder(checkpoint, revision))
-        check_loadable(opened, format)
-        layout = opened.layout(format)
-        check_destination(out)
-        if out.exists():
-            ExpertStore(out).close()  # refuses anything but a store: nothing else is replaced
-        rounding = pack_store(opened, layout, out, show_progress)
-        pages = layout.layers * layout.experts
-        size = pages * layout.page_format.page_bytes
-        console.print(f"{out}: {pages} pages of {layout.page_format.kind}, {size_text(size)}.", highlight=False)
-        if rounding is not None:
-            table = Table(title="Rounding error of the weights", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-            table.add_column("layer", justify="right")
-            table.add_column("root mean square, %", justify="right")
-            for layer, error in zip(opened.shape.layers, rounding, strict=True):
-                table.add_row(str(layer), f"{100 * error:.2f}")
-            console.print(table)
+        layouts = []
+        for kind in dict.fromkeys(format or [None]):
+            check_loadable(opened, kind)
+            path = out.with_stem(f"{out.stem}-{kind}") if layouts else out
+            layouts.append((path, opened.layout(kind)))
+            check_destination(path)
+            if path.exists():
+                ExpertStore(path).close()  # refuses anything but a store: nothing else is replaced
+        for path, layout in layouts:
+            rounding = pack_store(opened, layout, path, show_progress)
+            pages, kind = layout.layers * layout.experts, layout.page_format.kind
+            size = size_text(pages * layout.page_format.page_bytes)
+            console.print(f"{path}: {pages} pages of {kind}, {size}.", highlight=False)
+            if rounding is not None:
+                title = f"Rounding error of the weights in {kind}"
+                table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+                table.add_column("layer", justify="right")
+                table.add_column("root mean square, %", justify="right")
+                for layer, error in zip(opened.shape.layers, rounding, strict=True):
+                    table.add_row(str(layer), f"{100 * error:.2f}")
+                console.print(table)
 
 
 def verify(store: Annotated[Path, typer.Argument(help="The store, a .safetensors file in the cache directory.")]):
@@ -145,11 +170,17 @@ def generate(
     capacity: Annotated[
         str, typer.Option(help="How layers share the pool: even, or adaptive, as a calibration's misses say.")
     ] = "even",
-    format: Format = None,
+    format: Formats = None,
     store: Annotated[
-        Path | None, typer.Option(help="Made by cachemoe pack.", show_default="one in the cache directory")
+        list[Path] | None,
+        typer.Option(
+            help="Made by cachemoe pack; repeatable: of cheaper levels after full precision.",
+            show_default="in the cache directory",
+        ),
     ] = None,
-    eviction: Eviction = "lru",
+    eviction: Annotated[
+        str | None, typer.Option(help="Which resident expert leaves: lru or lfu.", show_default="the routing's, or lru")
+    ] = None,
     revision: Revision = None,
 ):
     """Generate text with a checkpoint whose experts do not all fit: greedily, printed with the prompt as it comes."""
@@ -207,6 +238,7 @@ def quality(
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     pool: Pool = None,
     format: Format = None,
+    cheaper: Cheaper = None,
     revision: Revision = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/quality.json"),
 ):
@@ -217,7 +249,7 @@ def quality(
 
         check_destination(json_path)
         strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
-        options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format, calibration)
+        options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format, cheaper, calibration)
         report = run_quality(checkpoint, revision, *options, show_progress)
         for table in quality_table(report):
             console.print(table)
@@ -262,6 +294,7 @@ def calibrate(
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     pool: Pool = None,
     format: Format = None,
+    cheaper: Cheaper = None,
     revision: Revision = None,
 ):
     """Measure what some strategies have to know of a model: thresholds, sensitivities, experts that it can do without.
@@ -276,7 +309,7 @@ def calibrate(
         check_destination(out)
         if out.exists():
             Made.load(out)  # refuses anything but a calibration: nothing else is replaced
-        made = run_calibrate(checkpoint, revision, text, tokens, context, pool, format, show_progress)
+        made = run_calibrate(checkpoint, revision, text, tokens, context, pool, format, cheaper, show_progress)
         made.save(out)
         layers, experts = made.removal.shape
         console.print(f"{out}: {made.name}, {layers} layers, {experts} experts, {made.tokens} tokens.", highlight=False)

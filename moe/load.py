@@ -2,9 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from itertools import pairwise
 from secrets import token_hex
 
 import torch
@@ -17,22 +18,23 @@ from cachemoe.moe.fingerprint import Fingerprint
 from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
+from cachemoe.moe.leveled import cheaper_format
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
 from cachemoe.moe.pack import holds, open_packed, pack, store_directory
 from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
-from cachemoe.moe.sizes import slots_of
+from cachemoe.moe.sizes import slots_of, split_pool
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
 from cachemoe.offload.plain_torch import plain_torch
-from cachemoe.offload.residency import eviction_policy
+from cachemoe.offload.residency import eviction_policy, least_recently_used
 from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.staging import STAGING
-from cachemoe.offload.store import ExpertStore
+from cachemoe.offload.store import ExpertStore, StoreLayout
 
 VERIFY = ("read", "open", "off")
 CAPACITIES = EVEN, ADAPTIVE = "even", "adaptive"
@@ -43,9 +45,9 @@ def load(
     path: str | os.PathLike,
     pool: str | int | None = None,
     routing: Strategy | str | None = None,
-    format: str | None = None,
-    store: str | os.PathLike | None = None,
-    eviction: str = "lru",
+    format: str | Sequence[str] | None = None,
+    store: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+    eviction: str | None = None,
     device: str | None = None,
     verify: str = "read",
     progress: Progress = show_progress,
@@ -61,9 +63,11 @@ def load(
             layer's; None: half of them, or the K that a token uses where half are fewer.
         routing: which experts a token uses, as ``CachePrior(0.5)`` or ``"cache-prior:0.5"``; None: exactly those of
             the model's own routers.
-        format: of the pages: bf16, fp16, fp32, int8 or int4; None: the checkpoint's own precision, exact.
-        store: made by ``cachemoe pack`` from this checkpoint; None: one in the cache directory, made if it is missing.
-        eviction: which resident expert leaves: ``lru`` or ``lfu``.
+        format: of the pages: bf16, fp16, fp32, int8, int4 or int2; None: the checkpoint's own precision, exact. A
+            routing that asks for cheaper levels takes theirs after it: without, int4, or of int4 pages int2.
+        store: made by ``cachemoe pack`` from this checkpoint, one for each level; None: in the cache directory, made if
+            they are missing.
+        eviction: which resident expert leaves: ``lru`` or ``lfu``; None: as the routing says, else ``lru``.
         device: where the model runs; None: ``cuda`` where there is a GPU.
         verify: when pages are held against their checksums: ``read``, each time that one comes off the disk; ``open``,
             all of them now, and never again; ``off``.
@@ -83,7 +87,7 @@ def load(
     checkpoint = Checkpoint(checkpoint_folder(path, revision))
     shape = checkpoint.shape
     routing = checked(routing, shape.experts, shape.top_k)
-    evict = eviction_policy(eviction)
+    evict = None if eviction is None else eviction_policy(eviction)
     known = None if calibration is None else Calibration.load(calibration)
     routing.check_calibration(known)
     if known is not None:
@@ -96,18 +100,15 @@ def load(
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)
     with ExitStack() as stack:
-        if store is None:
-            layout = checkpoint.layout(format)
-        else:
-            opened = stack.enter_context(ExpertStore(store, check_reads=verify == "read"))
-            kind = opened.layout.page_format
-            if format not in (None, kind.kind):
-                raise InputError(f"{store} holds {kind.kind} pages, and format says {format}: leave it out")
-            layout = checkpoint.layout(kind.kind, kind.group)
+        stores, layouts = _levels(stack, checkpoint, routing, format, store, verify == "read")
+        layout = layouts[0]
         slots = slots_of(pool, shape, layout.page_format.page_bytes)
         if capacity == ADAPTIVE:
             slots = adaptive_slots(slots, known, routing.places(shape.experts, shape.top_k))
         routing.check_slots(min(slots), shape.experts, shape.top_k)
+        pages = [each.page_format.page_bytes for each in layouts]
+        places = routing.places(shape.experts, shape.top_k)
+        capacities = split_pool(slots, routing.rule, pages, shape.experts, places)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
         except InputError as error:  # a model needs none
@@ -115,22 +116,56 @@ def load(
             tokenizer = None
         model = load_without_experts(checkpoint, device)
         rules = check_model(model, shape.top_k, layout.page_format, routing)
-        if store is None:  # what takes long comes last
-            opened = stack.enter_context(open_packed(checkpoint, layout, progress, check_reads=verify == "read"))
-        elif not holds(opened, checkpoint, layout, progress):
-            raise InputError(
-                f"{store} holds pages of another checkpoint than {checkpoint.path}, or of weights that it had before: "
-                "pack this one"
-            )
+        if known is not None and routing.rule.calibrated and routing.rule.cheaper:
+            known.check(None, len(shape.layers), shape.experts, shape.top_k, layouts[1].page_format.kind)
+        for i, each in enumerate(layouts):  # what takes long comes last
+            if len(stores) <= i:
+                packed = open_packed(checkpoint, each, progress, check_reads=verify == "read")
+                stores.append(stack.enter_context(packed))
+            elif not holds(stores[i], checkpoint, each, progress):
+                raise InputError(
+                    f"{stores[i].path} holds pages of another checkpoint than {checkpoint.path}, or of weights that it "
+                    "had before: pack this one"
+                )
         if verify == "open":
-            with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
-                opened.verify(advance)
+            for opened in stores:
+                with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
+                    opened.verify(advance)
         staging = STAGING if routing.rule.prefetches else 0
-        engine = _engine(stack, opened, slots, device, evict, staging, progress)
+        engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
         how = engine, routing, evict, rules, known, capacity == ADAPTIVE
-        PooledExperts(model, checkpoint, opened.layout, *how).keep(stack.pop_all())
+        PooledExperts(model, checkpoint, stores[0].layout, *how).keep(stack.pop_all())
     return model, tokenizer
+
+
+def _levels(
+    stack: ExitStack, checkpoint: Checkpoint, routing: Strategy, format, store, check_reads: bool
+) -> tuple[list[ExpertStore], list[StoreLayout]]:
+    """The stores that the user names, opened, and the layout of each level."""
+    formats, named = ([] if each is None else [each] if isinstance(each, str | os.PathLike) else list(each)
+                      for each in (format, store))  # fmt: skip
+    stores = [stack.enter_context(ExpertStore(path, check_reads=check_reads)) for path in named]
+    for opened, given in zip(stores, formats, strict=False):
+        if given != (kind := opened.layout.page_format.kind):
+            raise InputError(f"{opened.path} holds {kind} pages, and format says {given}: leave it out")
+    wanted = 1 + routing.rule.cheaper
+    if (most := max(len(stores), len(formats))) > wanted:
+        raise InputError(f"{routing} computes with {wanted} formats of pages, and {most} were given")
+    if stores and len(stores) < wanted:
+        raise InputError(f"{routing} needs a store for each of {wanted} formats of pages, and {len(stores)} were given")
+    if stores:
+        kinds = [opened.layout.page_format for opened in stores]
+        return stores, [checkpoint.layout(kind.kind, kind.group) for kind in kinds]
+    layouts = [checkpoint.layout(kind) for kind in formats or [None]]
+    while len(layouts) < wanted:
+        layouts.append(checkpoint.layout(cheaper_format(checkpoint, layouts[-1].page_format).kind))
+    for better, cheaper in pairwise(layouts):
+        if cheaper.page_format.page_bytes >= better.page_format.page_bytes:
+            raise InputError(
+                f"{cheaper.page_format.kind} pages take no less than {better.page_format.kind} ones: choose cheaper"
+            )
+    return [], layouts
 
 
 @plain_torch()
@@ -163,6 +198,8 @@ def swap(
     evict = eviction_policy(eviction)
     known = None if calibration is None else Calibration.load(calibration)
     routing.check_calibration(known)
+    if routing.rule.cheaper or routing.rule.shared:
+        raise InputError(f"{routing} needs more than one form of an expert: `load` the checkpoint with it")
     layout = experts.layout(format)
     rules = check_model(model, experts.shape.top_k, layout.page_format, routing)
     with ExitStack() as stack:
@@ -183,7 +220,8 @@ def swap(
                 with suppress(OSError):
                     path.unlink()
             staging = STAGING if routing.rule.prefetches else 0
-            engine, layout = _engine(stack, file, capacity, model.device, evict, staging, progress), file.layout
+            engine = _engine(stack, [file], (capacity, []), model.device, evict, staging, progress)
+            layout = file.layout
         PooledExperts(model, experts, layout, engine, routing, evict, rules, known).keep(stack.pop_all())
     return model.cachemoe
 
@@ -226,13 +264,23 @@ def _device(name: torch.device | str | None) -> torch.device:
 
 
 def _engine(
-    stack: ExitStack, store, capacity, device, evict: Callable, staging: int, progress: Progress
+    stack: ExitStack,
+    stores: Sequence[ExpertStore],
+    capacities,
+    device,
+    evict: Callable,
+    staging: int,
+    progress: Progress,
 ) -> OffloadEngine:
-    """The engine over a file: through pinned memory where a GPU computes."""
+    """The engine over files: through pinned memory where a GPU computes."""
     if device.type != "cpu":
-        with progress("reading every page into pinned memory", store.pages) as advance:
-            store = stack.enter_context(PinnedStore(store, advance))
-    return stack.enter_context(OffloadEngine(store, capacity, device, staging=staging, evict=evict))
+        files, stores = stores, []
+        for file in files:
+            with progress("reading every page into pinned memory", file.pages) as advance:
+                stores.append(stack.enter_context(PinnedStore(file, advance)))
+    capacity, cheaper = capacities
+    how = {"staging": staging, "evict": evict, "cheaper": cheaper}
+    return stack.enter_context(OffloadEngine(stores, capacity, device, **how))
 
 
 def counted(pages: Iterator[torch.Tensor], advance: Callable[[], None]) -> Iterator[torch.Tensor]:

@@ -23,7 +23,7 @@ from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_r
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
-from cachemoe.moe.sizes import size_text, slots_of
+from cachemoe.moe.sizes import size_text, slots_of, split_pool
 from cachemoe.moe.sources import Ahead, Foretold, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
@@ -32,6 +32,7 @@ from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.plain_torch import plain_torch
+from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.resident_engine import ResidentEngine
 from cachemoe.offload.store import StoreLayout
 from cachemoe.offload.ticket import Ticket
@@ -67,7 +68,7 @@ class PooledExperts:
         layout: of the pages.
         engine: that has or fetches them.
         routing: see ``routing``.
-        evict: eviction policy.
+        evict: eviction policy; None: the routing's, or LRU.
         rules: of the routers, if they have just been asked; else they are when a routing needs them.
         calibration: of the model, for routings that need one.
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
@@ -89,14 +90,15 @@ class PooledExperts:
         layout: StoreLayout,
         engine: OffloadEngine | ResidentEngine,
         routing: Strategy,
-        evict: Callable,
+        evict: Callable | None,
         rules: list[RoutingRule] | None = None,
         calibration: Calibration | None = None,
         adaptive: bool = False,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
-        self._model, self._evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
+        self._model, self._asked_evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
+        self._evict = evict or least_recently_used
         if calibration is not None:
             calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
         self._lock = Lock()
@@ -133,6 +135,9 @@ class PooledExperts:
         routing = checked(routing, self.shape.experts, self.shape.top_k)
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
+        state = self.engine.state
+        if routing.rule.cheaper >= state.levels or (routing.rule.shared and not state.shared):
+            raise InputError(f"{routing} needs a pool of its own kind: load the model with it")
         if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: load the model with it")
         if not self._retuned(routing):
@@ -155,22 +160,29 @@ class PooledExperts:
         if not isinstance(self.engine, OffloadEngine):
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
+        places = self.routing.places(self.shape.experts, self.shape.top_k)
+        page_bytes = [each.page_bytes for each in self.engine.formats]
         if self._adaptive:
-            slots = adaptive_slots(slots, self._calibration, self.routing.places(self.shape.experts, self.shape.top_k))
+            slots = adaptive_slots(slots, self._calibration, places)
         self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
+        capacity, cheaper = split_pool(slots, self.routing.rule, page_bytes, self.shape.experts, places)
         with self._lock:
             try:
-                self.engine.resize(slots)
+                self.engine.resize(capacity, cheaper)
             finally:  # an engine that could not may have the old capacities or the new
-                for count, capacity in zip(self.layers, self.engine.state.capacity.tolist(), strict=True):
-                    count.slots = capacity
+                for count, slots in zip(self.layers, self._slots(), strict=True):
+                    count.slots = slots
                 self._swap.forget()
 
     def reset_counters(self) -> None:
         """Count anew; what is resident stays."""
         self.engine.counters = Counters()
-        slots = self.engine.state.capacity.tolist()
-        self.layers = [LayerCount(layer, count) for layer, count in zip(self.shape.layers, slots, strict=True)]
+        self.layers = [LayerCount(layer, count) for layer, count in zip(self.shape.layers, self._slots(), strict=True)]
+
+    def _slots(self) -> list[int]:
+        """Slots of each layer for full precision; of a cache that all share, as many as each has on average."""
+        state, layers = self.engine.state, len(self.shape.layers)
+        return [int(state.capacity[0]) // layers] * layers if state.shared else state.capacity.tolist()
 
     def close(self) -> None:
         """End the engine's threads and close the store. The experts are gone: the model raises where it needs them."""
@@ -187,19 +199,27 @@ class PooledExperts:
         raise uncopiable()
 
     def __str__(self) -> str:
-        c, slots, page_format = self.counters, sum(count.slots for count in self.layers), self.engine.page_format
+        c, slots, page_format = self.counters, int(self.engine.state.capacity.sum()), self.engine.page_format
         pages = len(self.layers) * self.shape.experts
         rate = f" ({c.misses / c.selections:.1%})" if c.selections else ""
         seen = self._chooser is not None and self.routing.rule.sees_cost
         cost = f"; an absent expert takes {exp(self._chooser.miss_cost):.1f} times as long" if seen else ""
         return (
             f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
-            f"{page_format.kind} pages\n"
+            f"{page_format.kind} pages{self._cheaper_slots()}\n"
             f"routing: {self.routing}; {self.label}{cost}\n"
             f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}; in a prompt an expert misses once\n"
             f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
             f"in {c.compute_s:.2f} s"
         )
+
+    def _cheaper_slots(self) -> str:
+        """In words, what the cheaper levels have."""
+        state, said = self.engine.state, ""
+        for page_format, count in zip(self.engine.formats[1:], state.cheaper, strict=True):
+            slots = count * len(state.capacity)
+            said += f", and {slots}, {size_text(slots * page_format.page_bytes)}, of {page_format.kind}"
+        return said
 
     @property
     def counters(self) -> Counters:
@@ -214,6 +234,11 @@ class PooledExperts:
             if routing.rule.prefetches:
                 own = Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
                 prefetcher = Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
+            rule, layers = routing.rule, len(self.shape.layers)
+            self._evict = self._asked_evict or least_recently_used
+            if rule.evict is not None and self._asked_evict is None:
+                self._evict = rule.evict(self._calibration, layers, self.shape.top_k)
+            self.engine.evict = self._evict
             if routing.label != EXACT:
                 cost = self.engine.miss_cost() if routing.rule.sees_cost else 0.0
                 known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
@@ -248,9 +273,8 @@ class PooledExperts:
     def _state(self, layer: int) -> Residency:
         """``[1, ...]``, the engine's: another after it was resized."""
         if self._seen is not self.engine.state:
-            state = self.engine.state
-            self._states = [state[i : i + 1] for i in range(len(self.layers))]
-            self._seen = state
+            self._states = [self.engine.caches(i) for i in range(len(self.layers))]
+            self._seen = self.engine.state
         return self._states[layer]
 
     def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, *_) -> Routing:

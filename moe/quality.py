@@ -14,20 +14,23 @@ from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
+from cachemoe.moe.leveled import LeveledExperts
 from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sizes import split_pool
 from cachemoe.moe.sources import Ahead, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.simulate import belady_misses
 
+STEPPED = 2  # windows, of those that are stepped token by token
 MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of a table: a strategy at a capacity (slots of each layer)."""
+    """One row of a table: a strategy at a capacity, slots of each layer, if all were for full precision."""
 
     strategy: Strategy
     capacity: int
@@ -43,8 +46,10 @@ class Quality:
         tokens: scored tokens; a window's first token is not predicted.
         selections: what the model itself selects, K experts a token and layer, dropped or not.
         misses: pages that token-by-token decode would have fetched.
+        cheap_misses: of these, at a cheaper level.
         runs: experts that ran.
         swaps: of these, such as were not among the model's own K.
+        cheap: of these, at a cheaper level than full precision.
         top_k: K of the model.
         control: the same text with as many experts dropped, or swapped, by chance; None where none were.
     """
@@ -54,8 +59,10 @@ class Quality:
     tokens: int = 0
     selections: int = 0
     misses: int = 0
+    cheap_misses: int = 0
     runs: int = 0
     swaps: int = 0
+    cheap: int = 0
     kl: float = 0.0
     agreements: int = 0
     top_k: int = 0
@@ -74,8 +81,9 @@ class Quality:
         return _exp(self.nats_per_token)
 
     def perplexity_change(self, unmodified: "Quality") -> float:
-        """As a share of the unmodified model's; from the logarithms, which are finite where perplexities are not."""
-        return _exp(self.nats_per_token - unmodified.nats_per_token) - 1
+        """As a share of the unmodified model's on the same tokens; of logarithms, finite where perplexities are not."""
+        same = sum(unmodified.nats[: len(self.nats)]) / self.tokens  # of a shorter text, where this was stepped on one
+        return _exp(self.nats_per_token - same) - 1
 
     @property
     def miss_rate(self) -> float:
@@ -92,6 +100,9 @@ class Quality:
             "top1_agreement": self.agreements / self.tokens,
             "k_eff": self.top_k * self.runs / max(self.selections, 1),
             "experts_swapped": self.swaps / max(self.selections, 1),
+            "experts_cheap": self.cheap / max(self.selections, 1),
+            "miss_rate_cheap": self.cheap_misses / max(self.selections, 1),
+            "tokens": self.tokens,
             "control_kl_nats": self.control and self.control.kl / self.control.tokens,
             "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
         }
@@ -125,8 +136,12 @@ def evaluate(
     calibration: Calibration | None = None,
     miss_cost: float = 0.0,
     controls: bool = False,
+    leveled: LeveledExperts | None = None,
+    page_bytes: Sequence[int] = (1,),
 ) -> Evaluation:
     """Run the text through the unmodified model and through every setting.
+
+    Settings whose layers share a cache go token by token, on the first ``STEPPED`` windows.
 
     Args:
         model: the transformers model.
@@ -135,8 +150,9 @@ def evaluate(
         evict: eviction policy.
         progress: called after each window; with controls twice as often.
         calibration, miss_cost: as for ``Chooser``.
-        controls: whether settings that drop or swap experts are run once more, with as many dropped or swapped by
-            chance.
+        controls: whether settings that drop, swap or cheapen experts are run once more, with as many of them by chance.
+        leveled: computes for settings that have cheaper levels.
+        page_bytes: of each level.
 
     Raises:
         InputError: if a strategy needs a calibration or more slots than it has.
@@ -145,7 +161,8 @@ def evaluate(
         setting.strategy.check_slots(setting.capacity, shape.experts, shape.top_k)
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     known = {"calibration": calibration, "miss_cost": miss_cost}
-    run = partial(_evaluate, model, shape, windows, evict=evict, rules=rules, progress=progress, known=known)
+    how = {"evict": evict, "rules": rules, "progress": progress, "known": known}
+    run = partial(_evaluate, model, shape, windows, leveled=leveled, page_bytes=page_bytes, **how)
     evaluation = run(settings)
     if controls:
         chosen = {i: c for i, s in enumerate(settings) if (c := control_of(s, evaluation.settings[i], shape))}
@@ -160,9 +177,11 @@ def evaluate(
 
 def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting | None:
     """What drops, or swaps, as many experts as a setting did, by chance; None where that is none."""
-    if setting.strategy.name in ("random-drop", "random-swap"):
+    if setting.strategy.name in ("random-drop", "random-swap", "random-cheap"):
         return None
-    k, j = shape.top_k, setting.strategy.top_j if setting.strategy.rule.key else 0
+    k, j = shape.top_k, setting.strategy.top_j if setting.strategy.rule.key else 1 if setting.strategy.rule.swaps else 0
+    if (cheap := quality.cheap / quality.selections) > 0:
+        return Setting(Strategy("random-cheap", min(1.0, cheap)), setting.capacity)
     dropped, swapped = 1 - quality.runs / quality.selections, quality.swaps / quality.selections
     if swapped > 0 and j < k:
         return Setting(Strategy("random-swap", min(1.0, swapped * k / (k - j)), j), setting.capacity)
@@ -171,60 +190,107 @@ def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting |
     return None
 
 
-def _evaluate(model, shape, windows, settings, evict, rules, progress, known) -> Evaluation:
+def _evaluate(model, shape, windows, settings, evict, rules, progress, known, leveled, page_bytes) -> Evaluation:
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
     batches = []
-    for members in _batches(settings, shape, windows.shape[1]):
-        capacity = torch.tensor([settings[i].capacity for i in members])
-        state = Residency.empty(capacity.expand(layers, -1), shape.experts)
-        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], evict, **known)
+    for members in _batches(settings, shape, windows.shape[1], page_bytes):
+        state = state_of([settings[i] for i in members], shape, page_bytes)
+        rule = settings[members[0]].strategy.rule
+        leaves = evict if rule.evict is None else rule.evict(known["calibration"], layers, shape.top_k)
+        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], leaves, **known)
         for row, i in enumerate(members):
-            qualities[i] = Quality(state[:, row], top_k=shape.top_k)
-        batches.append(([qualities[i] for i in members], state, chooser, settings[members[0]].strategy.rule))
+            qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k)
+        batches.append(([qualities[i] for i in members], state, chooser, rule))
 
     original_ids = []
-    for window in windows:
+    for number, window in enumerate(windows):
         with recorded_routers(model) as answers:
             reference = log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
         for rows, state, chooser, rule in batches:
-            counts = torch.zeros(3, len(rows), dtype=torch.int64)
+            if rule.shared and number >= STEPPED:
+                continue
+            counts = torch.zeros(5, len(rows), dtype=torch.int64)
 
             def route(layer, logits, _=None, rows=rows, state=state, chooser=chooser):
-                return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), state[layer])
+                caches = state.of_layer(layer) if state.shared else state[layer]
+                return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), caches)
 
-            def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts):
+            def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts, state=state):
                 routing = choose(layer, logits, hidden)
-                ran = routing.slots >= 0
+                levels = state.levels_of(routing.slots)
+                ran, cheap = levels >= 0, levels > 0
                 own = own_choice(rules[layer], logits.cpu(), shape.top_k)[0].unflatten(0, (len(rows), -1))
                 others = (routing.ids[..., None] != own[..., None, :]).all(-1)
-                counts.add_(torch.stack((routing.misses.count, ran.sum((1, 2)), (ran & others).sum((1, 2)))))
+                missed = routing.misses.count, (routing.misses.pages >= shape.experts).sum(1)
+                counts.add_(torch.stack((*missed, *(each.sum((1, 2)) for each in (ran, ran & others, cheap)))))
                 return routing
+
+            def run(layer, hidden, routing, state=state):
+                chosen = routing.ids, routing.weights.view_as(routing.ids), state.levels_of(routing.slots)
+                return leveled.run(layer, hidden, *(each.flatten(0, 1) for each in chosen))
 
             with gates_ahead(model, rule, known["calibration"]) as gates:
                 choose = Ahead(gates, route).route if rule.decides else route
-                with Swap(model, partial(route_layer, choose=choose)):
-                    logits = model(window.expand(len(rows), -1)).logits[:, :-1]
+                with Swap(model, partial(route_layer, choose=choose), run if rule.cheaper else None):
+                    logits = (_token_by_token if rule.shared else _at_once)(model, window, len(rows))[:, :-1]
             _score(rows, log_probabilities(logits), reference, window[1:])
-            for quality, (misses, runs, swaps) in zip(rows, counts.T.tolist(), strict=True):
+            for quality, (misses, cheap_misses, runs, swaps, cheap) in zip(rows, counts.T.tolist(), strict=True):
                 quality.misses += misses
+                quality.cheap_misses += cheap_misses
                 quality.runs += runs
                 quality.swaps += swaps
+                quality.cheap += cheap
                 quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
 
 
-def _batches(settings: Sequence[Setting], shape: MoeShape, context: int) -> Iterator[list[int]]:
-    """The settings that go through the model together: of one name and as many places, as many as their output leaves
-    room for."""
+def state_of(settings: Sequence[Setting], shape: MoeShape, page_bytes: Sequence[int]) -> Residency:
+    """Cold caches of settings that go through the model together: ``[L, B]``, or ``[B]`` that all layers share."""
+    rule, layers = settings[0].strategy.rule, len(shape.layers)
+    splits = [_split(setting, shape, page_bytes) for setting in settings]
+    if rule.shared:
+        return Residency.empty(torch.tensor([full[0] for full, _ in splits]), shape.experts, splits[0][1], layers)
+    capacity = torch.tensor([full[0] for full, _ in splits])
+    return Residency.empty(capacity.expand(layers, -1), shape.experts, splits[0][1])
+
+
+def _split(setting: Setting, shape: MoeShape, page_bytes: Sequence[int]) -> tuple[list[int], list[int]]:
+    rule, slots = setting.strategy.rule, [setting.capacity] * len(shape.layers)
+    places = setting.strategy.places(shape.experts, shape.top_k)
+    return split_pool(slots, rule, page_bytes[: 1 + rule.cheaper], shape.experts, places)
+
+
+def _at_once(model, window: torch.Tensor, rows: int) -> torch.Tensor:
+    """``[rows, T, V]`` logits."""
+    return model(window.expand(rows, -1)).logits
+
+
+def _token_by_token(model, window: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same, each token after the one before has gone through all layers."""
+    past, logits = None, []
+    for token in window:
+        answer = model(token.expand(rows, 1), past_key_values=past, use_cache=True)
+        past = answer.past_key_values
+        logits.append(answer.logits)
+    return torch.cat(logits, 1)
+
+
+def _batches(
+    settings: Sequence[Setting], shape: MoeShape, context: int, page_bytes: Sequence[int]
+) -> Iterator[list[int]]:
+    """The settings that go through the model together: of one name and as many places, with the same slots for cheaper
+    levels, as many as their output leaves room for."""
     most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
 
     def kind(setting):
-        return setting.strategy.name, setting.strategy.places(shape.experts, shape.top_k)
+        alone = setting if setting.strategy.rule.shared else None
+        _, cheaper = _split(setting, shape, page_bytes)
+        return setting.strategy.name, setting.strategy.places(shape.experts, shape.top_k), *cheaper, alone
 
     for each in dict.fromkeys(map(kind, settings)):
         members = [i for i, setting in enumerate(settings) if kind(setting) == each]

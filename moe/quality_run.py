@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.leveled import cheaper_format, open_leveled
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
@@ -27,6 +29,7 @@ def run_quality(
     context: int,
     pool: str | None,
     format: str | None,
+    cheaper: str | None,
     calibration: Path | None,
     progress: Progress,
 ) -> dict:
@@ -34,6 +37,7 @@ def run_quality(
 
     Args:
         pool, format: of the engine that computes, exactly; the capacities are simulated beside it.
+        cheaper: format of the level that some strategies ask for; None: int4, or of int4 pages int2.
         calibration: of the model, for strategies that need one.
 
     Raises:
@@ -50,13 +54,26 @@ def run_quality(
         settings = [Setting(strategy, count) for count in dict.fromkeys(slots) for strategy in parsed]
         for strategy in parsed:
             strategy.check_calibration(known)
+        own, source = pooled.engine.page_format, Checkpoint(model.name_or_path)
+        formats = [own]
+        if any(strategy.rule.cheaper for strategy in parsed):
+            formats.append(cheaper_format(source, own, cheaper))
         if known is not None:
-            known.check(pooled.fingerprint, len(shape.layers), shape.experts, shape.top_k)
+            asked = any(strategy.rule.cheaper and strategy.rule.calibrated for strategy in parsed)
+            kind = formats[1].kind if asked else None
+            known.check(pooled.fingerprint, len(shape.layers), shape.experts, shape.top_k, kind)
         windows = windows_of(text, tokenizer, tokens, context, shape).to(model.device)
         miss_cost = pooled.engine.miss_cost()
-        failed = outside(f"{path} cannot be run on the text")
-        with progress("quality, stepped through the text, and by chance", 2 * len(windows)) as advance, failed:
-            evaluation = evaluate(model, shape, windows, settings, evict, advance, known, miss_cost, controls=True)
+        computing = [count.slots for count in pooled.layers]
+        leveled = open_leveled(source, formats, computing, progress, pooled.engine)
+        failed, sizes = outside(f"{path} cannot be run on the text"), [each.page_bytes for each in formats]
+        with (
+            leveled as experts,
+            progress("quality, stepped through the text, and by chance", 2 * len(windows)) as advance,
+            failed,
+        ):
+            how = model, shape, windows, settings, evict, advance, known, miss_cost
+            evaluation = evaluate(*how, controls=True, leveled=experts, page_bytes=sizes)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
     return {
         "command": "quality",
@@ -66,6 +83,7 @@ def run_quality(
             "layers": len(shape.layers),
             "k": shape.top_k,
             "pages": pages,
+            "cheaper": [each.kind for each in formats[1:]],
         },
         "text": text.name if text else HELD_OUT,
         "context": context,

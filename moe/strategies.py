@@ -29,15 +29,17 @@ class Strategy:
     Args:
         name: one of ``RULES``.
         value: of the rule's parameter; None where it has none.
+        second: of its second parameter.
         top_j: J, the best-ranked experts that are always kept.
         max_regret: a swap, of one of the model's own K experts for another, stays only where the score of the first
             exceeds that of the second by less: 0 is the model's own choice, infinity no bound.
     """
 
     name: str
-    value: float | None = None
+    value: float | str | None = None
     top_j: int = TOP_J
     max_regret: float = UNBOUNDED
+    second: float | None = None
 
     @classmethod
     def parse(cls, text: str, experts: int, top_k: int, top_j: int = TOP_J) -> "Strategy":
@@ -50,14 +52,20 @@ class Strategy:
         name, colon, value_text = text.partition(":")
         if name not in RULES:
             raise InputError(f"unknown strategy {name!r}: choose among {', '.join(RULES)}")
-        rule, value = RULES[name], None
+        rule, value, second = RULES[name], None, None
         if (parameter := rule.parameter) is not None:
+            value_text, _, second_text = value_text.partition(":") if rule.second else (value_text, "", "")
             try:
                 value = parameter.number(value_text)
+                second = rule.second.number(second_text) if rule.second else None
             except ValueError as error:
-                example = max(parameter.bounds(experts, top_k)[1], 1) if parameter.number is int else 0.5
-                symbol = parameter.symbol
-                raise InputError(f"{name} needs its {symbol}, as in {name}:{example}, not {text!r}") from error
+                example, symbols = parameter.example(experts, top_k), parameter.symbol
+                if rule.second:
+                    example, symbols = (
+                        f"{example}:{rule.second.example(experts, top_k)}",
+                        f"{symbols} and {rule.second.symbol}",
+                    )
+                raise InputError(f"{name} needs its {symbols}, as in {name}:{example}, not {text!r}") from error
         elif colon:
             raise InputError(f"{name} takes no value, and {text!r} gives one")
         bound = UNBOUNDED
@@ -72,7 +80,7 @@ class Strategy:
                 raise InputError(
                     f"after a comma comes {REGRET}=bound, as in {text},{REGRET}=0.01, not {given!r}"
                 ) from error
-        strategy = cls(name, value, top_j if rule.key else TOP_J, bound)
+        strategy = cls(name, value, top_j if rule.key else TOP_J, bound, second)
         strategy.check(experts, top_k)
         return strategy
 
@@ -87,14 +95,12 @@ class Strategy:
         if self.name == "pruning" and top_k == 1:
             raise InputError("pruning needs a model that uses more than one expert a token, and this one uses one")
         if (parameter := self.rule.parameter) is not None:
-            low, high = parameter.bounds(experts, top_k)
-            if not isinstance(self.value, Real) or (parameter.number is int and self.value != self.value // 1):
-                what = "a whole number" if parameter.number is int else "a number"
-                raise InputError(f"{parameter.symbol} of {self.name} must be {what}, not {self.value!r}")
-            if not low <= self.value <= high:
-                raise InputError(
-                    f"{parameter.symbol} of {self.name} must lie between {low} and {high}, not {self.value}"
-                )
+            parameter.check(self.name, self.value, experts, top_k)
+            if (after := self.rule.second) is not None:
+                after.check(self.name, self.second, experts, top_k)
+                if self.second < self.value:
+                    symbols = f"{parameter.symbol} of {self.name} must not exceed {after.symbol}"
+                    raise InputError(f"{symbols}: {self.value} and {self.second}")
         elif self.value is not None:
             raise InputError(f"{self.name} takes no value, and {self.value!r} is one")
         if not isinstance(self.top_j, Integral) or self.top_j < 0:
@@ -105,7 +111,7 @@ class Strategy:
             raise InputError(f"{self.name} swaps no expert for another, so that {REGRET} has nothing to bound")
 
     def __str__(self) -> str:
-        text = self.name if self.value is None else f"{self.name}:{_number(self.value)}"
+        text = ":".join([self.name, *(_number(each) for each in (self.value, self.second) if each is not None)])
         return text if self.max_regret == UNBOUNDED else f"{text},{REGRET}={_number(self.max_regret)}"
 
     @property
@@ -190,6 +196,7 @@ def policy_of(
     layer: int = 0,
     miss_cost: float = 0.0,
     calibration: Calibration | None = None,
+    experts: int = 0,
 ) -> Policy:
     """The policy of a layer's B caches, one strategy each; all of one name, each with its own numbers.
 
@@ -198,6 +205,7 @@ def policy_of(
         layer: for rules that differ between layers.
         miss_cost: the logarithm of how many times as long as a resident's an absent expert's output takes.
         calibration: of the model, for rules that need it.
+        experts: E, likewise.
 
     Raises:
         ValueError: for strategies of different names.
@@ -212,9 +220,14 @@ def policy_of(
     rows = []
     for s in strategies:
         a = rule.knob_a(s.value) if rule.thresholds is None else float(rule.thresholds(calibration, s.value)[layer])
-        rows.append((s.top_j, a, rule.knob_b(s.value, top_k), miss_cost, s.max_regret, layer))
-    bounded = any(s.max_regret != UNBOUNDED for s in strategies)
-    return Policy(rule.key, rule.grade, bounded, torch.tensor(rows, dtype=torch.float32, device="cpu"))
+        b = rule.knob_b(s.second if rule.second else s.value, top_k)
+        rows.append((s.top_j, a, b, miss_cost, s.max_regret, layer))
+    bounded, table = any(s.max_regret != UNBOUNDED for s in strategies), None
+    if rule.table is not None:
+        tables = [rule.table(calibration, s.value, experts) for s in strategies]
+        table = torch.stack([each if each.dim() == 1 else each[layer] for each in tables]).float().contiguous()
+    knobs = torch.tensor(rows, dtype=torch.float32, device="cpu")
+    return Policy(rule.key, rule.grade, bounded, knobs, table, rule.swaps, rule.renormalises)
 
 
 def _number(value: float) -> str:

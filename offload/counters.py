@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, fields
 
+from cachemoe.offload.link import BACKGROUND, PREFETCH, Transfer
+
 
 @dataclass
 class Counters:
@@ -16,7 +18,13 @@ class Counters:
         calls: of a layer.
         selections: hits + misses.
         drops: experts chosen and not run.
-        pages_read: pages that have landed, prefetches among them; ``bytes_read`` is their bytes.
+        swaps: experts that ran in the place of one that the policy would have had.
+        cheap: experts that ran at a cheaper level than full precision, and ``better``, those that a better level
+            served than was asked for.
+        pages_read: pages that have landed, whatever they were asked for by; ``bytes_read`` is their bytes,
+            ``prefetched_bytes`` and ``background_bytes`` those of them that were asked for ahead, and in the link's
+            idle time; ``cheap_bytes`` those of cheaper levels.
+        admissions: experts that the link's idle time brought into a slot.
         predicted: experts that the prefetcher expected a layer to choose; ``predicted_right`` those that it chose.
         prefetches: pages asked for ahead; ``cancelled_prefetches`` those taken back before a byte had moved;
             ``wasted_prefetches`` those that moved and were not used; ``failed_prefetches`` those that could not be
@@ -30,10 +38,17 @@ class Counters:
     calls: int = 0
     selections: int = 0
     drops: int = 0
+    swaps: int = 0
+    cheap: int = 0
+    better: int = 0
     hits: int = 0
     misses: int = 0
     pages_read: int = 0
     bytes_read: int = 0
+    prefetched_bytes: int = 0
+    background_bytes: int = 0
+    cheap_bytes: int = 0
+    admissions: int = 0
     predicted: int = 0
     predicted_right: int = 0
     prefetches: int = 0
@@ -61,7 +76,11 @@ class Counters:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
-    def count_page(self, page_bytes: int) -> None:
+    def count_page(self, transfer: Transfer) -> None:
         """Add a page that has landed."""
+        size = transfer.carrier.page_bytes
         self.pages_read += 1
-        self.bytes_read += page_bytes
+        self.bytes_read += size
+        self.prefetched_bytes += size * (transfer.cause == PREFETCH)
+        self.background_bytes += size * (transfer.cause == BACKGROUND)
+        self.cheap_bytes += size * (transfer.level > 0)

@@ -106,7 +106,7 @@ class DeviceEngine:
         if self._read_through:
             pages = torch.where(routing.hits[0] | (slots < 0), -1, routing.ids[0])
             return experts_read_through(x, slots, gates, pool, stored, pages, self.page_format)
-        fetch(stored, pool, misses.experts[0], misses.slots[0], misses.count)
+        fetch(stored, pool, misses.pages[0], misses.slots[0], misses.count)
         return experts(x, slots, gates, self._weights[layer], self.page_format)
 
     @property
@@ -129,7 +129,7 @@ class DeviceEngine:
 
     def fill(self) -> None:
         """Copy every page that ``state`` says is resident to its slot. Waits for the device."""
-        for slots, stored, experts_held in zip(self._slots, self._stored, self.state.expert_of.tolist(), strict=True):
+        for slots, stored, experts_held in zip(self._slots, self._stored, self.state.page_of.tolist(), strict=True):
             for slot, e in enumerate(experts_held[: len(slots)]):
                 if e >= 0:
                     slots[slot].copy_(stored[e])

@@ -5,13 +5,14 @@ hits are computed while pages move, misses as they land. Outputs are summed in t
 land in: the bits do not depend on it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import log1p
 from statistics import median
 from time import perf_counter
 
 import torch
 
+from cachemoe.kernels.eviction import eviction
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.carriers import carrier_of
 from cachemoe.offload.clock import HostClock, StreamClock
@@ -36,52 +37,66 @@ class OffloadEngine:
     """A pool of slots over a store: misses are fetched, hits computed meanwhile. Close it, or use it as a context.
 
     Args:
-        store: where every page is: a file, for a pool in DRAM; pinned memory, for one on a GPU.
-        capacity: slots of each layer; at least K for the routing that will be used.
+        stores: where every page is, of each level, full precision first: files, for a pool in DRAM; pinned memory, for
+            one on a GPU. One store is of one level.
+        capacity: slots of each layer for full precision, or one number, of a cache that all layers share; at least K
+            for the routing that will be used.
+        cheaper: slots of each cache for each cheaper level.
         device: where the pool is and the experts run. ``state`` stays on the CPU, and so does the routing: where the
             model is on a GPU, its router's logits come to the host, which has to know what to fetch.
         pacing: see ``Link``.
         staging: pages that a prefetcher may have ahead at a time; kept as an attribute.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
         timeline: records what happens when, if given.
+        admits: whether experts that ran at a cheaper level or gave way to others are fetched when the link is idle, and
+            take a slot; needs staging.
 
     Attributes:
+        formats: of the pages of each level.
         counters: see ``Counters``; on a GPU, of its times what ``synchronize`` has brought up to date.
     """
 
     @plain_torch()
     def __init__(
         self,
-        store: Store,
+        stores: Store | Sequence[Store],
         capacity: Sequence[int],
         device: torch.device | str = "cpu",
         pacing: Pacing | None = None,
         staging: int = 0,
         evict: Callable = least_recently_used,
         timeline: Timeline | None = None,
+        cheaper: Sequence[int] = (),
+        admits: bool = False,
     ):
-        layout = store.layout
-        if len(capacity) != layout.layers:
-            raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
+        stores = stores if isinstance(stores, Sequence) else [stores]
+        layouts = [store.layout for store in stores]
+        if len(capacity) not in (1, layouts[0].layers):
+            raise ValueError(f"{len(capacity)} capacities given for the store's {layouts[0].layers} layers")
+        if len(stores) != 1 + len(cheaper):
+            raise ValueError(f"{len(stores)} stores given for {1 + len(cheaper)} levels")
+        if admits and not staging:
+            raise ValueError("an engine that admits experts needs staging")
         self.counters = Counters()
-        self.page_format = layout.page_format
-        self._evict, self._timeline, self.staging = evict, timeline, staging
-        self._frames = Frames(capacity, staging, layout, device)
-        self._pool = self._frames.pool
-        self._compute = Compute(self._pool, layout)
-        self._link = Link(carrier_of(store, self._pool), pacing, timeline)
+        self.page_format = layouts[0].page_format
+        self.formats = [layout.page_format for layout in layouts]
+        self.evict, self._timeline, self.staging, self._admits = evict, timeline, staging, admits
+        self._layers, self._experts = layouts[0].layers, layouts[0].experts
+        self._frames = Frames(capacity, staging, layouts, device, cheaper)
+        self._pool, pools = self._frames.pools[0], self._frames.pools
+        self._compute = Compute(pools, layouts)
+        self._link = Link([carrier_of(*each) for each in zip(stores, pools, strict=True)], pacing, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
         self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()
         self._times: list[tuple] = []  # what and from when to when, not counted yet
         self._tickets: dict[int, Ticket] = {}  # of layers whose experts have been asked for
         self._staging: Staging | None = None
         if staging:
-            frames = self._frames
-            self._staging = Staging(self._link, frames.unused(), layout.page_format.page_bytes, frames.holds)
+            self._staging = Staging(self._link, self._frames.unused(), layouts, self._frames.holds)
 
     @property
     def state(self) -> Residency:
-        """The ``Residency`` that routing reads and writes, ``[L, ...]``; another after ``resize``."""
+        """The ``Residency`` that routing reads and writes, a row a cache; another after ``resize``."""
         return self._frames.state
 
     @state.setter
@@ -107,7 +122,7 @@ class OffloadEngine:
 
     def caches(self, layer: int) -> Residency:
         """``[1, ...]``, what the layer's routing is to see, and to update."""
-        return self.state[layer : layer + 1]
+        return self._frames.caches(layer)
 
     def acquire(self, layer: int, routing: Routing) -> Ticket:
         """Ask for the experts that one token misses; of many tokens, ``forward`` asks for them.
@@ -124,12 +139,15 @@ class OffloadEngine:
         if routing.ids.is_cuda or routing.ids.shape[1] != 1:
             return Ticket(routing)
         ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
-        held, kept = self._frames.held[layer], [k for k, slot in enumerate(slots) if slot >= 0]
-        self._tickets[layer] = ticket = Ticket(routing, ids, slots, kept, {})
+        frames, row = self._frames, self._frames.row(layer)
+        held, kept = frames.held[row], [k for k, slot in enumerate(slots) if slot >= 0]
+        pages = [frames.page(layer, e, slot) for e, slot in zip(ids, slots, strict=True)]
+        self._tickets[layer] = ticket = Ticket(routing, pages, slots, kept, {})
         try:
-            ticket.loads = {self._load(layer, ids[k], slots[k]): k for k in kept if held[slots[k]] != ids[k]}
+            missing = [k for k in kept if held[slots[k]] != pages[k]]
+            ticket.loads = {self._load(layer, pages[k], slots[k]): k for k in missing}
             if self._staging is not None:
-                self._staging.chosen(layer, [ids[k] for k in kept], self.counters)
+                self._staging.chosen(layer, self._own(pages, kept), self.counters)
         except BaseException:
             self._recover()
             raise
@@ -157,15 +175,15 @@ class OffloadEngine:
         """
         start = perf_counter()
         ticket = routing if isinstance(routing, Ticket) else self.acquire(layer, routing)
-        if ticket.ids is not None and self._tickets.get(layer) is not ticket:
+        if ticket.pages is not None and self._tickets.get(layer) is not ticket:
             raise RuntimeError("this ticket is good no more, since another call came between: route the layer again")
         routing = ticket.routing
         try:
             if routing.ids.is_cuda:
                 y, misses, drops = self._resident(layer, x, routing), 0, 0
-            elif ticket.ids is not None:
+            elif ticket.pages is not None:
                 y, misses = self._decode(layer, x, ticket, x if gate_input is None else gate_input)
-                drops = len(ticket.ids) - len(ticket.kept)
+                drops = len(ticket.pages) - len(ticket.kept)
             else:
                 y, misses = self._prefill(layer, x, routing)
                 drops = int((routing.slots < 0).sum())
@@ -175,7 +193,11 @@ class OffloadEngine:
         self._tickets.pop(layer, None)
         busy, self._busy_s = self._busy_s, self._link.busy_s
         self.counters.link_s += self._busy_s - busy
+        if routing.asked is not None:
+            self._count_levels(layer, routing)
         self.counters.count_call(routing.ids.numel(), drops, misses, perf_counter() - start)
+        if self._admits:
+            self._admit(layer, routing)
         return y
 
     def fill(self) -> None:
@@ -190,10 +212,13 @@ class OffloadEngine:
             self._abandon(layer)
         frames, slots = self._frames, {}
         try:
-            for layer, e, slot in frames.missing():
-                slots[self._link.request(layer, e, frames.of_slot[layer][slot], paced=False)] = slot
+            for row, page, slot in frames.missing():
+                layer, expert, level = frames.identity(row, page)
+                frame = frames.of_slot[row][slot]
+                slots[self._link.request(layer, expert, frame, level, paced=False)] = row, page, slot
             for transfer in self._link.landed(slots):
-                frames.held[transfer.layer][slots[transfer]] = transfer.expert
+                row, page, slot = slots[transfer]
+                frames.held[row][slot] = page
             frames.settle()
         except BaseException:
             self._recover()
@@ -201,8 +226,11 @@ class OffloadEngine:
         self._busy_s = self._link.busy_s
 
     @torch.inference_mode(False)  # and no plain_torch, whose modes Ctrl-C could leave as they are within
-    def resize(self, capacity: Sequence[int]) -> None:
+    def resize(self, capacity: Sequence[int], cheaper: Sequence[int] = ()) -> None:
         """Change the slots of each layer between two tokens; experts leave by the eviction policy, pages stay.
+
+        Args:
+            capacity, cheaper: as when made.
 
         Raises:
             ValueError: for a capacity below 1 or above E.
@@ -213,7 +241,7 @@ class OffloadEngine:
             self._staging.drop(self.counters)
         self._recover()  # nothing may move to a frame that moves
         try:
-            self._frames.resize(capacity, self._evict)
+            self._frames.resize(capacity, cheaper, self.evict)
             if self._staging is not None:
                 self._staging.reset(self._frames.unused())
         except BaseException:
@@ -227,21 +255,21 @@ class OffloadEngine:
         """
         if 0 in self._tickets:
             self._abandon(0)
-        layers, experts = self.state.slot_of.shape
-        self._frames.held[0][0], frame = -1, self._frames.of_slot[0][0]
+        first = self._frames.state.slots[0][0]
+        self._frames.held[0][first], frame = -1, self._frames.of_slot[0][first]
         x = torch.linspace(-1, 1, self.page_format.hidden, device="cpu")[None]
         x = x.to(self._pool.pages.device, self.page_format.compute_dtype)
         where, gates, y = torch.tensor([[frame]], device="cpu"), torch.ones(1, 1, device="cpu"), torch.empty_like(x)
         fetches, runs = [], []
         try:
             for i in range(COST_SAMPLES):
-                self._frames.pool.wait()
+                self._pool.wait()
                 start = perf_counter()
-                for _ in self._link.landed([self._link.request(i % layers, i % experts, frame)]):
-                    self._frames.pool.wait()
+                for _ in self._link.landed([self._link.request(i % self._layers, i % self._experts, frame)]):
+                    self._pool.wait()
                 landed = perf_counter()
                 self._compute(x, where, gates, y)
-                self._frames.pool.wait()
+                self._pool.wait()
                 fetches.append(landed - start)
                 runs.append(perf_counter() - landed)
             self._frames.settle(0)
@@ -273,16 +301,17 @@ class OffloadEngine:
 
     def holds_good(self, ticket: Ticket) -> bool:
         """Whether ``forward`` takes the ticket still."""
-        return ticket.ids is None or ticket in self._tickets.values()
+        return ticket.pages is None or ticket in self._tickets.values()
 
     def _abandon(self, layer: int) -> None:
         """Wait for experts that were asked for and never ran: their pages are moving to frames in use."""
         ticket = self._tickets[layer]
         try:
+            held = self._frames.held[self._frames.row(layer)]
             for transfer in self._link.landed(ticket.loads):
                 k = ticket.loads[transfer]
-                self._frames.held[layer][ticket.slots[k]] = ticket.ids[k]
-                self.counters.count_page(self.page_format.page_bytes)
+                held[ticket.slots[k]] = ticket.pages[k]
+                self.counters.count_page(transfer)
         except BaseException:
             self._recover()
             raise
@@ -296,92 +325,156 @@ class OffloadEngine:
 
     def _decode(self, layer, x, ticket, gate_input):
         """One token: its output, and how many of its experts missed."""
-        ids, slots, kept, loads = ticket.ids, ticket.slots, ticket.kept, ticket.loads
-        held, frames, missing = self._frames.held[layer], self._frames.of_slot[layer], list(loads.values())
+        pages, slots, kept, loads = ticket.pages, ticket.slots, ticket.kept, ticket.loads
+        row = self._frames.row(layer)
+        held, frames, missing = self._frames.held[row], self._frames.of_slot[row], list(loads.values())
         if self._staging is not None:
-            chosen = [ids[k] for k in kept]
-            self._staging.look_ahead(layer, gate_input, chosen, len(self._frames.held), self.counters)
+            chosen = self._own(pages, kept)
+            self._staging.look_ahead(layer, gate_input, chosen, self._layers, self.counters)
         y, gates = torch.empty_like(x), ticket.routing.weights[0]
         where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
+        levels = (0,)
+        if self.state.cheaper:
+            levels = [self._frames.level(slot) if slot >= 0 else -1 for slot in slots]
         if not loads:
-            self._timed(layer, x, where, gates, y)
+            self._timed(layer, x, where, gates, y, levels=levels)
             return y, 0
-        partial = torch.empty(1, len(ids), x.shape[1], dtype=torch.float32, device=x.device)
-        pending = torch.ones(1, len(ids), dtype=torch.bool, device="cpu")
+        partial = torch.empty(1, len(pages), x.shape[1], dtype=torch.float32, device=x.device)
+        pending = torch.ones(1, len(pages), dtype=torch.bool, device="cpu")
         pending[0, missing] = False
         if len(missing) < len(kept):
-            self._timed(layer, x, where, gates, y, pending, partial, False)
+            self._timed(layer, x, where, gates, y, pending, partial, False, levels=levels)
         left = len(loads)
         for transfer in self._landed(layer, loads):
             k, left = loads[transfer], left - 1
-            held[slots[k]] = ids[k]
+            held[slots[k]] = pages[k]
             pending.zero_()
             pending[0, k] = True
-            self._timed(layer, x, where, gates, y, pending, partial, left == 0)
+            self._timed(layer, x, where, gates, y, pending, partial, left == 0, levels=(transfer.level,))
         return y, len(missing)
 
     def _prefill(self, layer, x, routing):
         """Many tokens: their output, and how many of their experts had no page when the call began."""
-        held, frames = self._frames.held[layer], self._frames.of_slot[layer]
-        ids = torch.where(routing.slots[0] < 0, self.state.slot_of.shape[1], routing.ids[0])  # E: a dropped one
-        needed = list(dict.fromkeys(routing.ids[routing.slots >= 0].tolist()))
+        row = self._frames.row(layer)
+        held, frames = self._frames.held[row], self._frames.of_slot[row]
+        pages = self._frames.pages(layer, routing.ids[0], routing.slots[0])
+        needed = [page for page in dict.fromkeys(pages.flatten().tolist()) if page >= 0]
         misses = len(set(needed).difference(held))
         # Of whom the table says that they stay: but those do not whose page never came.
-        here = {e for e in self.state.expert_of[layer, : len(held)].tolist() if e >= 0}
+        here = {page for page in self.state.page_of[row, : len(held)].tolist() if page >= 0}
         final = here.intersection((*held, *needed))
         y, gates = torch.empty_like(x), routing.weights[0]
-        partial = torch.empty(*ids.shape, x.shape[1], dtype=torch.float32, device=x.device)
+        partial = torch.empty(*pages.shape, x.shape[1], dtype=torch.float32, device=x.device)
         frame_of = torch.zeros(self.state.slot_of.shape[1] + 1, dtype=torch.int64, device="cpu")
-        frame_of[-1] = -1
+        frame_of[-1] = -1  # of dropped experts
 
-        def compute(placed: list[tuple[int, int]]) -> None:
+        def compute(placed: list[tuple[int, int]], level: int) -> None:
             if placed:
-                experts, slots = map(list, zip(*placed, strict=True))
-                frame_of[experts] = torch.tensor([frames[slot] for slot in slots], device="cpu")
-                here = torch.isin(ids, torch.tensor(experts, device="cpu"))
+                numbers, slots = map(list, zip(*placed, strict=True))
+                frame_of[numbers] = torch.tensor([frames[slot] for slot in slots], device="cpu")
+                here = torch.isin(pages, torch.tensor(numbers, device="cpu"))
                 most = int(here.sum()), len(placed)
-                self._timed(layer, x, frame_of[ids], gates, y, here, partial, False, most)
+                where = frame_of[pages].masked_fill(~here, -1)
+                self._timed(layer, x, where, gates, y, here, partial, False, most, levels=(level,))
 
-        waiting = set(needed)
-        for wave in plan_waves(held, needed, final):
-            loads = {self._load(layer, *place): place for place in wave.loads}
-            compute(wave.resident)
-            waiting.difference_update(e for e, _ in wave.resident)
-            for transfer in self._landed(layer, loads):
-                e, slot = loads[transfer]
-                held[slot] = e
-                if e in waiting:  # not so where it only returns to the slot that it had to give up
-                    compute([(e, slot)])
-                    waiting.remove(e)
+        for level, (first, end) in enumerate(self.state.slots):
+            end = min(end, len(held))
+            mine = [page for page in needed if self._frames.identity(layer, page)[2] == level]
+            stay = {page for page in final if self._frames.identity(layer, page)[2] == level}
+            waiting = set(mine)
+            for wave in plan_waves(held[first:end], mine, stay):
+                loads = {self._load(layer, page, first + slot): (page, first + slot) for page, slot in wave.loads}
+                compute([(page, first + slot) for page, slot in wave.resident], level)
+                waiting.difference_update(page for page, _ in wave.resident)
+                for transfer in self._landed(layer, loads):
+                    page, slot = loads[transfer]
+                    held[slot] = page
+                    if page in waiting:  # not so where it only returns to the slot that it had to give up
+                        compute([(page, slot)], level)
+                        waiting.remove(page)
         if self._staging is not None:
-            self._staging.chosen(layer, needed, self.counters)
-        nothing = torch.zeros_like(ids, dtype=torch.bool)
-        self._timed(layer, x, frame_of[ids], gates, y, nothing, partial, True, (0, 0))
-        self._frames.settle(layer)
+            self._staging.chosen(layer, self._own(needed, range(len(needed))), self.counters)
+        nothing = torch.zeros_like(pages, dtype=torch.bool)
+        self._timed(layer, x, frame_of[pages], gates, y, nothing, partial, True, (0, 0))
+        self._frames.settle(row)
         return y, misses
 
-    def _load(self, layer: int, e: int, slot: int) -> Transfer:
-        """See that the expert's page comes to the slot: from staging, or asked for now."""
-        frame = self._frames.vacate(layer, e, slot)
-        staged = self._staging.adopt(layer, e, frame, self.counters) if self._staging else None
+    def _own(self, pages: Sequence[int], kept: Iterable[int]) -> list[int]:
+        """The kept ones of a cache's pages, as the layer numbers them."""
+        if not self._frames.shared:
+            return [pages[k] for k in kept]
+        size = self._experts * self.state.levels
+        return [pages[k] % size for k in kept]
+
+    def _load(self, layer: int, page: int, slot: int) -> Transfer:
+        """See that a page comes to the slot: from staging, or asked for now."""
+        row = self._frames.row(layer)
+        frame = self._frames.vacate(row, page, slot)
+        layer, expert, level = self._frames.identity(layer, page)
+        staged = None
+        if self._staging is not None:
+            staged = self._staging.adopt(layer, level * self._experts + expert, frame, self.counters)
         if staged is None:
-            return self._link.request(layer, e, frame)
-        self._frames.of_slot[layer][slot] = staged.frame
+            return self._link.request(layer, expert, frame, level)
+        self._frames.of_slot[row][slot] = staged.frame
         return staged
+
+    def _count_levels(self, layer: int, routing: Routing) -> None:
+        """Count what ran in another form than full precision, or than the policy asked for."""
+        asked, ran = routing.asked[0], routing.slots[0] >= 0
+        levels = self.state.levels_of(routing.slots[0])
+        other = ran & (asked % self._experts != routing.ids[0])
+        self.counters.swaps += int(other.sum())
+        self.counters.cheap += int((ran & (levels > 0)).sum())
+        self.counters.better += int((ran & ~other & (levels < asked // self._experts)).sum())
+
+    def _admit(self, layer: int, routing: Routing) -> None:
+        """Ask the idle link for what the policy would have had, and give slots to what it has brought before."""
+        try:
+            for later, e, transfer in self._staging.brought(self.counters):
+                if later not in self._tickets and not (self._frames.shared and self._tickets):
+                    self._give_slot(later, e, transfer)
+            if routing.asked is not None and routing.asked.shape[1] == 1:
+                wanted = routing.asked[0, 0] % self._experts
+                for e, asked in zip(wanted.tolist(), routing.asked[0, 0].tolist(), strict=True):
+                    if asked >= 0 and not self._frames.holds(layer, e):
+                        self._staging.ask_idle(layer, e)
+        except BaseException:
+            self._recover()
+            raise
+
+    def _give_slot(self, layer: int, e: int, transfer: Transfer) -> None:
+        """Let a staged page of full precision take the slot of the expert that leaves by the policy."""
+        frames, row = self._frames, self._frames.row(layer)
+        state = frames.caches(layer)
+        first = state.slots[0][0]
+        pages = torch.tensor(frames.held[row][first:], device="cpu")
+        experts, size = self._experts, self._experts * state.levels
+        keys = torch.from_numpy(eviction(self.evict, state)())[0][pages // size * experts + pages % experts]
+        slot = first + int(torch.where(pages < 0, torch.iinfo(torch.int64).min, keys).argmin())
+        page = frames.page(layer, e, slot)
+        old = frames.held[row][slot]
+        frame = frames.vacate(row, page, slot)
+        for _ in self._link.landed([self._staging.admit(layer, e, frame, self.counters)]):
+            frames.of_slot[row][slot], frames.held[row][slot] = transfer.frame, page
+        if old >= 0:
+            state.slot_of[0, old] = -1
+        state.slot_of[0, page], state.page_of[0, slot] = slot, page
+        state.last_use[0, (layer * experts if frames.shared else 0) + e] = state.clock[0]
 
     def _landed(self, layer: int, loads: dict):
         """The transfers as they land."""
         waiting = self._clock.now()
         for transfer in self._link.landed(loads):
             self._note("stall", layer, waiting, expert=transfer.expert)
-            self.counters.count_page(self.page_format.page_bytes)
+            self.counters.count_page(transfer)
             yield transfer
             waiting = self._clock.now()
 
-    def _timed(self, layer: int, *arguments) -> None:
+    def _timed(self, layer: int, *arguments, **more) -> None:
         """Compute, and note the time."""
         start = self._clock.now()
-        self._compute(*arguments)
+        self._compute(*arguments, **more)
         self._note("compute", layer, start)
 
     def _note(self, what: str, layer: int, start, **details) -> None:

@@ -6,7 +6,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -15,6 +15,7 @@ from cachemoe.offload.carriers import Carrier
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.timeline import Timeline
 
+DEMAND, PREFETCH, BACKGROUND = "demand", "prefetch", "background"
 PACED_THREADS = 2  # one moves the next chunk while the other waits for the end of the last
 
 
@@ -39,16 +40,17 @@ class Transfer:
     """One page on its way. Until it has landed its frame is the link's.
 
     Attributes:
-        layer, expert: the page.
-        frame: where it goes.
-        demand: whether somebody waits for it; else it is a prefetch.
+        layer, expert, level: the page.
+        frame: where it goes, in the pool of its level.
+        cause: what it was asked for by: ``DEMAND``, ``PREFETCH`` or ``BACKGROUND``.
+        demand: whether somebody waits for it now.
         landed: whether it has ended, well or not; on a GPU, whether the copy is queued.
         error: what ended it, if it failed.
     """
 
-    def __init__(self, layer: int, expert: int, frame: int, demand: bool, paced: bool):
-        self.layer, self.expert, self.frame = layer, expert, frame
-        self.demand, self.paced = demand, paced
+    def __init__(self, layer: int, expert: int, level: int, frame: int, cause: str, paced: bool, carrier: Carrier):
+        self.layer, self.expert, self.level, self.frame = layer, expert, level, frame
+        self.cause, self.demand, self.paced, self.carrier = cause, cause == DEMAND, paced, carrier
         self.landed = False
         self.error: BaseException | None = None
         self.asked = time.perf_counter()
@@ -70,7 +72,7 @@ class Link:
     for in a ``SimpleQueue``.
 
     Args:
-        carrier: moves chunks.
+        carriers: move chunks, one the pages of each level.
         pacing: None for the machine's own speed.
         timeline: records each chunk, if given.
 
@@ -84,13 +86,13 @@ class Link:
 
     def __init__(
         self,
-        carrier: Carrier,
+        carriers: Sequence[Carrier],
         pacing: Pacing | None = None,
         timeline: Timeline | None = None,
     ):
         self.broken = False
         self.pacing = pacing
-        self._carrier, self._timeline = carrier, timeline
+        self._carriers, self._timeline = carriers, timeline
         self._queues: dict[bool, deque[Transfer]] = {True: deque(), False: deque()}  # by whether it is a demand
         self._moving: set[Transfer] = set()  # with chunks under way
         self._closed = False
@@ -101,12 +103,13 @@ class Link:
         self._closing = threading.Event()
         self._process = os.getpid()
         _LINKS.add(self)
-        count = min(carrier.threads, PACED_THREADS) if pacing else carrier.threads
+        threads = carriers[0].threads
+        count = min(threads, PACED_THREADS) if pacing else threads
         self._most_prefetches = max(1, count - 1)
         self._threads = []
         try:
             for i in range(count):  # daemons: Ctrl-C between start and close must not hang the interpreter's exit
-                thread = threading.Thread(target=self._run, name=f"{carrier.track} {i}", daemon=True)
+                thread = threading.Thread(target=self._run, name=f"{carriers[0].track} {i}", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         except RuntimeError as error:
@@ -115,13 +118,16 @@ class Link:
                 f"the system refuses a thread that reads pages ({error}): end other programs, or raise `ulimit -u`"
             ) from error
 
-    def request(self, layer: int, expert: int, frame: int, demand: bool = True, paced: bool = True) -> Transfer:
+    def request(
+        self, layer: int, expert: int, frame: int, level: int = 0, cause: str = DEMAND, paced: bool = True
+    ) -> Transfer:
         """Ask for a page; returns at once.
 
         Args:
             layer, expert: the page.
             frame: where it goes; nobody else may touch it before the transfer has landed.
-            demand: False for a prefetch, which waits for all demands.
+            level: of the page.
+            cause: all but ``DEMAND`` wait for all demands.
             paced: False for a page that is not part of what is measured.
 
         Raises:
@@ -133,11 +139,11 @@ class Link:
             raise RuntimeError("the link is closed: make a new engine")
         if self.broken:
             raise RuntimeError("the link was broken by an interrupt, and nobody has abandoned what it left")
-        transfer = Transfer(layer, expert, frame, demand, paced)
+        transfer = Transfer(layer, expert, level, frame, cause, paced, self._carriers[level])
         with self._breaking:
-            self._carrier.prepare(transfer)
+            transfer.carrier.prepare(transfer)
             with self._lock:
-                self._queues[demand].append(transfer)
+                self._queues[transfer.demand].append(transfer)
                 self._work.notify_all()
         return transfer
 
@@ -169,7 +175,7 @@ class Link:
         for transfer in self._ended(transfers):
             if transfer.error is not None:
                 raise transfer.error
-            self._carrier.use(transfer)
+            transfer.carrier.use(transfer)
             yield transfer
 
     def abandon(self) -> None:
@@ -186,7 +192,7 @@ class Link:
                 moving = self._moving.union(*self._queues.values())
             for _ in self._ended(moving):
                 pass
-            self._carrier.drain()
+            self._drain()
             self.broken = False
 
     def _ended(self, transfers: Iterable[Transfer]) -> Iterator[Transfer]:
@@ -224,14 +230,14 @@ class Link:
         """Of all pages asked for, what no thread has taken."""
         with self._lock:
             waiting = (transfer for queue in self._queues.values() for transfer in queue)
-            return sum(self._carrier.page_bytes - transfer.next_byte for transfer in waiting)
+            return sum(transfer.carrier.page_bytes - transfer.next_byte for transfer in waiting)
 
     @property
     def busy_s(self) -> float:
         """Seconds with a chunk under way, so far."""
         with self._lock:
-            if (measured := self._carrier.busy_s()) is not None:
-                return measured
+            if (measured := [carrier.busy_s() for carrier in self._carriers])[0] is not None:
+                return sum(measured)
             now = time.perf_counter() if self._moving else self._busy_since
             return self._busy_s + now - self._busy_since
 
@@ -259,7 +265,7 @@ class Link:
         for thread in threads:
             thread.join()
         if threads:
-            self._carrier.drain()  # what is only queued may still write to frames that are freed now
+            self._drain()  # what is only queued may still write to frames that are freed now
 
     def __enter__(self):
         return self
@@ -282,12 +288,10 @@ class Link:
                     break
                 self._work.wait()
             transfer = queue[0]
-            start, stop = (
-                transfer.next_byte,
-                min(transfer.next_byte + self._carrier.chunk_bytes, self._carrier.page_bytes),
-            )
+            carrier, start = transfer.carrier, transfer.next_byte
+            stop = min(start + carrier.chunk_bytes, carrier.page_bytes)
             transfer.next_byte = stop
-            if stop == self._carrier.page_bytes:
+            if stop == carrier.page_bytes:
                 queue.popleft()
             if not self._moving:
                 self._busy_since = time.perf_counter()
@@ -303,16 +307,16 @@ class Link:
     def _run(self) -> None:
         while (taken := self._take()) is not None:
             transfer, start, stop, end = taken
-            began, error = time.perf_counter(), None
+            carrier, began, error = transfer.carrier, time.perf_counter(), None
             try:
-                self._carrier.carry(transfer, start, stop)
+                carrier.carry(transfer, start, stop)
                 with self._lock:
                     transfer.carried += stop - start
-                    whole = transfer.carried == self._carrier.page_bytes
+                    whole = transfer.carried == carrier.page_bytes
                 if whole:
-                    self._carrier.check(transfer)
+                    carrier.check(transfer)
                 if (left := end - time.perf_counter()) > 0:
-                    self._carrier.drain()
+                    carrier.drain()
                     self._closing.wait(left)
                 if self._timeline is not None:
                     self._record(transfer, stop - start, began)
@@ -338,7 +342,7 @@ class Link:
             for queue in self._queues.values():
                 if transfer in queue:
                     queue.remove(transfer)
-        done = transfer.error is not None or transfer.next_byte == self._carrier.page_bytes
+        done = transfer.error is not None or transfer.next_byte == transfer.carrier.page_bytes
         if done and not transfer.moving:
             self._land(transfer)
         if not transfer.demand:
@@ -352,9 +356,13 @@ class Link:
 
     def _record(self, transfer: Transfer, size: int, began: float) -> None:
         """Show a chunk in the timeline."""
-        kind, name = "demand" if transfer.demand else "prefetch", f"layer {transfer.layer} expert {transfer.expert}"
+        kind, name = DEMAND if transfer.demand else transfer.cause, f"layer {transfer.layer} expert {transfer.expert}"
         details = {"layer": transfer.layer, "expert": transfer.expert, "bytes": size, "kind": kind}
-        self._carrier.record(self._timeline, name, transfer, began, time.perf_counter(), **details)
+        transfer.carrier.record(self._timeline, name, transfer, began, time.perf_counter(), **details)
+
+    def _drain(self) -> None:
+        for carrier in self._carriers:
+            carrier.drain()
 
     def _renew_lock(self) -> None:
         self._lock = threading.Lock()

@@ -88,7 +88,7 @@ class PinnedStore(PinnedPages):
         self.close()
 
     def _fill(self, store: Store, advance: Callable[[], None]) -> None:
-        with Link(ReadCarrier(store, self._locked)) as link:
+        with Link([ReadCarrier(store, self._locked)]) as link:
             asked = [link.request(*divmod(index, self.layout.experts), index) for index in range(self.pages)]
             for _ in link.landed(asked):
                 advance()

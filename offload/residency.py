@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
+from cachemoe.kernels.eviction import eviction
 from cachemoe.kernels.state import Residency
 from cachemoe.offload.errors import InputError
 
 
-def least_recently_used(last_use, uses):
+def least_recently_used(last_use):
     """The expert touched longest ago leaves first (LRU, the paper's policy)."""
     return last_use
 
@@ -25,8 +26,9 @@ EVICTION_POLICIES: dict[str, Callable] = {
     "lru": least_recently_used,
     "lfu": least_frequently_used,
 }
-"""An eviction policy gives each expert a key from its ``last_use`` and ``uses``, both int64; among residents that the
-token does not need, the smallest leaves. Arithmetic operators alone: torch, numpy and the kernel share a definition."""
+"""An eviction policy gives each expert an int64 key, from some of ``EVICT_WORDS`` (``kernels/policy.py``); of the
+residents that the token does not need the smallest leaves. Arithmetic operators alone: numpy and the kernel share
+it."""
 
 
 def eviction_policy(name: str) -> Callable:
@@ -40,24 +42,29 @@ def eviction_policy(name: str) -> Callable:
     return EVICTION_POLICIES[name]
 
 
-def resized(state: Residency, capacity: torch.Tensor, evict: Callable) -> Residency:
-    """The caches with other capacities: of those that shrink, experts leave by the policy; the rest move up.
+def resized(state: Residency, capacity: torch.Tensor, cheaper: Sequence[int], evict: Callable) -> Residency:
+    """The caches with other capacities: of levels that shrink, pages leave by the policy; the rest move up.
 
     Args:
-        state: ``[L, ...]``.
-        capacity: ``[L]`` int64.
+        state: ``[L, ...]``, or ``[1, ...]`` of one that the layers share.
+        capacity: of each cache, int64.
+        cheaper: slots of each cheaper level.
         evict: eviction policy.
 
     Raises:
-        ValueError: if a capacity is below 1 or above E.
+        ValueError: for less than 1 slot at a level, or more than experts.
     """
-    new = Residency.empty(capacity, state.slot_of.shape[-1])
-    keys = evict(state.last_use, state.uses)
-    for layer, count in enumerate(capacity.tolist()):
-        slots = state.expert_of[layer]
-        stay = slots[slots >= 0]
-        if len(stay) > count:
-            stay = stay[keys[layer, stay].argsort(descending=True, stable=True)[:count].sort().values]
-        new.expert_of[layer, : len(stay)] = stay
-        new.slot_of[layer, stay] = torch.arange(len(stay), device="cpu")
-    return replace(new, **{name: getattr(state, name) for name in ("last_use", "uses", "clock", "tokens", "range_sum")})
+    new = Residency.empty(capacity, state.experts, cheaper, state.layers if state.shared else None)
+    keys, experts = torch.from_numpy(eviction(evict, state)()), state.experts
+    for row, pages in enumerate(state.page_of):
+        for (old, stop), (first, end) in zip(state.slots, new.slots, strict=True):
+            count = min(end, first + int(capacity[row])) - first if stop == len(pages) else end - first
+            stay = pages[old:stop]
+            stay = stay[stay >= 0]
+            if len(stay) > count:
+                worth = keys[row, stay // (experts * state.levels) * experts + stay % experts]
+                stay = stay[worth.argsort(descending=True, stable=True)[:count].sort().values]
+            new.page_of[row, first : first + len(stay)] = stay
+            new.slot_of[row, stay] = torch.arange(first, first + len(stay), device="cpu")
+    kept = ("last_use", "uses", "clock", "tokens", "range_sum", "heavy")
+    return replace(new, **{name: getattr(state, name) for name in kept})

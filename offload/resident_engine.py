@@ -12,6 +12,7 @@ from cachemoe.offload.counters import Counters
 from cachemoe.offload.link import Link
 from cachemoe.offload.plain_torch import plain_torch
 from cachemoe.offload.pool import ExpertPool
+from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.store import Store, StoreLayout
 
 
@@ -39,7 +40,7 @@ class ResidentEngine:
     ):
         layout = store.layout
         self._make(layout, capacity, device)
-        with Link(carrier_of(store, self._pool)) as link:
+        with Link([carrier_of(store, self._pool)]) as link:
             pages = ((layer, e) for layer in range(layout.layers) for e in range(layout.experts))
             for _ in link.landed([link.request(*page, frame) for frame, page in enumerate(pages)]):
                 advance()
@@ -59,17 +60,21 @@ class ResidentEngine:
             frame.copy_(page)
         everyone = torch.arange(layout.experts).expand(layout.layers, -1)
         engine.state.slot_of.copy_(everyone)
-        engine.state.expert_of.copy_(everyone)
+        engine.state.page_of.copy_(everyone)
         return engine
 
     @plain_torch()
     def _make(self, layout: StoreLayout, capacity: Sequence[int], device: torch.device | str) -> None:
-        self.state = Residency.empty(torch.tensor(capacity), layout.experts)
+        self.state, self.evict = Residency.empty(torch.tensor(capacity), layout.experts), least_recently_used
         self.counters = Counters()
-        self.page_format = layout.page_format
+        self.page_format, self.formats = layout.page_format, [layout.page_format]
         self._experts_a_layer = layout.experts
         self._pool = ExpertPool(layout.layers * layout.experts, layout.page_format, device)
-        self._compute = Compute(self._pool, layout)
+        self._compute = Compute([self._pool], [layout])
+
+    def caches(self, layer: int) -> Residency:
+        """As ``OffloadEngine.caches``."""
+        return self.state[layer : layer + 1]
 
     def miss_cost(self) -> float:
         """As ``OffloadEngine.miss_cost``: no expert is absent."""

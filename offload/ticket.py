@@ -12,13 +12,14 @@ class Ticket:
 
     Args:
         routing: as given.
-        ids, slots: ``[K]`` of one token on the host; None of others, for which nothing is asked ahead.
+        pages, slots: ``[K]`` of one token on the host, the pages as their cache numbers them; None of others, for which
+            nothing is asked ahead.
         kept: places whose expert is not dropped.
         loads: of each transfer the place of its expert.
     """
 
     routing: Routing
-    ids: list[int] | None = None
+    pages: list[int] | None = None
     slots: list[int] | None = None
     kept: list[int] | None = None
     loads: dict[Transfer, int] | None = None

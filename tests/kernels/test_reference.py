@@ -16,7 +16,7 @@ from cachemoe.kernels.policy import ORIGINAL
 from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
 from cachemoe.kernels.reference_experts import experts
 from cachemoe.kernels.reference_route import route
-from cachemoe.kernels.state import SOFTMAX, GateScores, Residency
+from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency
 from cachemoe.moe.strategies import CachePrior, CumSum, MaxRank, Strategy, policy_of
 from cachemoe.offload.residency import EVICTION_POLICIES
 
@@ -203,15 +203,15 @@ def holding(resident, n, ranges):
     """A cache with room for all experts, some of them resident, that has seen tokens of these logit ranges."""
     state = empty(n, n)
     for e in resident:
-        state.slot_of[0, e] = state.expert_of[0, e] = e
+        state.slot_of[0, e] = state.page_of[0, e] = e
     state.tokens += len(ranges)
     state.range_sum += sum(ranges)
     return state
 
 
 def assert_same_state(a, b):
-    for field in fields(Residency):
-        assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+    for name, tensor in a.tensors().items():
+        assert torch.equal(tensor, getattr(b, name)), name
 
 
 def assert_same_routing(a, b):
@@ -227,7 +227,7 @@ def assert_as_written(routing, expected):
         assert getattr(routing, name)[0].tolist() == expected[name], name
     torch.testing.assert_close(routing.weights[0], torch.tensor(expected["weights"]), rtol=1e-5, atol=1e-7)
     experts, slots, (count,) = (
-        routing.misses.experts[0].tolist(),
+        routing.misses.pages[0].tolist(),
         routing.misses.slots[0].tolist(),
         routing.misses.count,
     )
@@ -257,7 +257,7 @@ def test_route_follows_the_papers_rules(eviction, data):
     routing = route(as_tensor(logits), state, EVICTION_POLICIES[eviction], k, policy, scores)
 
     assert_as_written(routing, expected)
-    assert state.expert_of[0].tolist() == [-1 if e is None else e for e in cache.slots]
+    assert state.page_of[0].tolist() == [-1 if e is None else e for e in cache.slots]
     assert state.slot_of[0].tolist() == [cache.slots.index(e) if e in cache.slots else -1 for e in range(n)]
     assert state.last_use[0].tolist() == [cache.last_use.get(e, 0) for e in range(n)]
     assert state.uses[0].tolist() == [cache.uses.get(e, 0) for e in range(n)]
@@ -370,15 +370,15 @@ def test_misses_fetched_in_order_serve_every_token(eviction, data, seed):
     rule, value = data.draw(rules(n))
     state, policy = empty(capacity, n), policy_for(rule, value, top_j)
     for call in range(2):  # the second begins with what the first left
-        pages = state.expert_of[0].tolist()
+        pages = state.page_of[0].tolist()
         routing = route(normal_logits(seed + call, 1, 12, n), state, EVICTION_POLICIES[eviction], k, policy)
-        misses = iter(zip(routing.misses.experts[0].tolist(), routing.misses.slots[0].tolist(), strict=True))
+        misses = iter(zip(routing.misses.pages[0].tolist(), routing.misses.slots[0].tolist(), strict=True))
         for t, hits in enumerate(routing.hits[0].tolist()):
             for _ in range(hits.count(False)):
                 e, slot = next(misses)
                 pages[slot] = e
             assert [pages[slot] for slot in routing.slots[0, t].tolist()] == routing.ids[0, t].tolist()
-        assert pages == state.expert_of[0].tolist()
+        assert pages == state.page_of[0].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------- properties
@@ -496,10 +496,10 @@ def test_caches_side_by_side_equal_each_alone(eviction, data, seed):
         part = route(logits[b : b + 1], alone, evict, k, policy_of(strategy))
         for name in ("ids", "weights", "slots", "hits"):
             assert torch.equal(getattr(part, name)[0], getattr(routing, name)[b]), name
-        for field in fields(Residency):
-            if field.name != "expert_of":
+        for field in (each for each in fields(Residency) if each.name in STATE):
+            if field.name != "page_of":
                 assert torch.equal(getattr(alone, field.name)[0], getattr(state, field.name)[b]), field.name
-        assert state.expert_of[b].tolist() == alone.expert_of[0].tolist() + [-1] * (max(capacities) - capacity)
+        assert state.page_of[b].tolist() == alone.page_of[0].tolist() + [-1] * (max(capacities) - capacity)
 
 
 @each_eviction
@@ -513,13 +513,13 @@ def test_the_page_table_stays_sound(eviction, data, seed):
         logits = normal_logits(seed + t, 1, 1, n).expand(2, 1, n)
         routing = route(logits, state, evict, k, policy_for(rule, value, top_j))
         for b, limit in enumerate((capacity, wider)):
-            slot_of, expert_of = state.slot_of[b].tolist(), state.expert_of[b].tolist()
+            slot_of, page_of = state.slot_of[b].tolist(), state.page_of[b].tolist()
             ids, slots = routing.ids[b, 0].tolist(), routing.slots[b, 0].tolist()
             assert len(set(slots)) == k
             assert max(slots) < limit
             assert [slot_of[e] for e in ids] == slots  # nothing that the token needs was the victim
             pairs = {(e, slot) for e, slot in enumerate(slot_of) if slot >= 0}
-            assert pairs == {(e, slot) for slot, e in enumerate(expert_of) if e >= 0}
+            assert pairs == {(e, slot) for slot, e in enumerate(page_of) if e >= 0}
 
 
 # -------------------------------------------------------------------------------------------------------- the experts

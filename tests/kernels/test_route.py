@@ -48,6 +48,7 @@ def poisoned(caches, tokens, k, device="cpu"):
 def copied(out, result):
     for tensor, value in zip(out.tensors(), result.tensors(), strict=True):
         tensor.copy_(value)
+    out.asked = on("cpu", result.asked)
     return out
 
 
@@ -58,28 +59,32 @@ def run(backend, logits, state, evict, k, policy=ORIGINAL, scores=SOFTMAX, corre
     if backend == "cpu":
         assert route(logits, state, evict, k, policy, scores, correction, out) is out
     elif backend == "interpreter":
+        if state.levels > 1 or policy.swaps:
+            out.asked = torch.full_like(out.ids, 10**9)
         plan_route(logits, state, evict, k, policy, scores, correction, out).run()
     else:
         there, result = state.to("cuda"), poisoned(caches, tokens, k, "cuda")
         route(logits.cuda(), there, evict, k, on("cuda", policy), scores, on("cuda", correction), result)
         copied(out, result)
-        for name in STATE:
-            getattr(state, name).copy_(getattr(there, name))
+        for name, tensor in state.tensors().items():
+            tensor.copy_(getattr(there, name))
     return out
 
 
 def assert_same_routing(routing, expected):
-    names = ("ids", "weights", "slots", "hits", "miss experts", "miss slots", "miss count")
+    names = ("ids", "weights", "slots", "hits", "miss pages", "miss slots", "miss count")
     for name, a, b in zip(names, routing.tensors(), expected.tensors(), strict=True):
         if name == "weights":
             torch.testing.assert_close(a, b, rtol=WEIGHT_TOLERANCE, atol=1e-12, equal_nan=True)
         else:
             assert torch.equal(a, b), name
+    assert (routing.asked is None) == (expected.asked is None)
+    assert routing.asked is None or torch.equal(routing.asked, expected.asked)
 
 
 def assert_same_state(state, expected, exact=True):
-    for name in STATE:
-        a, b = getattr(state, name), getattr(expected, name)
+    for name, a in state.tensors().items():
+        b = getattr(expected, name)
         if name == "range_sum" and not exact:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
         else:
@@ -121,14 +126,28 @@ def clear_cut(logits, scores, correction, mass):
 MASS = 0.7
 
 
-def key_of_all(value, rank, before, have, span, cost, noise, a, b):
+def key_of_all(value, rank, before, have, span, cost, noise, table, a, b):
     """A key for nobody, which names every word."""
-    return value * a + 0.5 * have + before * b - 0.25 * cost + 0.125 * span * (rank > 2) + noise
+    return value * a + 0.5 * have + before * b - 0.25 * cost + 0.125 * span * (rank > 2) + noise + 0.25 * table
 
 
-def grade_of_all(value, weight, first, before, place, have, cost, noise, a, b):
+def grade_of_all(value, weight, first, before, place, have, cost, noise, table, a, b):
     """And a grade."""
-    return weight - 0.25 * first * b - 0.125 * before - 0.01 * place * cost + 0.0625 * have * (noise > a) + 0.01 * value
+    level = (
+        weight - 0.25 * first * b - 0.125 * before - 0.01 * place * cost + 0.0625 * have * (noise > a) + 0.01 * value
+    )
+    return level + 0.03125 * table
+
+
+def levels_of_all(have, noise, table, a):
+    """Every level that there is, and some that there are not, drops and swaps."""
+    return (
+        1.0 * (noise > a)
+        + 1.0 * (noise > 0.7)
+        + 1.0 * (noise > 0.95)
+        - 3.0 * (have == 0) * (noise < 0.25)
+        - 1.0 * (table > 3)
+    )
 
 
 def graded(name, a):
@@ -150,8 +169,21 @@ STRATEGIES = {
     "adap-skip": graded("adap-skip", 0.45),
     "relu-route": graded("relu-route", 1.2),
     "relu-literal": graded("relu-literal", 0.0),
-    "every word": Policy(key_of_all, grade_of_all, True, KNOBS_OF_ALL),
+    "every word": Policy(key_of_all, grade_of_all, True, KNOBS_OF_ALL, torch.zeros(1, 1)),
+    "weights as they were": Policy(
+        key_of_all, grade_of_all, False, KNOBS_OF_ALL, torch.zeros(1, 1), renormalises=False
+    ),
+    "levels": Policy(None, levels_of_all, False, KNOBS_OF_ALL, torch.zeros(1, 1)),
+    "swaps": Policy(RULES["cache-prior"].key, levels_of_all, True, KNOBS_OF_ALL, torch.zeros(1, 1), swaps=True),
 }
+
+
+def sized(policy, n, caches=1):
+    """The policy with a table of so many experts, if it has one."""
+    if policy.table is None:
+        return policy
+    table = torch.arange(caches * n, dtype=torch.float32).view(caches, n) * 7 % 5
+    return replace(policy, knobs=policy.knobs[:1].repeat(caches, 1), table=table)
 
 
 def test_every_rule_with_a_function_is_here():
@@ -191,7 +223,7 @@ def test_routing_and_state_are_the_references(backend, eviction, strategy, data)
     logits = normal_logits(seed, 1, tokens, n)
     if coarse and correction is None and scores.group_score == "best":
         logits = logits.round()  # with ties
-    policy = STRATEGIES[strategy]
+    policy = sized(STRATEGIES[strategy], n)
     assume(clear_cut(logits, scores, correction, MASS if strategy == "cumsum" else None))
     state = Residency.empty(torch.tensor([data.draw(st.integers(k, n))]), n)
     warm = normal_logits(seed + 2, 1, 6, n)
@@ -215,7 +247,7 @@ def test_awkward_shapes(backend, tokens, n, k, capacity, policy):
     if backend == "interpreter" and tokens == 300 and "rank" in policy.words:
         pytest.skip("one long sequence is enough for the interpreter")
     state = Residency.empty(torch.tensor([capacity]), n)
-    assert_as_reference(backend, normal_logits(1, 1, tokens, n), state, LRU, k, policy)
+    assert_as_reference(backend, normal_logits(1, 1, tokens, n), state, LRU, k, sized(policy, n))
 
 
 @every_backend
@@ -302,12 +334,64 @@ def test_a_router_gone_astray_still_chooses_distinct_experts(backend, policy):
     logits[0, 2, :7] = -torch.inf
     logits[0, 3, [0, 3]] = torch.inf
     logits[0, 4] = torch.tensor([0.0, -0.0] * 4)
-    routing = assert_as_reference(backend, logits, Residency.empty(torch.tensor([4]), 8), LRU, 3, policy)
+    routing = assert_as_reference(backend, logits, Residency.empty(torch.tensor([4]), 8), LRU, 3, sized(policy, 8))
     for token in routing.ids[0].tolist():
         assert len({e for e in token if 0 <= e < 8}) == 3
     if policy is ORIGINAL:
         assert routing.ids[0, 1].tolist() == [1, 4, 6]  # NaN before all, the lower id before the higher
         assert routing.ids[0, 4].tolist() == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------- levels
+
+
+def light_first(last_use, uses, heavy, distance, clock):
+    """An eviction policy for nobody, which names every word."""
+    return 3 * heavy - uses + 2 * (last_use > clock - 9) + distance
+
+
+@every_backend
+@pytest.mark.parametrize("evict", [LRU, light_first])
+@pytest.mark.parametrize("strategy", ["original", "levels", "swaps", "weights as they were", "every word"])
+@pytest.mark.parametrize("cheaper", [(3,), (3, 5), (12, 4, 3)])
+def test_levels_side_by_side(backend, evict, strategy, cheaper):
+    policy, state = sized(STRATEGIES[strategy], 12, 2), Residency.empty(torch.tensor([3, 7]), 12, cheaper)
+    for seed in range(3):
+        logits = normal_logits(20 + seed, 2, 3 if backend == "interpreter" else 20, 12)
+        routing = assert_as_reference(backend, logits, state, evict, 3, policy, GateScores(renormalise=True))
+    ran = routing.slots >= 0
+    if strategy == "levels" and backend == "cpu":  # tokens enough for every level, and for a better one that serves
+        first, levels = sum(cheaper), len(cheaper) + 1
+        assert set((routing.asked // 12)[ran].tolist()) == set(range(min(levels, 4)))
+        assert (routing.slots[ran] >= first).any() and (routing.slots[ran] < first).any()
+        assert (routing.slots >= first)[routing.asked >= 12].any()
+
+
+@pytest.mark.parametrize("evict", [LRU, light_first])
+@pytest.mark.parametrize("strategy", ["original", "levels", "swaps"])
+@pytest.mark.parametrize("cheaper", [(), (5,)])
+def test_caches_that_layers_share(evict, strategy, cheaper):
+    policy = sized(STRATEGIES[strategy], 8)
+    state = Residency.empty(torch.tensor([9]), 8, cheaper, layers=3)
+    stepped = state.clone()
+    for seed in range(30):
+        layer, logits = seed % 3, normal_logits(60 + seed, 1, 2, 8)
+        expected = reference_route.route(logits, stepped.of_layer(layer), evict, 3, policy)
+        peeked = peek(logits[0, 0], state.of_layer(layer), 3, policy)
+        routing = route(logits, state.of_layer(layer), evict, 3, policy)
+        assert_same_routing(routing, expected)
+        assert_same_state(state, stepped)
+        pages = routing.asked if strategy == "levels" and not cheaper else None
+        assert pages is None or torch.equal(pages[pages >= 0], routing.ids[pages >= 0])
+        assert len(peeked) == int((routing.slots[0, 0] >= 0).sum())
+    held = state.page_of[state.page_of >= 0]
+    assert len(held.unique()) == len(held) and (state.slot_of[0, held] >= 0).all()
+    assert len((held // (8 * state.levels)).unique()) > 1  # of several layers
+
+
+def test_a_level_without_the_slots_of_a_token_is_refused():
+    with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):
+        route(normal_logits(1, 1, 1, 8), Residency.empty(torch.tensor([4]), 8, (2,)), LRU, 3)
 
 
 # ------------------------------------------------------------------------------------------------ what must not differ
@@ -316,7 +400,7 @@ def test_a_router_gone_astray_still_chooses_distinct_experts(backend, policy):
 @every_backend
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_sequence_cut_anywhere_gives_the_same_bits(backend, strategy):
-    logits, policy = normal_logits(7, 1, 7, 11), STRATEGIES[strategy]
+    logits, policy = normal_logits(7, 1, 7, 11), sized(STRATEGIES[strategy], 11)
     whole_state = Residency.empty(torch.tensor([5]), 11)
     whole = run(backend, logits, whole_state, LRU, 3, policy, GateScores(renormalise=True))
     for cuts in ([0, 3, 7], range(8)):
@@ -325,9 +409,9 @@ def test_a_sequence_cut_anywhere_gives_the_same_bits(backend, strategy):
             part = run(backend, logits[:, start:end], state, LRU, 3, policy, GateScores(renormalise=True))
             for name in ("ids", "weights", "slots", "hits"):
                 assert torch.equal(getattr(part, name), getattr(whole, name)[:, start:end]), name
-            missed += part.misses.experts[0, : part.misses.count[0]].tolist()
+            missed += part.misses.pages[0, : part.misses.count[0]].tolist()
         assert_same_state(state, whole_state)
-        assert missed == whole.misses.experts[0, : whole.misses.count[0]].tolist()
+        assert missed == whole.misses.pages[0, : whole.misses.count[0]].tolist()
 
 
 @every_backend
@@ -470,10 +554,11 @@ def test_peeking_tells_what_route_then_chooses(strategy, scores, bad):
         logits = normal_logits(seed, 1, 1, 12)
         logits[..., seed] = torch.nan if bad else logits[..., seed]
         before = state.clone()
-        expected = peek(logits[0, 0], state, 3, STRATEGIES[strategy], scores)
+        policy = sized(STRATEGIES[strategy], 12)
+        expected = peek(logits[0, 0], state, 3, policy, scores)
         assert_same_state(state, before)
-        routing = route(logits, state, LRU, 3, STRATEGIES[strategy], scores)
-        assert routing.ids[routing.slots >= 0].tolist() == expected
+        routing = route(logits, state, LRU, 3, policy, scores)
+        assert state.page_of[0, routing.slots[routing.slots >= 0]].tolist() == expected
 
 
 # -------------------------------------------------------------------------------------------------- torch.compile

@@ -26,7 +26,8 @@ def tiny_windows():
 @pytest.fixture(scope="session")
 def tiny_calibration(tiny_checkpoint, tiny_windows, stores, tmp_path_factory):
     """The file of a calibration of ``tiny_checkpoint``, made on ``tiny_windows``."""
-    from cachemoe.moe.calibrate import calibrate
+    from tiny_models import calibration_of_model
+
     from cachemoe.moe.checkpoint import Checkpoint
     from cachemoe.moe.fingerprint import fingerprint
     from cachemoe.moe.models import load_model
@@ -34,8 +35,7 @@ def tiny_calibration(tiny_checkpoint, tiny_windows, stores, tmp_path_factory):
     source, model = Checkpoint(tiny_checkpoint), load_model(tiny_checkpoint, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHEMOE_CACHE", str(stores))
-        known_as = fingerprint(source, silent)
-    made = calibrate(model, source, source.page_format(None), tiny_windows, known_as, "tiny", silent)
+        made = calibration_of_model(model, source, tiny_windows, fingerprint(source, silent), "tiny")
     path = tmp_path_factory.mktemp("calibration") / "tiny.safetensors"
     made.save(path)
     return path

@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, save_random
+from tiny_models import VOCABULARY, calibration_of_model, save_random
 
 from cachemoe.kernels.state import GateScores, Residency
-from cachemoe.moe.calibrate import calibrate, divergences, ratios, removal_order, rest_shares, threshold
+from cachemoe.moe.calibrate import divergences, ratios, removal_order, rest_shares, threshold
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
@@ -83,7 +83,7 @@ def calibrated(request, tmp_path_factory, quiet):
         source, model = Checkpoint(folder), load_model(folder, torch.float32)
         windows = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
         known_as = fingerprint(source, quiet)
-        made = calibrate(model, source, source.page_format(None), windows, known_as, request.param, quiet)
+        made = calibration_of_model(model, source, windows, known_as, request.param)
         yield folder, model, source, windows, made
 
 

@@ -20,7 +20,7 @@ from cachemoe.moe.models import load_model
 from cachemoe.offload.errors import InputError
 
 NEEDY = ("relu-route", "relu-literal", "naee-skip:0.5", "naee-prune:4", "adap-skip:0.005")
-ABOUT = {"version": 1, "model": "abc", "name": "tiny", "k": 2, "tokens": 72}
+ABOUT = {"version": 2, "model": "abc", "name": "tiny", "k": 2, "tokens": 72, "cheaper": "int4"}
 
 
 def parts(layers=2, experts=5):
@@ -34,6 +34,10 @@ def parts(layers=2, experts=5):
         "misses": misses,
         "token_ids": torch.tensor([3, 7, 200], dtype=torch.int32),
         "by_token": torch.zeros(layers, 4, experts, dtype=torch.float16),
+        "clusters": torch.arange(experts, dtype=torch.int16).expand(3, layers, -1).contiguous() // 2,
+        "importance": torch.arange(layers * experts, dtype=torch.float32).view(layers, experts),
+        "cheap_losses": torch.linspace(0, 0.8, 9),
+        "hobbit": torch.tensor([1, 0, 2, 1], dtype=torch.int16),
     }
 
 
@@ -97,7 +101,7 @@ def test_a_truncated_file_is_refused(tmp_path, left):
 @pytest.mark.parametrize(
     ("about", "words"),
     [
-        ({"version": 2}, "is a calibration of another version: make it again"),
+        ({"version": 1}, "is a calibration of another version: make it again"),
         ({"version": "1"}, "another version"),
         ({"version": None}, "another version"),
         ({"model": 5}, "not a cachemoe calibration"),
@@ -148,6 +152,12 @@ def with_value(name, value):
         ("token_ids", torch.tensor([3, 3, 7], dtype=torch.int32), "not a cachemoe calibration"),
         ("token_ids", torch.tensor([-1, 3, 7], dtype=torch.int32), "not a cachemoe calibration"),
         ("by_token", with_value("by_token", math.nan), "has by_token that are not finite"),
+        ("clusters", with_value("clusters", -1), "not a cachemoe calibration"),
+        ("importance", with_value("importance", math.inf), "has importance that are not finite"),
+        ("importance", with_value("importance", -1.0), "not a cachemoe calibration"),
+        ("cheap_losses", with_value("cheap_losses", math.nan), "has cheap_losses that are not finite"),
+        ("hobbit", torch.zeros(4, dtype=torch.int16), "not a cachemoe calibration"),
+        ("hobbit", with_value("hobbit", -1), "not a cachemoe calibration"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(tmp_path, name, tensor, words):
@@ -163,6 +173,21 @@ def test_quantiles_between_two_that_are_kept():
     made = Calibration(**parts(), **{name: ABOUT[name] for name in KINDS})
     for q in (0.0, 0.25, 0.3337, 0.99999, 1.0):
         torch.testing.assert_close(made.ratio(q), torch.full((2,), q))
+
+
+@pytest.mark.parametrize("tolerated", [0.0, 0.05, 0.1, 0.3, 0.84, 1.2, 9.0])
+def test_as_many_experts_are_cheap_as_cost_what_is_tolerated(tolerated):
+    """Ten experts whose loss is 0.08 nats each: a share P of perplexity is log(1 + P) nats."""
+    made = Calibration(**parts(), **{name: ABOUT[name] for name in KINDS})
+    cheap = min(10, int(math.log1p(tolerated) / 0.08))
+    assert made.bits(tolerated).flatten().tolist() == [1] * cheap + [0] * (10 - cheap)
+
+
+def test_a_calibration_of_another_cheaper_format_is_refused():
+    made = Calibration(**parts(), **{name: ABOUT[name] for name in KINDS})
+    made.check(None, 2, 5, made.k, "int4")
+    with pytest.raises(InputError, match=r"measured int4 pages, and these are int2: .* --cheaper int2"):
+        made.check(None, 2, 5, made.k, "int2")
 
 
 # --------------------------------------------------------------------------------------------------- of which model
@@ -185,7 +210,12 @@ def test_load_refuses_a_calibration_of_another_model(opened, tiny_calibration, t
     others = (
         replace(known, model="f" * 32),
         replace(known, k=1, misses=with_finite_from(known.misses, 1)),
-        replace(known, removal=experts, misses=known.misses[:, :8], by_token=known.by_token[..., :7]),
+        replace(
+            known,
+            removal=experts,
+            misses=known.misses[:, :8],
+            **{n: getattr(known, n)[..., :7] for n in ("by_token", "clusters", "importance")},
+        ),
     )
     for i, other in enumerate(others):
         other.save(tmp_path / str(i))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -168,3 +169,19 @@ def save_mxfp4(source, folder) -> dict[str, torch.Tensor]:
     config["quantization_config"] = {"quant_method": "mxfp4"}
     (folder / "config.json").write_text(json.dumps(config))
     return expected
+
+
+@contextmanager
+def silently(description, total):
+    yield lambda: None
+
+
+def calibration_of_model(model, source, windows, fingerprint, name):
+    """What ``cachemoe calibrate`` makes, of a model in memory and its checkpoint."""
+    from cachemoe.moe.calibrate import calibrate
+    from cachemoe.moe.leveled import cheaper_format, open_leveled
+
+    own, shape = source.page_format(None), source.shape
+    formats = [own, cheaper_format(source, own)]
+    with open_leveled(source, formats, [shape.experts] * len(shape.layers), silently) as leveled:
+        return calibrate(model, source, formats, leveled, windows, fingerprint, name, silently)

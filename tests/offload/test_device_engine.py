@@ -89,7 +89,7 @@ def test_as_the_host_driven_engine(file, device, read_through, tokens, capacity,
 def test_fill_brings_what_the_state_says(store, device):
     driven = DeviceEngine(store, [4] * LAYERS, TOP_K, device)
     for layer in range(LAYERS):
-        driven.state.expert_of[layer] = torch.tensor([5, -1, 2, 7])
+        driven.state.page_of[layer] = torch.tensor([5, -1, 2, 7])
         driven.state.slot_of[layer, torch.tensor([5, 2, 7])] = torch.tensor([0, 2, 3], device=device)
     driven.fill()
     for layer in range(LAYERS):

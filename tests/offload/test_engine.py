@@ -87,15 +87,15 @@ def step(engine, weights, layer, seed, tokens, policy=ORIGINAL):
 def assert_consistent(engine):
     """The page table is a bijection on the held pages, and says of every slot what the engine holds there."""
     for layer, held in enumerate(engine._frames.held):
-        assert engine.state.expert_of[layer, : len(held)].tolist() == held
-        assert (engine.state.expert_of[layer, len(held) :] == -1).all()
+        assert engine.state.page_of[layer, : len(held)].tolist() == held
+        assert (engine.state.page_of[layer, len(held) :] == -1).all()
         table = {e: s for e, s in enumerate(engine.state.slot_of[layer].tolist()) if s >= 0}
         assert table == {e: s for s, e in enumerate(held) if e >= 0}
 
     frames = [frame for frames in engine._frames.of_slot for frame in frames]
     if engine._staging is not None:
         staging = engine._staging
-        frames += staging._free
+        frames += staging._free[0]
         frames += [transfer.frame for transfer in (*staging._ahead.values(), *staging._dropped)]
     assert sorted(frames) == list(range(len(engine._pool.pages)))  # each once, none lost
 
@@ -192,12 +192,12 @@ def test_no_call_computes_more_than_it_tells_the_kernels(store, weights, calls, 
     with engines.OffloadEngine(store, capacity) as engine:
         run, told = engine._compute, []
 
-        def checked(x, frames, gates, out, pending=None, partial=None, finish=True, most=None):
+        def checked(x, frames, gates, out, pending=None, partial=None, finish=True, most=None, **levels):
             if most is not None:
                 chosen = frames[pending]
                 assert chosen.numel() <= most[0] and len(chosen.unique()) <= most[1]
                 told.append(most)
-            run(x, frames, gates, out, pending, partial, finish, most)
+            run(x, frames, gates, out, pending, partial, finish, most, **levels)
 
         engine._compute = checked
         for seed, (layer, tokens) in enumerate(calls):
@@ -265,7 +265,7 @@ def test_a_page_is_not_used_before_it_has_landed(store, weights):
 def test_fill_brings_what_the_state_says(store, weights):
     with engines.OffloadEngine(store, [4, 5]) as engine:
         engine.state[0].slot_of[torch.tensor([2, 6])] = torch.tensor([3, 0])
-        engine.state[0].expert_of[torch.tensor([3, 0])] = torch.tensor([2, 6])
+        engine.state[0].page_of[torch.tensor([3, 0])] = torch.tensor([2, 6])
         engine.fill()
         assert sorted(engine._frames.held[0]) == [-1, -1, 2, 6]
         assert_consistent(engine)
@@ -279,7 +279,7 @@ def test_fill_keeps_the_pages_it_has(store, weights):
         for experts in ([0, 1, 2, 3], [3, 2, 1, 5]):
             engine.state.slot_of[0] = -1
             engine.state.slot_of[0, torch.tensor(experts)] = torch.arange(4)
-            engine.state.expert_of[0] = torch.tensor(experts)
+            engine.state.page_of[0] = torch.tensor(experts)
             engine.fill()
             assert sorted(engine._frames.held[0]) == sorted(experts)
             assert_consistent(engine)
@@ -289,7 +289,7 @@ def test_fill_keeps_the_pages_it_has(store, weights):
 def test_an_interrupt_while_waiting_poisons_nothing(store, weights):
     with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [TOP_K] * LAYERS) as engine:
         compute = engine._compute
-        engine._compute = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        engine._compute = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             step(engine, weights, 0, 0, 1)
         engine._compute = compute
@@ -396,7 +396,7 @@ def test_a_prefetch_that_failed_is_tried_again(store, weights):
 def test_an_interrupted_fill_leaves_nothing_under_way(store, weights, after):
     with engines.OffloadEngine(FaultyStore(store, ["slow"] * 100), [4] * LAYERS) as engine:
         for layer in range(LAYERS):
-            engine.state.slot_of[layer, :4] = engine.state.expert_of[layer] = torch.arange(4)
+            engine.state.slot_of[layer, :4] = engine.state.page_of[layer] = torch.arange(4)
         request, left = engine._link.request, [after]
 
         def interrupted(*arguments, **options):

@@ -45,7 +45,7 @@ def store(tmp_path, layout):
 
 def test_a_link_that_an_exception_closes_leaves_no_copy_under_way(store):
     carrier = CopyCarrier(store, ExpertPool(1, FORMAT, "cuda"))
-    with pytest.raises(KeyError), Link(carrier) as link:
+    with pytest.raises(KeyError), Link([carrier]) as link:
         transfer = link.request(0, 0, 0)
         while not transfer.landed:  # which is when it is queued
             time.sleep(1e-3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cachemoe.offload.carriers import chunk_size
-from cachemoe.offload.link import Link, Pacing
+from cachemoe.offload.link import DEMAND, PREFETCH, Link, Pacing
 
 PAGE, CHUNK = 16384, 4096
 
@@ -67,7 +67,7 @@ def carried_until(carrier, count):
 
 def test_each_page_arrives_in_its_frame():
     carrier = Memory(frames=40, chunk=CHUNK)
-    with Link(carrier) as link:
+    with Link([carrier]) as link:
         asked = [link.request(i % 3, i % 5, i) for i in range(40)]
         landed = list(link.landed(asked))
     assert sorted(map(id, landed)) == sorted(map(id, asked))
@@ -76,7 +76,7 @@ def test_each_page_arrives_in_its_frame():
 
 
 def test_a_failed_read_raises_where_the_page_is_awaited():
-    with Link(Memory(frames=9, failing={7}, chunk=CHUNK)) as link:
+    with Link([Memory(frames=9, failing={7}, chunk=CHUNK)]) as link:
         asked = [link.request(0, e, e) for e in range(9)]
         with pytest.raises(OSError, match="page 7"):
             list(link.landed(asked))
@@ -86,7 +86,7 @@ def test_a_failed_read_raises_where_the_page_is_awaited():
 
 
 def test_whatever_fails_in_a_thread_reaches_the_caller_and_the_thread_lives_on():
-    with Link(Memory(threads=1), timeline=object()) as link:
+    with Link([Memory(threads=1)], timeline=object()) as link:
         for e in range(3):
             with pytest.raises(ZeroDivisionError, match=f"layer 0 expert {e}"):
                 list(link.landed([link.request(0, e, e)]))
@@ -94,8 +94,8 @@ def test_whatever_fails_in_a_thread_reaches_the_caller_and_the_thread_lives_on()
 
 def test_an_interrupt_while_changing_the_queues_breaks_the_link():
     carrier = Memory(threads=1, gate=threading.Event())
-    with Link(carrier) as link:
-        ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
+    with Link([carrier]) as link:
+        ahead = [link.request(0, e, e, cause=PREFETCH) for e in (1, 2)]
         carried_until(carrier, 1)
 
         class Interrupts:
@@ -116,8 +116,8 @@ def test_an_interrupt_while_changing_the_queues_breaks_the_link():
 
 def test_a_demand_overtakes_prefetches_and_waits_for_one_chunk_at_most():
     carrier = Memory(threads=1, gate=threading.Event(), chunk=CHUNK)
-    with Link(carrier) as link:
-        ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
+    with Link([carrier]) as link:
+        ahead = [link.request(0, e, e, cause=PREFETCH) for e in (1, 2)]
         carried_until(carrier, 1)
         demand = link.request(0, 5, 5)
         carrier.gate.set()
@@ -127,8 +127,8 @@ def test_a_demand_overtakes_prefetches_and_waits_for_one_chunk_at_most():
 
 def test_one_thread_is_kept_free_of_prefetches():
     carrier = Memory(threads=3, gate=threading.Event(), chunk=CHUNK)
-    with Link(carrier) as link:
-        link.request(0, 1, 1, demand=False)
+    with Link([carrier]) as link:
+        link.request(0, 1, 1, cause=PREFETCH)
         carried_until(carrier, 2)
         time.sleep(0.02)
         assert carrier.carried == [1, 1]
@@ -140,8 +140,8 @@ def test_one_thread_is_kept_free_of_prefetches():
 
 def test_a_promoted_prefetch_overtakes_the_others():
     carrier = Memory(threads=1, gate=threading.Event())
-    with Link(carrier) as link:
-        ahead = [link.request(0, e, e, demand=False) for e in (1, 2, 3)]
+    with Link([carrier]) as link:
+        ahead = [link.request(0, e, e, cause=PREFETCH) for e in (1, 2, 3)]
         carried_until(carrier, 1)
         link.promote(ahead[2])
         carrier.gate.set()
@@ -151,8 +151,8 @@ def test_a_promoted_prefetch_overtakes_the_others():
 
 def test_what_has_not_begun_can_be_cancelled_and_what_has_is_moved_whole():
     carrier = Memory(threads=1, gate=threading.Event(), chunk=CHUNK)
-    with Link(carrier) as link:
-        ahead = [link.request(0, e, e, demand=False) for e in (1, 2)]
+    with Link([carrier]) as link:
+        ahead = [link.request(0, e, e, cause=PREFETCH) for e in (1, 2)]
         carried_until(carrier, 1)
         assert [link.cancel(transfer) for transfer in ahead] == [False, True]
         assert ahead[1].landed
@@ -165,9 +165,9 @@ def test_what_has_not_begun_can_be_cancelled_and_what_has_is_moved_whole():
 
 def test_after_abandoning_no_frame_is_written():
     carrier = Memory(frames=16, seconds=0.01)
-    with Link(carrier) as link:
+    with Link([carrier]) as link:
         for e in range(16):
-            link.request(0, e, e, demand=bool(e % 2))
+            link.request(0, e, e, cause=DEMAND if e % 2 else PREFETCH)
         link.abandon()
         left = carrier.frames.clone()
         time.sleep(0.1)  # time enough for any that was still to come
@@ -178,7 +178,7 @@ def test_after_abandoning_no_frame_is_written():
 def test_closing_joins_the_threads_and_may_be_repeated():
     before = threading.active_count()
     carrier = Memory(gate=threading.Event())
-    link = Link(carrier)
+    link = Link([carrier])
     assert threading.active_count() > before
     asked = [link.request(0, e, e) for e in range(8)]
     carried_until(carrier, 4)
@@ -193,7 +193,7 @@ def test_closing_joins_the_threads_and_may_be_repeated():
 
 
 def test_bandwidth_is_measured_while_busy():
-    with Link(Memory(threads=1, seconds=0.01)) as link:
+    with Link([Memory(threads=1, seconds=0.01)]) as link:
         assert link.bytes_per_second is None
         list(link.landed([link.request(0, e, e) for e in range(5)]))
         time.sleep(0.1)
@@ -205,7 +205,7 @@ def test_bandwidth_is_measured_while_busy():
 def test_closing_waits_for_what_is_only_queued():
     """A copy to a GPU has landed when it is queued: it would write into memory that is freed."""
     carrier = Memory()
-    link = Link(carrier)
+    link = Link([carrier])
     list(link.landed([link.request(0, 1, 0)]))
     link.close()
     assert carrier.drained == 1
@@ -216,7 +216,7 @@ def test_closing_waits_for_what_is_only_queued():
 @pytest.mark.parametrize(("rate", "latency"), [(100 * PAGE, 0.0), (1e12, 0.01), (200 * PAGE, 0.005)])
 def test_a_paced_link_is_never_faster_than_told(rate, latency):
     pages = 20
-    with Link(Memory(frames=pages, chunk=CHUNK), Pacing(rate, latency)) as link:
+    with Link([Memory(frames=pages, chunk=CHUNK)], Pacing(rate, latency)) as link:
         start = time.perf_counter()
         landed = []
         for _ in link.landed([link.request(0, 1, frame) for frame in range(pages)]):
@@ -235,7 +235,7 @@ def test_a_paced_link_makes_up_for_a_slow_moment():
             super().carry(transfer, start, stop)
 
     schedule = []
-    with Link(Hiccup(frames=20, threads=1), Pacing(100 * PAGE)) as link:
+    with Link([Hiccup(frames=20, threads=1)], Pacing(100 * PAGE)) as link:
         asked = [link.request(0, e, e) for e in range(15)]
         for transfer in link.landed(asked):
             schedule.append((transfer.expert, time.perf_counter() - asked[0].asked))

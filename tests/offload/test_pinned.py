@@ -211,7 +211,7 @@ def fetch_everything(store):
     pool = ExpertPool(PAGES, LAYOUT.page_format)
     carrier = ReadCarrier(store, pool)
     carrier.chunk_bytes = 4096
-    with Link(carrier) as link:
+    with Link([carrier]) as link:
         assert len(list(link.landed([link.request(*key, frame) for frame, key in enumerate(KEYS)]))) == PAGES
     return pool.pages
 

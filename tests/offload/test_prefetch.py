@@ -32,7 +32,7 @@ def test_the_gate_predicts_with_the_biased_strategy():
     """A strategy that prefers residents predicts them too: exactly what the layer would choose of these logits."""
     states = Residency.empty(torch.full((LAYERS,), 3), EXPERTS)
     for layer in range(LAYERS):
-        states.slot_of[layer, :3], states.expert_of[layer] = torch.arange(3), torch.arange(3)
+        states.slot_of[layer, :3], states.page_of[layer] = torch.arange(3), torch.arange(3)
     policy = policy_of(MaxRank(EXPERTS, 0))
     routers = torch.randn(LAYERS, EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
     prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer : layer + 1], 2, policy))

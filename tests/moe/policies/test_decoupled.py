@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, save_random
+from tiny_models import VOCABULARY, calibration_of_model, save_random
 
-from cachemoe.moe.calibrate import calibrate, means
+from cachemoe.moe.calibrate import means
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.layers import moe_layers
 from cachemoe.moe.models import load_model
@@ -27,9 +27,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def calibration(folder, opened, tmp_path, quiet):
     source, plain = Checkpoint(folder), opened(folder)
-    made = calibrate(
-        load_model(folder), source, source.page_format(), WINDOWS, plain.cachemoe.fingerprint, "tiny", quiet
-    )
+    made = calibration_of_model(load_model(folder), source, WINDOWS, plain.cachemoe.fingerprint, "tiny")
     made.save(tmp_path / "calibration.safetensors")
     return made, tmp_path / "calibration.safetensors"
 
