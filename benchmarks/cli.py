@@ -106,6 +106,7 @@ def latency(
         bool,
         typer.Option("--controls", help="Beside each policy the quality of as many drops, or swaps, by chance."),
     ] = False,
+    cheaper: cli_models.Cheaper = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),
     plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/latency.png"),
 ):
@@ -130,7 +131,7 @@ def latency(
 
         options = LatencyOptions(
             *(model, payload, capacity, strategy, top_j, eviction, tokens, quality_tokens, context, text, profile),
-            *(device, store, prefetch, ahead, drive, timeline, calibration, controls),
+            *(device, store, prefetch, ahead, drive, timeline, calibration, controls, cheaper),
         )
         for path in (json_path, plot_path, *([timeline] if timeline else [])):
             check_destination(path)

@@ -86,7 +86,7 @@ def rows_at(
     settings: Sequence[Setting],
     prefetchers: Sequence[str],
     evaluation: Evaluation,
-    offload: OffloadEngine,
+    offload: Callable[[Strategy], OffloadEngine],
     resident: ResidentEngine,
     driven: DeviceEngine | None,
     driven_resident: DeviceEngine | None,
@@ -97,6 +97,7 @@ def rows_at(
     The oracle knows the unmodified model's choices, and so goes with exact routing alone.
 
     Args:
+        offload: the engine whose pool is of the kind that a strategy needs.
         driven, driven_resident: of the capacity and with everything resident, for rows driven by the device; or None.
     """
     full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
@@ -113,14 +114,17 @@ def rows_at(
             if prefetch != ORACLE or s.strategy.label == EXACT:
                 own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
                 name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
+                engine = offload(s.strategy)
                 # The state came from a batch whose largest capacity was higher.
-                rows.append(Decode(name, s, offload, q.state.clone().with_slots(capacity), prefetch))
+                state = q.state.clone().with_slots(engine.state.page_of.shape[-1])
+                rows.append(Decode(name, s, engine, state, prefetch))
     if driven is not None:
         everything = Setting(ORIGINAL, shape.experts)
         rows.append(Decode(f"{RESIDENT} {IN_A_GRAPH}", everything, driven_resident, full.clone()))
         for s, q in here:
             rule = s.strategy.rule
-            if rule.places is None and rule.source is None:  # as many places as the engine has
+            # As many places as the engine has, of one level, in caches of each layer.
+            if rule.places is None and rule.source is None and not rule.cheaper and not rule.shared:
                 rows.append(Decode(f"{s.strategy} {IN_A_GRAPH}", s, driven, q.state.clone().with_slots(capacity)))
     return rows
 
@@ -162,9 +166,11 @@ def _decode_segment(
     gates: Sequence[Gate],
 ) -> None:
     engine, strategies, rule = row.engine, [row.setting.strategy], row.setting.strategy.rule
-    chooser = Chooser(rules, shape.top_k, strategies, plan.evict, gates_prompts=False, **plan.known)
-    engine.state = row.state
-    states = [row.state[layer : layer + 1] for layer in range(len(shape.layers))]
+    layers = len(shape.layers)
+    evict = plan.evict if rule.evict is None else rule.evict(plan.known["calibration"], layers, shape.top_k)
+    chooser = Chooser(rules, shape.top_k, strategies, evict, gates_prompts=False, **plan.known)
+    engine.state, engine.evict = row.state, evict
+    states = [engine.caches(layer) for layer in range(layers)]
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 

@@ -59,6 +59,9 @@ def _speed(row: Decode, original: Decode, resident: Decode) -> dict:
         "speedup_over_original": {"median": statistics.median(speedups), "min": min(speedups), "max": max(speedups)},
         "fraction_of_resident_speed": statistics.median(_ratios(resident, row)),
         "bytes_per_token": counters.bytes_read / len(seconds),
+        "cheap_bytes_per_token": counters.cheap_bytes / len(seconds),
+        "prefetched_bytes_per_token": counters.prefetched_bytes / len(seconds),
+        "background_bytes_per_token": counters.background_bytes / len(seconds),
         "decode_miss_rate": counters.misses / counters.selections,
         # Driven by the device, no part can be told from another.
         "us_per_layer": None
@@ -84,7 +87,8 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     """
     counters, page_bytes = row.counters, row.engine.page_format.page_bytes
     tokens, seconds = (sum(f(segment) for segment in row.seconds) for f in (len, sum))
-    read = counters.selections / tokens * row.engine.page_format.weight_bytes
+    full, *cheaper = (page_format.weight_bytes for page_format in row.engine.formats)
+    read = (counters.selections * full + counters.cheap * (max(cheaper, default=full) - full)) / tokens
     resident_tokens, resident_s = (sum(f(segment) for segment in resident.seconds) for f in (len, sum))
     # What the host only queues it cannot time: there, the experts' share is by their measured speed.
     compute_s = resident.counters.compute_s / resident_tokens
@@ -94,7 +98,8 @@ def _movement(row: Decode, resident: Decode, speeds: dict) -> dict:
     # The share that is not the experts', of a median token: one slow moment would raise every row's bound.
     dense = max(0.0, 1 - compute_s / (resident_s / resident_tokens))
     dense_s = dense * statistics.median(s for segment in resident.seconds for s in segment)
-    missed_s = counters.misses / tokens * page_bytes / speeds["link_bytes_per_second"]
+    needed = counters.bytes_read - counters.background_bytes if cheaper else counters.misses * page_bytes
+    missed_s = needed / tokens / speeds["link_bytes_per_second"]
     bound_s = max(missed_s if counters.pages_read else 0.0, read / speeds["memory_bytes_per_second"]) + dense_s
     useful = 1 - counters.wasted_prefetches / counters.pages_read if counters.pages_read else 1.0
     moved = {
@@ -127,11 +132,12 @@ def _ratios(slow: Decode, fast: Decode) -> list[float]:
 
 def _quality(quality: Quality, unmodified: Quality) -> dict:
     windows = len(quality.nats)
-    changes = [(a - b) / NATS_PER_BIT for a, b in zip(quality.nats, unmodified.nats, strict=True)]
+    same = unmodified.nats[:windows]  # of a shorter text, where the setting was stepped on one
+    changes = [(a - b) / NATS_PER_BIT for a, b in zip(quality.nats, same, strict=True)]
     # torch's, since statistics.stdev raises where one is not finite.
     deviation = float(torch.tensor(changes, dtype=torch.float64).std()) if windows > 1 else None
     return quality.costs(unmodified) | {
         "bits_per_byte": quality.bits_per_byte,
-        "bits_per_byte_change": quality.bits_per_byte - unmodified.bits_per_byte,
+        "bits_per_byte_change": sum(changes) / quality.tokens,
         "bits_per_byte_change_standard_error": deviation and deviation * windows**0.5 / quality.tokens,
     }

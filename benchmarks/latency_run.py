@@ -3,7 +3,7 @@
 import hashlib
 import math
 import statistics
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows
 from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, check_prefetchers
 from cachemoe.benchmarks.latency_report import capacity_report
 from cachemoe.benchmarks.latency_timeline import plot_timeline
-from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload
+from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload, payload_format
 from cachemoe.benchmarks.speeds import (
     device_copy_bandwidth,
     expert_bandwidth,
@@ -24,12 +24,13 @@ from cachemoe.benchmarks.speeds import (
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
+from cachemoe.moe.leveled import cheaper_format, open_leveled
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sizes import layer_slots
+from cachemoe.moe.sizes import layer_slots, split_pool
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
@@ -71,6 +72,7 @@ class LatencyOptions:
     timeline: Path | None
     calibration: Path | None
     controls: bool
+    cheaper: str | None
 
 
 def run_latency(options: LatencyOptions, progress: Progress) -> dict:
@@ -94,12 +96,19 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     windows, segments = _tokens(options, shape)
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
+    kinds, formats = [None], [checkpoint.page_format(None)]
+    if any(strategy.rule.cheaper for strategy in strategies):
+        formats.append(cheaper_format(checkpoint, payload_format(options.payload, checkpoint), options.cheaper))
+        kinds.append(formats[1].kind)
     if known is not None:
-        known.check(fingerprint(checkpoint, progress), len(shape.layers), shape.experts, shape.top_k)
+        asked = any(strategy.rule.cheaper and strategy.rule.calibrated for strategy in strategies)
+        mine = fingerprint(checkpoint, progress), len(shape.layers), shape.experts, shape.top_k
+        known.check(*mine, formats[1].kind if asked else None)
     model = load_model(checkpoint.path)
     with ExitStack() as stack:
-        file = stack.enter_context(open_payload(options.payload, checkpoint, progress))
-        store = stack.enter_context(open_level(level, file, progress))
+        files = [stack.enter_context(open_payload(options.payload, checkpoint, progress, kind)) for kind in kinds]
+        stores = [stack.enter_context(open_level(level, each, progress)) for each in files]
+        (file, *_), (store, *_), page_bytes = files, stores, [each.page_bytes for each in files]
         with progress("reading every page for the resident rows", file.pages) as advance:
             resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
         speeds = _speeds(file, store, resident, shape, device)
@@ -107,9 +116,13 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         pacing = device_profile.pacing(resident_speed) if device_profile else None
         link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else math.inf)
         chooser_knows = {"calibration": known, "miss_cost": math.log1p(resident_speed / link)}
-        with progress("quality, stepped through the text", len(windows) * (1 + options.controls)) as advance:
+        everyone = [shape.experts] * len(shape.layers)
+        with (
+            open_leveled(checkpoint, formats, everyone, progress) if len(formats) > 1 else nullcontext() as leveled,
+            progress("quality, stepped through the text", len(windows) * (1 + options.controls)) as advance,
+        ):
             how = *(model, shape, windows, settings, evict, advance), *chooser_knows.values(), options.controls
-            evaluation = evaluate(*how)
+            evaluation = evaluate(*how, leveled, page_bytes)
         model.to(device)
         driven_resident = None
         if GRAPH in options.drive:
@@ -123,8 +136,20 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             counts = [capacity] * len(shape.layers)
             ahead = set(prefetchers) != {NO_PREFETCH} or any(s.rule.prefetches for s in strategies)
             staging = STAGING if ahead else 0
-            how = {"pacing": pacing, "staging": staging, "evict": evict, "timeline": timeline}
-            with OffloadEngine(store, counts, device, **how) as offload:
+            how = {"pacing": pacing, "staging": staging, "timeline": timeline}
+            with ExitStack() as pools:
+                engines_by_kind = {}
+
+                def offload(strategy: Strategy) -> OffloadEngine:
+                    """One for all strategies whose pools are of a kind."""
+                    rule, places = strategy.rule, strategy.places(shape.experts, shape.top_k)
+                    if (kind := (rule.cheaper, rule.shared, rule.share)) not in engines_by_kind:
+                        sizes = page_bytes[: 1 + rule.cheaper]
+                        full, cheaper = split_pool(counts, rule, sizes, shape.experts, places)
+                        made = OffloadEngine(stores[: 1 + rule.cheaper], full, device, cheaper=cheaper, **how)
+                        engines_by_kind[kind] = pools.enter_context(made)
+                    return engines_by_kind[kind]
+
                 driven = DeviceEngine(store, counts, shape.top_k, device) if GRAPH in options.drive else None
                 engines = offload, resident, driven, driven_resident
                 rows = rows_at(capacity, settings, prefetchers, evaluation, *engines, shape)
@@ -169,6 +194,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             "page_bytes": file.page_bytes,
             "format": asdict(file.layout.page_format),
             "direct": file.direct,
+            "cheaper": [asdict(each.layout.page_format) for each in files[1:]],
         },
         "profile": asdict(device_profile) | {"name": options.profile, "pacing": asdict(pacing)} if pacing else None,
         "unmodified": {

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
+from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.pack import check_space, open_packed, store_directory
 from cachemoe.moe.progress import Progress
@@ -20,25 +21,42 @@ PAYLOAD_FORMATS = {"qwen1.5-moe": GEOMETRIES["qwen1.5-moe"].page_format("int4")}
 PAYLOADS = (NATIVE, *PAYLOAD_FORMATS)
 
 
-def open_payload(name: str, checkpoint: Checkpoint, progress: Progress) -> ExpertStore:
+def payload_format(name: str, checkpoint: Checkpoint, kind: str | None = None) -> PageFormat:
+    """The payload's pages.
+
+    Args:
+        kind: their format, of a cheaper level; None: the payload's own.
+
+    Raises:
+        InputError: for an unknown payload, or experts that do not fit into such pages.
+    """
+    if name not in PAYLOADS:
+        raise InputError(f"unknown payload {name!r}: choose among {', '.join(PAYLOADS)}")
+    if name == NATIVE:
+        return checkpoint.page_format(kind)
+    return PAYLOAD_FORMATS[name] if kind is None else GEOMETRIES[name].page_format(kind)
+
+
+def open_payload(name: str, checkpoint: Checkpoint, progress: Progress, kind: str | None = None) -> ExpertStore:
     """The payload's store, made in the cache directory if it is not there.
 
     Args:
         name: one of ``PAYLOADS``.
         checkpoint: the routing model.
         progress: shows the making of the store.
+        kind: as for ``payload_format``.
 
     Raises:
         InputError: for an unknown payload, too little free space, or a store that cannot be written or opened.
     """
-    if name not in PAYLOADS:
-        raise InputError(f"unknown payload {name!r}: choose among {', '.join(PAYLOADS)}")
+    page_format = payload_format(name, checkpoint, kind)
     if name == NATIVE:
-        return open_packed(checkpoint, checkpoint.layout(), progress)
+        return open_packed(checkpoint, checkpoint.layout(kind), progress)
     shape = checkpoint.shape
-    layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, PAYLOAD_FORMATS[name])
+    layout = StoreLayout(f"random {name}", len(shape.layers), shape.experts, page_format)
     count = layout.layers * layout.experts
-    file = f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}-v{VERSION}.safetensors"
+    made = "" if kind is None else f"-{kind}"
+    file = f"{name}-{layout.model.replace(' ', '-')}-{layout.layers}x{layout.experts}{made}-v{VERSION}.safetensors"
     path = store_directory() / file
     if not path.exists():
         check_space(path.parent, count * layout.page_format.page_bytes)
@@ -81,7 +99,7 @@ def open_level(name: str, file: ExpertStore, progress: Progress) -> AbstractCont
 
 
 def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
-    """int4 pages of random weights, the same at every call, of a size that keeps activations finite."""
+    """int4 or int2 pages of random weights, the same at every call, of a size that keeps activations finite."""
     page_format = layout.page_format
     size = page_format.page_bytes
     generator = torch.Generator().manual_seed(0)
