@@ -15,7 +15,7 @@ from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.policies.rule import EXACT
-from cachemoe.moe.quality import Evaluation, Setting
+from cachemoe.moe.quality import Evaluation, Setting, eviction_of
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
@@ -167,7 +167,7 @@ def _decode_segment(
 ) -> None:
     engine, strategies, rule = row.engine, [row.setting.strategy], row.setting.strategy.rule
     layers = len(shape.layers)
-    evict = plan.evict if rule.evict is None else rule.evict(plan.known["calibration"], layers, shape.top_k)
+    evict = eviction_of(rule, plan.evict, plan.known.get("calibration"), shape)
     chooser = Chooser(rules, shape.top_k, strategies, evict, gates_prompts=False, **plan.known)
     engine.state, engine.evict = row.state, evict
     states = [engine.caches(layer) for layer in range(layers)]

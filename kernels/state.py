@@ -34,8 +34,8 @@ class Residency:
         last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
         uses: ``[..., E]`` int64, touches.
         clock: ``[...]`` int64, touches of all experts.
-        tokens: ``[...]`` int64, tokens routed.
-        range_sum: ``[...]`` float64, sum over those tokens of max(logits) - min(logits).
+        tokens: ``[...]`` int64, tokens routed; ``[L, ...]`` of shared caches, by the layer that routed them.
+        range_sum: likewise, float64, sum over those tokens of max(logits) - min(logits).
         heavy: ``[..., E]`` int64, touches at full precision; None with one level, where that is all of them.
         cheaper: slots of each cheaper level.
         layers: L, that share a cache.
@@ -77,7 +77,7 @@ class Residency:
         if low < 1 or high > every:
             raise ValueError(f"a capacity must lie between 1 and the {every} experts of a cache, not {low}..{high}")
         shape = tuple(capacity.shape)
-        routed = (*shape, layers) if shared else shape
+        routed = (layers, *shape) if shared else shape
 
         def numbers(shape, value=0, dtype=torch.int64):
             return torch.full(shape, value, dtype=dtype, device="cpu")
@@ -124,7 +124,7 @@ class Residency:
 
     def of_layer(self, layer: int) -> Residency:
         """What one of the layers that share the caches sees, and updates."""
-        routed = {"tokens": self.tokens[..., layer], "range_sum": self.range_sum[..., layer]}
+        routed = {"tokens": self.tokens[layer], "range_sum": self.range_sum[layer]}
         return replace(self, **routed, layer=layer)
 
     def __getitem__(self, index) -> Residency:

@@ -24,7 +24,7 @@ from cachemoe.moe.leveled import LeveledExperts
 from cachemoe.moe.policies.naee_prune import ABSENT
 from cachemoe.moe.policies.relu_route import most_places
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.quality import MOST_BYTES, divergence, log_probabilities
+from cachemoe.moe.quality import divergence, log_probabilities, rows_at_once
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.strategies import Strategy
@@ -182,7 +182,7 @@ def divergences(
     count, k = len(rules), shape.top_k
     if k == 1:
         return torch.zeros(count)
-    at_once = max(1, min(count, MOST_BYTES // (4 * windows.shape[1] * shape.vocabulary)))
+    at_once = min(count, rows_at_once(windows.shape[1], shape.vocabulary))
     total = torch.zeros(count, dtype=torch.float64)
     for window in windows:
         reference = log_probabilities(model(window[None].to(model.device)).logits[0])

@@ -236,6 +236,11 @@ def quality(
     eviction: Eviction = "lru",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
+    free: Annotated[
+        int,
+        typer.Option(min=0, help="Tokens decoded greedily after each prompt, with no text to follow; 0: none."),
+    ] = 0,
+    prompts: Annotated[int, typer.Option(min=2, help="For --free, cut from the text's tokens.")] = 16,
     pool: Pool = None,
     format: Format = None,
     cheaper: Cheaper = None,
@@ -250,7 +255,7 @@ def quality(
         check_destination(json_path)
         strategies = strategy or [f"cache-prior:{lam}" for lam in (0.1, 0.2, 0.5)]
         options = (text, capacity, strategies, top_j, eviction, tokens, context, pool, format, cheaper, calibration)
-        report = run_quality(checkpoint, revision, *options, show_progress)
+        report = run_quality(checkpoint, revision, *options, free, prompts, show_progress)
         for table in quality_table(report):
             console.print(table)
         save_report(report, json_path)

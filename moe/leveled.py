@@ -10,9 +10,11 @@ import torch
 
 from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.route_cpu import place
+from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.pack import open_packed
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.swap import RunExperts
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.packed import to_host
 from cachemoe.offload.residency import least_recently_used
@@ -48,6 +50,15 @@ class LeveledExperts:
                 routing = place(ids[tokens][None], mine[None], state, least_recently_used, ~here[tokens][None])
                 total[tokens] += engine.forward(layer, hidden[tokens].contiguous(), routing)
         return total
+
+    def of(self, state: Residency) -> RunExperts:
+        """What ``Swap`` runs: the levels being those of the slots in ``state``, of sequences side by side."""
+
+        def run(layer, hidden, routing):
+            chosen = routing.ids, routing.weights.view_as(routing.ids), state.levels_of(routing.slots)
+            return self.run(layer, hidden, *(each.flatten(0, 1) for each in chosen))
+
+        return run
 
 
 @contextmanager

@@ -15,12 +15,13 @@ from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
+from cachemoe.moe.policies.rule import Rule
 from cachemoe.moe.routers import own_choice
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import split_pool
 from cachemoe.moe.sources import Ahead, gates_ahead
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.swap import Swap
+from cachemoe.moe.swap import RouteLayer, Swap
 from cachemoe.offload.simulate import belady_misses
 
 STEPPED = 2  # windows, of those that are stepped token by token
@@ -195,10 +196,10 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
     batches = []
-    for members in _batches(settings, shape, windows.shape[1], page_bytes):
+    for members in batches_of(settings, shape, windows.shape[1], page_bytes):
         state = state_of([settings[i] for i in members], shape, page_bytes)
         rule = settings[members[0]].strategy.rule
-        leaves = evict if rule.evict is None else rule.evict(known["calibration"], layers, shape.top_k)
+        leaves = eviction_of(rule, evict, known["calibration"], shape)
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], leaves, **known)
         for row, i in enumerate(members):
             qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k)
@@ -215,9 +216,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
                 continue
             counts = torch.zeros(5, len(rows), dtype=torch.int64)
 
-            def route(layer, logits, _=None, rows=rows, state=state, chooser=chooser):
-                caches = state.of_layer(layer) if state.shared else state[layer]
-                return chooser.route(layer, logits.unflatten(0, (len(rows), -1)).cpu(), caches)
+            route = router_of(chooser, state, len(rows))
 
             def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts, state=state):
                 routing = choose(layer, logits, hidden)
@@ -229,13 +228,10 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
                 counts.add_(torch.stack((*missed, *(each.sum((1, 2)) for each in (ran, ran & others, cheap)))))
                 return routing
 
-            def run(layer, hidden, routing, state=state):
-                chosen = routing.ids, routing.weights.view_as(routing.ids), state.levels_of(routing.slots)
-                return leveled.run(layer, hidden, *(each.flatten(0, 1) for each in chosen))
-
             with gates_ahead(model, rule, known["calibration"]) as gates:
                 choose = Ahead(gates, route).route if rule.decides else route
-                with Swap(model, partial(route_layer, choose=choose), run if rule.cheaper else None):
+                run = leveled.of(state) if rule.cheaper else None
+                with Swap(model, partial(route_layer, choose=choose), run):
                     logits = (_token_by_token if rule.shared else _at_once)(model, window, len(rows))[:, :-1]
             _score(rows, log_probabilities(logits), reference, window[1:])
             for quality, (misses, cheap_misses, runs, swaps, cheap) in zip(rows, counts.T.tolist(), strict=True):
@@ -247,6 +243,21 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
                 quality.selections += layers * len(window) * shape.top_k
         progress()
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
+
+
+def router_of(chooser: Chooser, state: Residency, rows: int) -> RouteLayer:
+    """A route for ``Swap`` of so many sequences side by side, each with caches of its own."""
+
+    def route(layer, logits, _=None):
+        caches = state.of_layer(layer) if state.shared else state[layer]
+        return chooser.route(layer, logits.unflatten(0, (rows, -1)).cpu(), caches)
+
+    return route
+
+
+def eviction_of(rule: Rule, evict: Callable, calibration: Calibration | None, shape: MoeShape) -> Callable:
+    """The rule's own eviction policy, or the one given."""
+    return evict if rule.evict is None else rule.evict(calibration, len(shape.layers), shape.top_k)
 
 
 def state_of(settings: Sequence[Setting], shape: MoeShape, page_bytes: Sequence[int]) -> Residency:
@@ -280,12 +291,17 @@ def _token_by_token(model, window: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def _batches(
+def rows_at_once(tokens: int, vocabulary: int) -> int:
+    """How many sequences of so many tokens go through a model together: as many as their output leaves room for."""
+    return max(1, MOST_BYTES // (4 * tokens * vocabulary))
+
+
+def batches_of(
     settings: Sequence[Setting], shape: MoeShape, context: int, page_bytes: Sequence[int]
 ) -> Iterator[list[int]]:
     """The settings that go through the model together: of one name and as many places, with the same slots for cheaper
     levels, as many as their output leaves room for."""
-    most = max(1, MOST_BYTES // (4 * context * shape.vocabulary))
+    most = rows_at_once(context, shape.vocabulary)
 
     def kind(setting):
         alone = setting if setting.strategy.rule.shared else None

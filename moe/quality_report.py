@@ -41,4 +41,33 @@ def quality_table(report: dict) -> list[Table]:
         for row in rows:
             table.add_row(row["strategy"].replace(",", ",\n"), *(text(row) for _, text in COLUMNS))
         made.append(table)
+    if report["free_running"]:
+        made.append(_free_running_table(report))
     return made
+
+
+def _free_running_table(report: dict) -> Table:
+    """Excess bits of each row, with the interval of its mean, and those of as much by chance."""
+    run, share = report["free_running"], round(100 * report["free_running"]["interval_share"])
+    title = (
+        f"Free-running: {run['tokens']} tokens, greedily, after each of {run['prompts']} prompts of "
+        f"{run['prompt_tokens']}\nUnder the unmodified model its own have {run['own_bits']:.3f} bits a token; those of "
+        "others\nexceed that by so much, with the interval of the mean by bootstrap"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("strategy", no_wrap=True)
+    for heading in ("slots", "excess\nbits", f"{share} %", "bits by\nchance", f"{share} %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("changed", no_wrap=True)
+    for row in report["rows"]:
+        costs = row["free_running"]
+        cells = (*_excess(costs), *_excess(costs and costs["control"]), CHANGED_COLUMN[1](row))
+        table.add_row(row["strategy"].replace(",", ",\n"), str(row["capacity"]), *cells)
+    return table
+
+
+def _excess(figures: dict | None) -> tuple[str, str]:
+    if figures is None:
+        return "", ""
+    low, high = figures["interval"]
+    return f"{figures['excess_bits']:+.3f}", f"{low:+.3f} to {high:+.3f}"

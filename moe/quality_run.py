@@ -5,11 +5,12 @@ from pathlib import Path
 
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.free_running import FreeRun, prompts_of, run_freely
 from cachemoe.moe.leveled import cheaper_format, open_leveled
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.quality import Evaluation, Setting, evaluate
+from cachemoe.moe.quality import Evaluation, Setting, control_of, evaluate
 from cachemoe.moe.read_text import open_for_text
 from cachemoe.moe.sizes import slots_of
 from cachemoe.moe.strategies import Strategy
@@ -31,6 +32,8 @@ def run_quality(
     format: str | None,
     cheaper: str | None,
     calibration: Path | None,
+    free: int,
+    prompts: int,
     progress: Progress,
 ) -> dict:
     """What each strategy costs at each capacity, stepped through a text: see ``evaluate``.
@@ -39,6 +42,8 @@ def run_quality(
         pool, format: of the engine that computes, exactly; the capacities are simulated beside it.
         cheaper: format of the level that some strategies ask for; None: int4, or of int4 pages int2.
         calibration: of the model, for strategies that need one.
+        free: tokens decoded freely after each prompt, see ``run_freely``; 0: none.
+        prompts: how many, cut from the text.
 
     Raises:
         InputError: for a checkpoint or options that cannot be.
@@ -63,6 +68,7 @@ def run_quality(
             kind = formats[1].kind if asked else None
             known.check(pooled.fingerprint, len(shape.layers), shape.experts, shape.top_k, kind)
         windows = windows_of(text, tokenizer, tokens, context, shape).to(model.device)
+        cut = prompts_of(windows.flatten(), prompts, free, shape) if free else None
         miss_cost = pooled.engine.miss_cost()
         computing = [count.slots for count in pooled.layers]
         leveled = open_leveled(source, formats, computing, progress, pooled.engine)
@@ -74,6 +80,11 @@ def run_quality(
         ):
             how = model, shape, windows, settings, evict, advance, known, miss_cost
             evaluation = evaluate(*how, controls=True, leveled=experts, page_bytes=sizes)
+            run = None
+            if free:
+                controls = [control_of(s, q, shape) for s, q in zip(settings, evaluation.settings, strict=True)]
+                cases = settings, controls, evict, progress, known, miss_cost, experts, sizes
+                run = run_freely(model, shape, cut, free, *cases)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
     return {
         "command": "quality",
@@ -96,11 +107,12 @@ def run_quality(
             "nats_per_token": evaluation.unmodified.nats_per_token,
             "perplexity": evaluation.unmodified.perplexity,
         },
-        "rows": _rows(settings, evaluation, shape.experts),
+        "free_running": run and run.summary(),
+        "rows": _rows(settings, evaluation, shape.experts, run),
     }
 
 
-def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> list[dict]:
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int, run: FreeRun | None) -> list[dict]:
     belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
     return [
         {
@@ -113,5 +125,6 @@ def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int) -> 
             "nats_per_token": quality.nats_per_token,
         }
         | quality.costs(evaluation.unmodified)
-        for setting, quality in zip(settings, evaluation.settings, strict=True)
+        | {"free_running": run and run.costs(i)}
+        for i, (setting, quality) in enumerate(zip(settings, evaluation.settings, strict=True))
     ]

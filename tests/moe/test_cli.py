@@ -71,6 +71,27 @@ def test_quality_is_the_latency_tables(run, tmp_path):
     assert quality["rows"][0]["kl_nats"] == pytest.approx(0, abs=1e-6)
 
 
+def test_quality_of_what_is_decoded_freely(run):
+    common = ("--tokens", "256", "--context", "128", "--capacity", "50%", "--strategy", "cache-prior:0.5")
+    said = run("quality", TINYMOE, *common, "--free", "3", "--prompts", "2", "--json", "quality.json")
+    report = json.loads(Path("quality.json").read_text())
+    assert "Free-running: 3 tokens, greedily, after each of 2 prompts of 64" in said
+    assert report["free_running"]["own_bits"] > 0
+    original, prior = report["rows"]
+    assert original["free_running"] is None
+    figures = prior["free_running"]
+    for each in (figures, figures["control"]):
+        low, high = each["interval"]
+        assert len(each["excess_bits_of_prompts"]) == 2 and low <= each["excess_bits"] <= high
+    (row,) = (line for line in said.splitlines()[-6:] if "cache-prior" in line)
+    assert f"{figures['excess_bits']:+.3f}" in row and f"{figures['control']['excess_bits']:+.3f}" in row
+
+    said = run("quality", TINYMOE, *common, "--json", "quality.json")
+    report = json.loads(Path("quality.json").read_text())
+    assert "Free-running" not in said and report["free_running"] is None
+    assert all(row["free_running"] is None for row in report["rows"])
+
+
 def test_a_trace_has_the_routers_of_the_text(run, tmp_path):
     (tmp_path / "text").write_text("A routing trace, for policies without the model.\n" * 20)
     run("trace", TINYMOE, "--text", "text", "--tokens", "300", "--context", "128", "--out", "trace.safetensors")
@@ -163,6 +184,12 @@ def test_info_and_pack_refuse_what_load_refuses(run, copy):
         (("quality", TINYMOE, "--text", "absent"), "absent cannot be read"),
         (("quality", TINYMOE, "--context", "100000", "--tokens", "100000"), "more than the 2048 tokens"),
         (("quality", TINYMOE, "--tokens", "100"), "--tokens 100 is less than one --context of 512"),
+        (("quality", TINYMOE, "--free", "-1"), "-1 is not in the range"),
+        (
+            ("quality", TINYMOE, "--free", "2000"),
+            "after a prompt of 64 tokens is more than the 2048",
+        ),
+        (("quality", TINYMOE, "--free", "8", "--tokens", "512"), "16 prompts of 64 tokens are more than the 512"),
         (("trace", TINYMOE, "--text", "absent", "--out", "x"), "absent cannot be read"),
     ],
 )
