@@ -238,7 +238,7 @@ def quality(
     context: Annotated[int, typer.Option(min=2, help="Tokens the model sees at once.")] = 512,
     free: Annotated[
         int,
-        typer.Option(min=0, help="Tokens decoded greedily after each prompt, with no text to follow; 0: none."),
+        typer.Option(help="Tokens decoded greedily after each prompt, with no text to follow; 0: none."),
     ] = 0,
     prompts: Annotated[int, typer.Option(min=2, help="For --free, cut from the text's tokens.")] = 16,
     pool: Pool = None,

@@ -96,8 +96,11 @@ def prompts_of(tokens: torch.Tensor, prompts: int, count: int, shape: MoeShape) 
         count: N, tokens that are to follow each.
 
     Raises:
-        InputError: if the text is too short, or prompt and continuation are longer than the model's context.
+        InputError: if N is below 1, the text is too short, or prompt and continuation are longer than the model's
+            context.
     """
+    if count < 1:
+        raise InputError(f"--free is a number of tokens, 0 for none, not {count}")
     if shape.context is not None and PROMPT_TOKENS + count > shape.context:
         raise InputError(
             f"--free {count} after a prompt of {PROMPT_TOKENS} tokens is more than the {shape.context} tokens that the "

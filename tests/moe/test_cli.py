@@ -184,7 +184,7 @@ def test_info_and_pack_refuse_what_load_refuses(run, copy):
         (("quality", TINYMOE, "--text", "absent"), "absent cannot be read"),
         (("quality", TINYMOE, "--context", "100000", "--tokens", "100000"), "more than the 2048 tokens"),
         (("quality", TINYMOE, "--tokens", "100"), "--tokens 100 is less than one --context of 512"),
-        (("quality", TINYMOE, "--free", "-1"), "-1 is not in the range"),
+        (("quality", TINYMOE, "--free", "-1"), "--free is a number of tokens, 0 for none, not -1"),
         (
             ("quality", TINYMOE, "--free", "2000"),
             "after a prompt of 64 tokens is more than the 2048",

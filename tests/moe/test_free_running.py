@@ -235,5 +235,7 @@ def test_what_text_or_context_cannot_hold_is_refused():
         prompts_of(text, 5, 65, SHAPE)
     with pytest.raises(InputError, match="5 prompts of 64 tokens are more than the 319 that this run has"):
         prompts_of(text[:319], 5, 10, SHAPE)
+    with pytest.raises(InputError, match="--free is a number of tokens, 0 for none, not -1"):
+        prompts_of(text, 5, -1, SHAPE)
     unlimited = MoeShape((0, 1), 8, 2, 32, 32, 256, None)
     assert len(prompts_of(text, 5, 10**6, unlimited)) == 5
