@@ -15,7 +15,7 @@ from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.models import static_cache
 from cachemoe.moe.policies.rule import EXACT
-from cachemoe.moe.quality import Evaluation, Setting, eviction_of
+from cachemoe.moe.quality import Evaluation, Setting, eviction_of, forecast_of
 from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sources import Ahead, Foretold, Gate, gates_ahead
@@ -174,7 +174,11 @@ def _decode_segment(
     payload_input = _payload_input(engine, model.device)
     route_s = 0.0
 
+    forecast = forecast_of(row.setting.strategy, gates, rules, row.state, shape)
+
     def choose(layer, logits):
+        if forecast is not None:
+            forecast.note(layer, logits, row.state)
         return chooser.route(layer, logits[None].cpu(), states[layer])
 
     acquire = engine.acquire if isinstance(engine, OffloadEngine) else None

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import statistics
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +13,16 @@ from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows
 from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, check_prefetchers
 from cachemoe.benchmarks.latency_report import capacity_report
 from cachemoe.benchmarks.latency_timeline import plot_timeline
-from cachemoe.benchmarks.payload import FILE, NATIVE, PINNED, check_level, open_level, open_payload, payload_format
+from cachemoe.benchmarks.payload import (
+    FILE,
+    NATIVE,
+    PINNED,
+    check_level,
+    open_level,
+    open_payload,
+    payload_format,
+    payload_surrogates,
+)
 from cachemoe.benchmarks.speeds import (
     device_copy_bandwidth,
     expert_bandwidth,
@@ -24,14 +33,15 @@ from cachemoe.benchmarks.speeds import (
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
-from cachemoe.moe.leveled import cheaper_format, open_leveled
+from cachemoe.moe.leveled import cheaper_format, open_leveled, ranks_of
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sizes import layer_slots, split_pool
+from cachemoe.moe.sizes import LevelBytes, layer_slots, split_pool
 from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.surrogates import bytes_of
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine
@@ -97,7 +107,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
     kinds, formats = [None], [checkpoint.page_format(None)]
-    if any(strategy.rule.cheaper for strategy in strategies):
+    if any(strategy.rule.cheaper and not strategy.rule.resident for strategy in strategies):
         formats.append(cheaper_format(checkpoint, payload_format(options.payload, checkpoint), options.cheaper))
         kinds.append(formats[1].kind)
     if known is not None:
@@ -108,7 +118,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     with ExitStack() as stack:
         files = [stack.enter_context(open_payload(options.payload, checkpoint, progress, kind)) for kind in kinds]
         stores = [stack.enter_context(open_level(level, each, progress)) for each in files]
-        (file, *_), (store, *_), page_bytes = files, stores, [each.page_bytes for each in files]
+        (file, *_), (store, *_) = files, stores
         with progress("reading every page for the resident rows", file.pages) as advance:
             resident = ResidentEngine(store, [shape.experts] * len(shape.layers), device, advance)
         speeds = _speeds(file, store, resident, shape, device)
@@ -116,13 +126,20 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         pacing = device_profile.pacing(resident_speed) if device_profile else None
         link = min(speeds["link_bytes_per_second"], pacing.bytes_per_second if pacing else math.inf)
         chooser_knows = {"calibration": known, "miss_cost": math.log1p(resident_speed / link)}
-        everyone = [shape.experts] * len(shape.layers)
-        with (
-            open_leveled(checkpoint, formats, everyone, progress) if len(formats) > 1 else nullcontext() as leveled,
-            progress("quality, stepped through the text", len(windows) * (1 + options.controls)) as advance,
-        ):
+        everyone, ranks = [shape.experts] * len(shape.layers), ranks_of(strategies)
+        with ExitStack() as computing:
+            leveled, surrogates = None, {}
+            if len(formats) > 1 or ranks:
+                opened = open_leveled(checkpoint, formats, everyone, progress, ranks=ranks)
+                leveled = computing.enter_context(opened)
+                surrogates = payload_surrogates(options.payload, checkpoint, leveled.surrogates)
+            level_bytes = LevelBytes(
+                [e.page_bytes for e in files], {r: bytes_of(each) for r, each in surrogates.items()}
+            )
+            windows_run = len(windows) * (1 + options.controls)
+            advance = computing.enter_context(progress("quality, stepped through the text", windows_run))
             how = *(model, shape, windows, settings, evict, advance), *chooser_knows.values(), options.controls
-            evaluation = evaluate(*how, leveled, page_bytes)
+            evaluation = evaluate(*how, leveled, level_bytes)
         model.to(device)
         driven_resident = None
         if GRAPH in options.drive:
@@ -143,10 +160,11 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
                 def offload(strategy: Strategy) -> OffloadEngine:
                     """One for all strategies whose pools are of a kind."""
                     rule, places = strategy.rule, strategy.places(shape.experts, shape.top_k)
-                    if (kind := (rule.cheaper, rule.shared, rule.share)) not in engines_by_kind:
-                        sizes = page_bytes[: 1 + rule.cheaper]
-                        full, cheaper = split_pool(counts, rule, sizes, shape.experts, places)
-                        made = OffloadEngine(stores[: 1 + rule.cheaper], full, device, cheaper=cheaper, **how)
+                    rank = strategy.value if rule.resident else None
+                    if (kind := (rule.cheaper, rule.shared, rule.share, rank)) not in engines_by_kind:
+                        full, cheaper = split_pool(counts, strategy, level_bytes, shape.experts, places)
+                        more = {"cheaper": cheaper, "surrogates": surrogates.get(rank, ())}
+                        made = OffloadEngine(stores[: 1 + len(cheaper)], full, device, **more, **how)
                         engines_by_kind[kind] = pools.enter_context(made)
                     return engines_by_kind[kind]
 

@@ -1,6 +1,6 @@
 """What the engine moves and computes: the model's own pages, or pages of a larger model's geometry."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -8,8 +8,10 @@ import torch
 from cachemoe.benchmarks.geometries import GEOMETRIES
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.low_rank import Factored, LowRank
 from cachemoe.moe.pack import check_space, open_packed, store_directory
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.surrogates import bytes_of
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.store import VERSION, ExpertStore, Store, StoreLayout, write_store
@@ -112,3 +114,38 @@ def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
                 view[..., 0] = page_format.hidden**-0.5 / 4
                 view[..., 1] = 0.0
         yield page
+
+
+def payload_surrogates(
+    name: str, checkpoint: Checkpoint, surrogates: Mapping[int, Sequence[LowRank]]
+) -> Mapping[int, Sequence[LowRank]]:
+    """The model's own surrogates, or random ones of the payload's geometry that are as large beside its pages.
+
+    Args:
+        surrogates: the model's, by their rank, of each layer.
+    """
+    if name == NATIVE:
+        return surrogates
+    own, payload = checkpoint.page_format(None), payload_format(name, checkpoint)
+    generator, made = torch.Generator().manual_seed(0), {}
+    for rank, layers in surrogates.items():
+        share = bytes_of(layers) / own.page_bytes * payload.page_bytes
+        matrices = {
+            "gate_up": (2 * payload.intermediate, payload.hidden),
+            "down": (payload.hidden, payload.intermediate),
+        }
+        whole = sum(2 * rows * columns for rows, columns in matrices.values())
+        of_rank = checkpoint.shape.experts * sum(2 * sum(size) for size in matrices.values())
+        fitting = max(1, int((share - whole) / of_rank))
+        factored = {n: _random(*size, fitting, checkpoint.shape.experts, generator) for n, size in matrices.items()}
+        made[rank] = [LowRank(**factored, biases={}, page_format=payload)] * len(layers)
+    return made
+
+
+def _random(rows: int, columns: int, rank: int, experts: int, generator: torch.Generator) -> Factored:
+    """Factors that keep activations finite; each layer's are the same memory."""
+    base, left, right = (
+        (torch.rand(shape, generator=generator) - 0.5).mul_(2 * shape[-1] ** -0.5).bfloat16()
+        for shape in ((rows, columns), (experts, rows, rank), (experts, rank, columns))
+    )
+    return Factored(base, left, right)

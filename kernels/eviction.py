@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+import torch
 
 from cachemoe.kernels.policy import words_of
 
@@ -22,6 +23,7 @@ def eviction(evict: Callable, state) -> Callable[[], np.ndarray]:
         "last_use": state.last_use,
         "uses": state.uses,
         "heavy": state.uses if state.heavy is None else state.heavy,
+        "expected": torch.zeros_like(state.uses) if state.expected is None else state.expected,
         "clock": state.clock[:, None],
     }
     memory = {name: tensor.numpy() for name, tensor in seen.items()}

@@ -26,9 +26,10 @@ GRADE_WORDS = ("value", "weight", "first", "before", "place", "have", "cost", "n
 expert has; ``first``, the share of the best; ``before``, the shares of those in better places; ``place``, 0 for the
 best."""
 
-EVICT_WORDS = ("last_use", "uses", "heavy", "distance", "clock")
+EVICT_WORDS = ("last_use", "uses", "heavy", "expected", "distance", "clock")
 """What an eviction policy can see of each expert, int64: ``last_use``, the clock at its last touch; ``uses``, its
-touches; ``heavy``, those at full precision; ``distance``, after how many layers its own runs, 1 for the next; and
+touches; ``heavy``, those at full precision; ``expected``, 1 where a forecast says that this token's later layers choose
+it, else 0; ``distance``, after how many layers its own runs, 1 for the next; and
 ``clock``, one number, the touches of all experts before the token."""
 
 DROP, SWAP = -1, -2

@@ -409,7 +409,7 @@ def _route_kernel(
             heavy = uses
             if LEVELS > 1:
                 heavy = tl.load(heavy_ptr + cache * E + e, real, 0) + heavy_touches
-            seen_of = (last_use, uses, heavy, 1, clock + elapsed)
+            seen_of = (last_use, uses, heavy, 0, 1, clock + elapsed)
             policy = EVICT(*_named(EVICT_NAMED, EVICT_COUNT, seen_of)).to(tl.int64)
             high, low = (policy >> 32).to(tl.int32), policy.to(tl.int32) ^ LOWEST
         for _ in range(misses):

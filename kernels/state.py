@@ -37,6 +37,7 @@ class Residency:
         tokens: ``[...]`` int64, tokens routed; ``[L, ...]`` of shared caches, by the layer that routed them.
         range_sum: likewise, float64, sum over those tokens of max(logits) - min(logits).
         heavy: ``[..., E]`` int64, touches at full precision; None with one level, where that is all of them.
+        expected: ``[..., L * E]`` int64, 1 of experts that a forecast expects; None where layers share no cache.
         cheaper: slots of each cheaper level.
         layers: L, that share a cache.
         layer: the one of them that is routed.
@@ -51,6 +52,7 @@ class Residency:
     tokens: torch.Tensor
     range_sum: torch.Tensor
     heavy: torch.Tensor | None = None
+    expected: torch.Tensor | None = None
     cheaper: tuple[int, ...] = ()
     layers: int = 1
     layer: int = 0
@@ -92,6 +94,7 @@ class Residency:
             tokens=numbers(routed),
             range_sum=numbers(routed, 0.0, torch.float64),
             heavy=numbers((*shape, every)) if cheaper else None,
+            expected=numbers((*shape, every)) if shared else None,
             cheaper=tuple(cheaper),
             layers=layers,
         )

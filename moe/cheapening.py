@@ -15,7 +15,8 @@ from cachemoe.moe.policies import hobbit
 from cachemoe.moe.quality import log_probabilities
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sizes import split_pool
+from cachemoe.moe.sizes import LevelBytes, split_pool
+from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import Swap
 
 STEPS = 4  # in which the weights of an eviction policy, which sum to it, are tried
@@ -93,7 +94,7 @@ def hobbit_weights(
     """
     layers, k = len(logits), shape.top_k
     half = [max(round(shape.experts / 2), k)] * layers
-    capacity, cheaper = split_pool(half, hobbit.RULE, page_bytes, shape.experts, k)
+    capacity, cheaper = split_pool(half, Strategy("hobbit"), LevelBytes(page_bytes), shape.experts, k)
     knobs = torch.tensor([[0.0, T1, T2, 0.0, torch.inf, 0.0]])
     policy = Policy(grade=hobbit.grade, knobs=knobs, renormalises=False)
     penalties = {}

@@ -32,6 +32,7 @@ from cachemoe.moe.quality import (
     state_of,
 )
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.sizes import LevelBytes
 from cachemoe.moe.sources import Ahead, gates_ahead
 from cachemoe.moe.swap import RouteLayer, RunExperts, Swap
 from cachemoe.offload.errors import InputError
@@ -127,7 +128,7 @@ def run_freely(
     calibration: Calibration | None = None,
     miss_cost: float = 0.0,
     leveled: LeveledExperts | None = None,
-    page_bytes: Sequence[int] = (1,),
+    level_bytes: LevelBytes = LevelBytes(),  # noqa: B008 (frozen)
 ) -> FreeRun:
     """Continue the prompts by the unmodified model and by every setting that is not exact, and score what they say.
 
@@ -140,13 +141,13 @@ def run_freely(
         evict: eviction policy.
         progress: shows each batch of continuations.
         calibration, miss_cost: as for ``Chooser``.
-        leveled, page_bytes: as for ``evaluate``.
+        leveled, level_bytes: as for ``evaluate``.
 
     Raises:
         InputError: if a strategy needs a calibration.
     """
     wanted = list(dict.fromkeys(s for s in (*settings, *controls) if s is not None and s.strategy.label != EXACT))
-    known = {"calibration": calibration, "miss_cost": miss_cost, "leveled": leveled, "page_bytes": page_bytes}
+    known = {"calibration": calibration, "miss_cost": miss_cost, "leveled": leveled, "level_bytes": level_bytes}
     at_once = rows_at_once(prompts.shape[1] + count, shape.vocabulary)
 
     def bits_of(continuations: torch.Tensor) -> torch.Tensor:
@@ -175,7 +176,7 @@ def continuations(
     calibration: Calibration | None = None,
     miss_cost: float = 0.0,
     leveled: LeveledExperts | None = None,
-    page_bytes: Sequence[int] = (1,),
+    level_bytes: LevelBytes = LevelBytes(),  # noqa: B008 (frozen)
 ) -> torch.Tensor:
     """``[settings, P, N]`` what each setting makes of each prompt, all of one strategy's name side by side.
 
@@ -184,11 +185,11 @@ def continuations(
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     rows = [setting for setting in settings for _ in prompts]
     said = prompts.new_empty(len(rows), count)
-    for members in batches_of(rows, shape, prompts.shape[1] + count, page_bytes):
+    for members in batches_of(rows, shape, prompts.shape[1] + count, level_bytes):
         strategies = [rows[i].strategy for i in members]
         name, rule = strategies[0].name, strategies[0].rule
         prompt = torch.tensor([i % len(prompts) for i in members])
-        state = state_of([rows[i] for i in members], shape, page_bytes)
+        state = state_of([rows[i] for i in members], shape, level_bytes)
         known = {"calibration": calibration, "miss_cost": miss_cost, "gates_prompts": False}
         chooser = Chooser(rules, shape.top_k, strategies, eviction_of(rule, evict, calibration, shape), **known)
         _draw_apart(chooser, prompt)
@@ -196,7 +197,7 @@ def continuations(
         shown = progress(f"decoding freely: {name}, {len(members)} side by side", count)
         with gates_ahead(model, rule, calibration) as gates, shown as advance:
             choose = Ahead(gates, route).route if rule.decides else route
-            run = leveled.of(state) if rule.cheaper else None
+            run = leveled.of(strategies[0], state) if rule.cheaper else None
             said[members] = decode(model, prompts[prompt], count, choose, advance, run)
     return said.view(len(settings), len(prompts), count)
 

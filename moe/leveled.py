@@ -3,7 +3,7 @@
 A policy's quality is measured beside caches that are simulated; what computes holds whatever it needs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -12,8 +12,11 @@ from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
 from cachemoe.kernels.route_cpu import place
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.low_rank import LowRank
 from cachemoe.moe.pack import open_packed
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.surrogates import bytes_of, open_surrogates
 from cachemoe.moe.swap import RunExperts
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.packed import to_host
@@ -24,14 +27,25 @@ class LeveledExperts:
     """See the module.
 
     Args:
-        engines: of each level, full precision first; on the CPU.
+        engines: of each level that has pages, full precision first; on the CPU.
+        surrogates: by their rank, of each layer.
     """
 
-    def __init__(self, engines: Sequence[OffloadEngine]):
-        self._engines = engines
+    def __init__(self, engines: Sequence[OffloadEngine], surrogates: Mapping[int, Sequence[LowRank]]):
+        self._engines, self.surrogates = engines, surrogates
+
+    def surrogate_bytes(self) -> dict[int, int]:
+        """By rank, what a layer's surrogates take."""
+        return {rank: bytes_of(each) for rank, each in self.surrogates.items()}
 
     def run(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, levels: torch.Tensor
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        levels: torch.Tensor,
+        rank: int | None = None,
     ) -> torch.Tensor:
         """``[S, H]``: of each token the weighted sum of its experts.
 
@@ -39,10 +53,16 @@ class LeveledExperts:
             hidden: ``[S, H]``.
             ids, weights: ``[S, K]``.
             levels: ``[S, K]`` int64, -1 of an expert that does not run.
+            rank: of the surrogates that level 1 is; None: it has pages.
         """
         ids, weights, levels = to_host(ids, weights, levels)
         total = torch.zeros_like(hidden)
-        for level, engine in enumerate(self._engines):
+        if rank is not None:
+            for e in ids[levels == 1].unique().tolist():
+                tokens, places = ((levels == 1) & (ids == e)).nonzero(as_tuple=True)
+                y = self.surrogates[rank][layer].apply(hidden[tokens], torch.tensor([e]))[0]
+                total.index_add_(0, tokens, (weights[tokens, places, None].float() * y).to(total.dtype))
+        for level, engine in enumerate(self._engines if rank is None else self._engines[:1]):
             here = levels == level
             if (tokens := here.any(1).nonzero().flatten()).numel():
                 mine = weights[tokens].masked_fill(~here[tokens], -1.0)  # last in the order of weights
@@ -51,12 +71,13 @@ class LeveledExperts:
                 total[tokens] += engine.forward(layer, hidden[tokens].contiguous(), routing)
         return total
 
-    def of(self, state: Residency) -> RunExperts:
+    def of(self, strategy: Strategy, state: Residency) -> RunExperts:
         """What ``Swap`` runs: the levels being those of the slots in ``state``, of sequences side by side."""
+        rank = strategy.value if strategy.rule.resident else None
 
         def run(layer, hidden, routing):
             chosen = routing.ids, routing.weights.view_as(routing.ids), state.levels_of(routing.slots)
-            return self.run(layer, hidden, *(each.flatten(0, 1) for each in chosen))
+            return self.run(layer, hidden, *(each.flatten(0, 1) for each in chosen), rank)
 
         return run
 
@@ -68,23 +89,30 @@ def open_leveled(
     capacity: Sequence[int],
     progress: Progress,
     first: OffloadEngine | None = None,
+    ranks: Iterable[int] = (),
 ) -> Iterator[LeveledExperts]:
-    """Engines over the checkpoint's stores, made if they are not there.
+    """Engines over the checkpoint's stores, and surrogates, made if they are not there.
 
     Args:
         formats: of each level.
         capacity: slots of each layer, of each engine.
         first: of full precision, if there is one already.
+        ranks: of the surrogates.
 
     Raises:
-        InputError: as ``open_packed``.
+        InputError: as ``open_packed`` and ``open_surrogates``.
     """
     with ExitStack() as stack:
         engines = [] if first is None else [first]
         for page_format in formats[len(engines) :]:
             store = open_packed(checkpoint, checkpoint.layout(page_format.kind, page_format.group), progress)
             engines.append(stack.enter_context(OffloadEngine(stack.enter_context(store), capacity)))
-        yield LeveledExperts(engines)
+        yield LeveledExperts(engines, {rank: open_surrogates(checkpoint, rank, progress) for rank in ranks})
+
+
+def ranks_of(strategies: Iterable[Strategy]) -> list[int]:
+    """Of the surrogates that the strategies ask for."""
+    return sorted({int(strategy.value) for strategy in strategies if strategy.rule.resident})
 
 
 def cheaper_format(checkpoint: Checkpoint, better: PageFormat, kind: str | None = None) -> PageFormat:

@@ -19,14 +19,16 @@ from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_experts, moe_layers, routing_rules
 from cachemoe.moe.leveled import cheaper_format
+from cachemoe.moe.low_rank import LowRank
 from cachemoe.moe.models import load_tokenizer, load_without_experts, outline
 from cachemoe.moe.pack import holds, open_packed, pack, store_directory
 from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
-from cachemoe.moe.sizes import slots_of, split_pool
+from cachemoe.moe.sizes import LevelBytes, slots_of, split_pool
 from cachemoe.moe.strategies import Original, Strategy, checked
+from cachemoe.moe.surrogates import bytes_of, open_surrogates
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedStore
@@ -106,9 +108,11 @@ def load(
         if capacity == ADAPTIVE:
             slots = adaptive_slots(slots, known, routing.places(shape.experts, shape.top_k))
         routing.check_slots(min(slots), shape.experts, shape.top_k)
-        pages = [each.page_format.page_bytes for each in layouts]
-        places = routing.places(shape.experts, shape.top_k)
-        capacities = split_pool(slots, routing.rule, pages, shape.experts, places)
+        rule, places = routing.rule, routing.places(shape.experts, shape.top_k)
+        surrogates = open_surrogates(checkpoint, int(routing.value), progress) if rule.resident else []
+        taken = {routing.value: bytes_of(surrogates)} if surrogates else {}
+        level_bytes = LevelBytes([each.page_format.page_bytes for each in layouts], taken)
+        capacities = split_pool(slots, routing, level_bytes, shape.experts, places)
         try:
             tokenizer = load_tokenizer(checkpoint.path)
         except InputError as error:  # a model needs none
@@ -116,7 +120,7 @@ def load(
             tokenizer = None
         model = load_without_experts(checkpoint, device)
         rules = check_model(model, shape.top_k, layout.page_format, routing)
-        if known is not None and routing.rule.calibrated and routing.rule.cheaper:
+        if known is not None and rule.calibrated and rule.cheaper:
             known.check(None, len(shape.layers), shape.experts, shape.top_k, layouts[1].page_format.kind)
         for i, each in enumerate(layouts):  # what takes long comes last
             if len(stores) <= i:
@@ -132,9 +136,10 @@ def load(
                 with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                     opened.verify(advance)
         staging = STAGING if routing.rule.prefetches else 0
-        engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress)
+        there = [each.to(device) for each in surrogates]
+        engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress, there)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        how = engine, routing, evict, rules, known, capacity == ADAPTIVE
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes
         PooledExperts(model, checkpoint, stores[0].layout, *how).keep(stack.pop_all())
     return model, tokenizer
 
@@ -149,7 +154,7 @@ def _levels(
     for opened, given in zip(stores, formats, strict=False):
         if given != (kind := opened.layout.page_format.kind):
             raise InputError(f"{opened.path} holds {kind} pages, and format says {given}: leave it out")
-    wanted = 1 + routing.rule.cheaper
+    wanted = 1 if routing.rule.resident else 1 + routing.rule.cheaper
     if (most := max(len(stores), len(formats))) > wanted:
         raise InputError(f"{routing} computes with {wanted} formats of pages, and {most} were given")
     if stores and len(stores) < wanted:
@@ -266,11 +271,12 @@ def _device(name: torch.device | str | None) -> torch.device:
 def _engine(
     stack: ExitStack,
     stores: Sequence[ExpertStore],
-    capacities,
-    device,
+    capacities: tuple[list[int], list[int]],
+    device: torch.device,
     evict: Callable,
     staging: int,
     progress: Progress,
+    surrogates: Sequence[LowRank] = (),
 ) -> OffloadEngine:
     """The engine over files: through pinned memory where a GPU computes."""
     if device.type != "cpu":
@@ -279,7 +285,7 @@ def _engine(
             with progress("reading every page into pinned memory", file.pages) as advance:
                 stores.append(stack.enter_context(PinnedStore(file, advance)))
     capacity, cheaper = capacities
-    how = {"staging": staging, "evict": evict, "cheaper": cheaper}
+    how = {"staging": staging, "evict": evict, "cheaper": cheaper, "surrogates": surrogates}
     return stack.enter_context(OffloadEngine(stores, capacity, device, **how))
 
 

@@ -33,6 +33,10 @@ class Factored:
     left: torch.Tensor
     right: torch.Tensor
 
+    def to(self, device: torch.device | str) -> "Factored":
+        """On another device."""
+        return Factored(*(each.to(device) for each in (self.base, self.left, self.right)))
+
     def shared(self, x: torch.Tensor) -> torch.Tensor:
         """``[n, rows]`` the base's product with x ``[n, columns]``."""
         return F.linear(x, self.base.to(x.dtype))
@@ -63,6 +67,11 @@ class LowRank:
         """That all surrogates of the layer take together."""
         matrices = (t for each in (self.gate_up, self.down) for t in (each.base, each.left, each.right))
         return sum(t.numel() * t.element_size() for t in (*matrices, *self.biases.values()))
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        """On another device."""
+        biases = {name: bias.to(device) for name, bias in self.biases.items()}
+        return LowRank(self.gate_up.to(device), self.down.to(device), biases, self.page_format)
 
     def apply(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """Several experts' surrogates on the same tokens; the base's product with x is computed once.

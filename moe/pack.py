@@ -96,9 +96,7 @@ def open_packed(
         InputError: as ``pack``, or if the file there is damaged.
     """
     page_format = layout.page_format
-    kind = f"{page_format.kind}{page_format.group or ''}"
-    folder = os.fsencode(checkpoint.path.resolve().name)[:LONGEST_FOLDER].decode(errors="ignore")
-    path = store_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{kind}-v{VERSION}.safetensors"
+    path = stored_path(checkpoint, f"{page_format.kind}{page_format.group or ''}-v{VERSION}")
 
     def made() -> ExpertStore | None:
         if path.exists():
@@ -118,6 +116,16 @@ def open_packed(
         pack(checkpoint, layout, path, progress, wanted)
         store = ExpertStore(path, check_reads=check_reads)
     return store
+
+
+def stored_path(checkpoint: Checkpoint, what: str) -> Path:
+    """Where in the cache directory something made of a checkpoint is kept.
+
+    Raises:
+        InputError: if there can be no such directory.
+    """
+    folder = os.fsencode(checkpoint.path.resolve().name)[:LONGEST_FOLDER].decode(errors="ignore")
+    return store_directory() / f"{folder}-{checkpoint_key(checkpoint)}-{what}.safetensors"
 
 
 def holds(store: ExpertStore, checkpoint: Checkpoint, layout: StoreLayout, progress: Progress) -> bool:

@@ -23,8 +23,8 @@ from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_r
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
-from cachemoe.moe.sizes import size_text, slots_of, split_pool
-from cachemoe.moe.sources import Ahead, Foretold, gates_ahead
+from cachemoe.moe.sizes import LevelBytes, size_text, slots_of, split_pool
+from cachemoe.moe.sources import Ahead, Forecast, Foretold, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
 from cachemoe.offload.counters import Counters
@@ -72,6 +72,7 @@ class PooledExperts:
         rules: of the routers, if they have just been asked; else they are when a routing needs them.
         calibration: of the model, for routings that need one.
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
+        level_bytes: of the levels; None: of full precision alone.
 
     Attributes:
         shape: of the MoE layers.
@@ -94,11 +95,13 @@ class PooledExperts:
         rules: list[RoutingRule] | None = None,
         calibration: Calibration | None = None,
         adaptive: bool = False,
+        level_bytes: LevelBytes | None = None,
     ):
         self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
         self._owned = ExitStack()
         self._model, self._asked_evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
         self._evict = evict or least_recently_used
+        self._level_bytes = level_bytes or LevelBytes([layout.page_format.page_bytes])
         if calibration is not None:
             calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
         self._lock = Lock()
@@ -110,6 +113,7 @@ class PooledExperts:
         self._rules, self._marks, self._seen = rules, None, None
         self._chooser: Chooser | None = None
         self._source: Ahead | None = None
+        self._forecast: Forecast | None = None
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
@@ -136,7 +140,9 @@ class PooledExperts:
         routing.check_calibration(self._calibration)
         routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
         state = self.engine.state
-        if routing.rule.cheaper >= state.levels or (routing.rule.shared and not state.shared):
+        rule, ranks = routing.rule, self._level_bytes.surrogates
+        lacks = rule.cheaper >= state.levels or (rule.shared and not state.shared)
+        if lacks or (rule.cheaper and rule.resident != bool(ranks)) or (rule.resident and routing.value not in ranks):
             raise InputError(f"{routing} needs a pool of its own kind: load the model with it")
         if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: load the model with it")
@@ -161,11 +167,10 @@ class PooledExperts:
             raise InputError("there is nothing to resize: every expert is in memory")
         slots = slots_of(pool, self.shape, self.engine.page_format.page_bytes)
         places = self.routing.places(self.shape.experts, self.shape.top_k)
-        page_bytes = [each.page_bytes for each in self.engine.formats]
         if self._adaptive:
             slots = adaptive_slots(slots, self._calibration, places)
         self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
-        capacity, cheaper = split_pool(slots, self.routing.rule, page_bytes, self.shape.experts, places)
+        capacity, cheaper = split_pool(slots, self.routing, self._level_bytes, self.shape.experts, places)
         with self._lock:
             try:
                 self.engine.resize(capacity, cheaper)
@@ -216,9 +221,11 @@ class PooledExperts:
     def _cheaper_slots(self) -> str:
         """In words, what the cheaper levels have."""
         state, said = self.engine.state, ""
-        for page_format, count in zip(self.engine.formats[1:], state.cheaper, strict=True):
+        for page_format, count in zip(self.engine.formats[1:], state.cheaper, strict=False):
             slots = count * len(state.capacity)
             said += f", and {slots}, {size_text(slots * page_format.page_bytes)}, of {page_format.kind}"
+        for rank, size in self._level_bytes.surrogates.items():
+            said += f", and surrogates of rank {rank}, {size_text(size * len(self.layers))}"
         return said
 
     @property
@@ -228,12 +235,18 @@ class PooledExperts:
 
     def _router(self, routing: Strategy) -> Callable[..., Routing] | None:
         """What routes by that strategy; None: the model itself does. The model has its own routers meanwhile."""
-        chooser = source = prefetcher = route = None
+        chooser = source = prefetcher = route = forecast = None
         with ExitStack() as asked:
             gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
             if routing.rule.prefetches:
                 own = Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
-                prefetcher = Foretold(gates, lambda layer, logits: own.peek(layer, logits.cpu(), self._state(layer)))
+
+                def expected(layer, logits):
+                    return own.peek(layer, logits.cpu(), self._state(layer))
+
+                prefetcher = Foretold(gates, expected)
+                if routing.rule.forecasts:
+                    forecast = Forecast(gates, expected, int(routing.value))
             rule, layers = routing.rule, len(self.shape.layers)
             self._evict = self._asked_evict or least_recently_used
             if rule.evict is not None and self._asked_evict is None:
@@ -250,7 +263,7 @@ class PooledExperts:
                 route = source.route
             if isinstance(self.engine, OffloadEngine) and self.engine.staging:
                 self.engine.prefetcher = prefetcher
-            self._chooser, self._source = chooser, source
+            self._chooser, self._source, self._forecast = chooser, source, forecast
             self._gates.close()
             self._gates = asked.pop_all()
         return route
@@ -291,6 +304,8 @@ class PooledExperts:
                 f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {int(ids.min())} to {int(ids.max())}: "
                 f"it has {count}, and {slots} slots for them"
             )
+        if self._forecast is not None:
+            self._forecast.note(layer, ids, self._state(layer))
         drops = None
         if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
             drops = ((weights == 0) & (weights != 0).any(1, keepdim=True))[None]

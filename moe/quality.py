@@ -16,12 +16,13 @@ from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
 from cachemoe.moe.policies.rule import Rule
-from cachemoe.moe.routers import own_choice
+from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.sizes import split_pool
-from cachemoe.moe.sources import Ahead, gates_ahead
+from cachemoe.moe.sizes import LevelBytes, split_pool
+from cachemoe.moe.sources import Ahead, Forecast, Gate, gates_ahead
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.swap import RouteLayer, Swap
+from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses
 
 STEPPED = 2  # windows, of those that are stepped token by token
@@ -138,7 +139,7 @@ def evaluate(
     miss_cost: float = 0.0,
     controls: bool = False,
     leveled: LeveledExperts | None = None,
-    page_bytes: Sequence[int] = (1,),
+    level_bytes: LevelBytes = LevelBytes(),  # noqa: B008 (frozen)
 ) -> Evaluation:
     """Run the text through the unmodified model and through every setting.
 
@@ -153,7 +154,7 @@ def evaluate(
         calibration, miss_cost: as for ``Chooser``.
         controls: whether settings that drop, swap or cheapen experts are run once more, with as many of them by chance.
         leveled: computes for settings that have cheaper levels.
-        page_bytes: of each level.
+        level_bytes: of each level.
 
     Raises:
         InputError: if a strategy needs a calibration or more slots than it has.
@@ -163,7 +164,7 @@ def evaluate(
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     known = {"calibration": calibration, "miss_cost": miss_cost}
     how = {"evict": evict, "rules": rules, "progress": progress, "known": known}
-    run = partial(_evaluate, model, shape, windows, leveled=leveled, page_bytes=page_bytes, **how)
+    run = partial(_evaluate, model, shape, windows, leveled=leveled, level_bytes=level_bytes, **how)
     evaluation = run(settings)
     if controls:
         chosen = {i: c for i, s in enumerate(settings) if (c := control_of(s, evaluation.settings[i], shape))}
@@ -191,19 +192,20 @@ def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting |
     return None
 
 
-def _evaluate(model, shape, windows, settings, evict, rules, progress, known, leveled, page_bytes) -> Evaluation:
+def _evaluate(model, shape, windows, settings, evict, rules, progress, known, leveled, level_bytes) -> Evaluation:
     layers = len(shape.layers)
     unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
     qualities: list[Quality | None] = [None] * len(settings)
     batches = []
-    for members in batches_of(settings, shape, windows.shape[1], page_bytes):
-        state = state_of([settings[i] for i in members], shape, page_bytes)
-        rule = settings[members[0]].strategy.rule
+    for members in batches_of(settings, shape, windows.shape[1], level_bytes):
+        state = state_of([settings[i] for i in members], shape, level_bytes)
+        strategy = settings[members[0]].strategy
+        rule = strategy.rule
         leaves = eviction_of(rule, evict, known["calibration"], shape)
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], leaves, **known)
         for row, i in enumerate(members):
             qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k)
-        batches.append(([qualities[i] for i in members], state, chooser, rule))
+        batches.append(([qualities[i] for i in members], state, chooser, strategy))
 
     original_ids = []
     for number, window in enumerate(windows):
@@ -211,12 +213,11 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
             reference = log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
         _score([unmodified], reference[None], reference, window[1:])
-        for rows, state, chooser, rule in batches:
+        for rows, state, chooser, strategy in batches:
+            rule = strategy.rule
             if rule.shared and number >= STEPPED:
                 continue
             counts = torch.zeros(5, len(rows), dtype=torch.int64)
-
-            route = router_of(chooser, state, len(rows))
 
             def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts, state=state):
                 routing = choose(layer, logits, hidden)
@@ -229,8 +230,10 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
                 return routing
 
             with gates_ahead(model, rule, known["calibration"]) as gates:
+                forecast = forecast_of(strategy, gates, rules, state, shape)
+                route = router_of(chooser, state, len(rows), forecast)
                 choose = Ahead(gates, route).route if rule.decides else route
-                run = leveled.of(state) if rule.cheaper else None
+                run = leveled.of(strategy, state) if rule.cheaper else None
                 with Swap(model, partial(route_layer, choose=choose), run):
                     logits = (_token_by_token if rule.shared else _at_once)(model, window, len(rows))[:, :-1]
             _score(rows, log_probabilities(logits), reference, window[1:])
@@ -245,14 +248,30 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
 
 
-def router_of(chooser: Chooser, state: Residency, rows: int) -> RouteLayer:
+def router_of(chooser: Chooser, state: Residency, rows: int, forecast: Forecast | None = None) -> RouteLayer:
     """A route for ``Swap`` of so many sequences side by side, each with caches of its own."""
 
     def route(layer, logits, _=None):
+        if forecast is not None:
+            forecast.note(layer, logits, state)
         caches = state.of_layer(layer) if state.shared else state[layer]
         return chooser.route(layer, logits.unflatten(0, (rows, -1)).cpu(), caches)
 
     return route
+
+
+def forecast_of(
+    strategy: Strategy, gates: Sequence[Gate], rules: Sequence[RoutingRule], state: Residency, shape: MoeShape
+) -> Forecast | None:
+    """What tells the caches which experts are expected, if the strategy has them told."""
+    if not strategy.rule.forecasts:
+        return None
+    own = Chooser(rules, shape.top_k, [Strategy("original")], least_recently_used)
+
+    def expected(layer, logits):
+        return own.peek(layer, logits.cpu(), state.of_layer(layer))
+
+    return Forecast(gates, expected, int(strategy.value))
 
 
 def eviction_of(rule: Rule, evict: Callable, calibration: Calibration | None, shape: MoeShape) -> Callable:
@@ -260,20 +279,23 @@ def eviction_of(rule: Rule, evict: Callable, calibration: Calibration | None, sh
     return evict if rule.evict is None else rule.evict(calibration, len(shape.layers), shape.top_k)
 
 
-def state_of(settings: Sequence[Setting], shape: MoeShape, page_bytes: Sequence[int]) -> Residency:
+def state_of(settings: Sequence[Setting], shape: MoeShape, level_bytes: LevelBytes) -> Residency:
     """Cold caches of settings that go through the model together: ``[L, B]``, or ``[B]`` that all layers share."""
     rule, layers = settings[0].strategy.rule, len(shape.layers)
-    splits = [_split(setting, shape, page_bytes) for setting in settings]
+    splits = [_split(setting, shape, level_bytes) for setting in settings]
     if rule.shared:
         return Residency.empty(torch.tensor([full[0] for full, _ in splits]), shape.experts, splits[0][1], layers)
-    capacity = torch.tensor([full[0] for full, _ in splits])
-    return Residency.empty(capacity.expand(layers, -1), shape.experts, splits[0][1])
+    capacity = torch.tensor([full[0] for full, _ in splits]).expand(layers, -1)
+    if not rule.resident:
+        return Residency.empty(capacity, shape.experts, splits[0][1])
+    state, everyone = Residency.empty(capacity, shape.experts, [shape.experts]), torch.arange(shape.experts)
+    state.slot_of[..., shape.experts :], state.page_of[..., : shape.experts] = everyone, shape.experts + everyone
+    return state
 
 
-def _split(setting: Setting, shape: MoeShape, page_bytes: Sequence[int]) -> tuple[list[int], list[int]]:
-    rule, slots = setting.strategy.rule, [setting.capacity] * len(shape.layers)
+def _split(setting: Setting, shape: MoeShape, level_bytes: LevelBytes) -> tuple[list[int], list[int]]:
     places = setting.strategy.places(shape.experts, shape.top_k)
-    return split_pool(slots, rule, page_bytes[: 1 + rule.cheaper], shape.experts, places)
+    return split_pool([setting.capacity] * len(shape.layers), setting.strategy, level_bytes, shape.experts, places)
 
 
 def _at_once(model, window: torch.Tensor, rows: int) -> torch.Tensor:
@@ -297,15 +319,18 @@ def rows_at_once(tokens: int, vocabulary: int) -> int:
 
 
 def batches_of(
-    settings: Sequence[Setting], shape: MoeShape, context: int, page_bytes: Sequence[int]
+    settings: Sequence[Setting],
+    shape: MoeShape,
+    context: int,
+    level_bytes: LevelBytes = LevelBytes(),  # noqa: B008
 ) -> Iterator[list[int]]:
     """The settings that go through the model together: of one name and as many places, with the same slots for cheaper
     levels, as many as their output leaves room for."""
     most = rows_at_once(context, shape.vocabulary)
 
     def kind(setting):
-        alone = setting if setting.strategy.rule.shared else None
-        _, cheaper = _split(setting, shape, page_bytes)
+        alone = setting if setting.strategy.rule.shared or setting.strategy.rule.resident else None
+        _, cheaper = _split(setting, shape, level_bytes)
         return setting.strategy.name, setting.strategy.places(shape.experts, shape.top_k), *cheaper, alone
 
     for each in dict.fromkeys(map(kind, settings)):

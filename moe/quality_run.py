@@ -6,13 +6,13 @@ from pathlib import Path
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.free_running import FreeRun, prompts_of, run_freely
-from cachemoe.moe.leveled import cheaper_format, open_leveled
+from cachemoe.moe.leveled import cheaper_format, open_leveled, ranks_of
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Evaluation, Setting, control_of, evaluate
 from cachemoe.moe.read_text import open_for_text
-from cachemoe.moe.sizes import slots_of
+from cachemoe.moe.sizes import LevelBytes, slots_of
 from cachemoe.moe.strategies import Strategy
 from cachemoe.moe.text import HELD_OUT, windows_of
 from cachemoe.offload.residency import eviction_policy
@@ -61,7 +61,7 @@ def run_quality(
             strategy.check_calibration(known)
         own, source = pooled.engine.page_format, Checkpoint(model.name_or_path)
         formats = [own]
-        if any(strategy.rule.cheaper for strategy in parsed):
+        if any(strategy.rule.cheaper and not strategy.rule.resident for strategy in parsed):
             formats.append(cheaper_format(source, own, cheaper))
         if known is not None:
             asked = any(strategy.rule.cheaper and strategy.rule.calibrated for strategy in parsed)
@@ -71,15 +71,16 @@ def run_quality(
         cut = prompts_of(windows.flatten(), prompts, free, shape) if free else None
         miss_cost = pooled.engine.miss_cost()
         computing = [count.slots for count in pooled.layers]
-        leveled = open_leveled(source, formats, computing, progress, pooled.engine)
-        failed, sizes = outside(f"{path} cannot be run on the text"), [each.page_bytes for each in formats]
+        leveled = open_leveled(source, formats, computing, progress, pooled.engine, ranks_of(parsed))
+        failed = outside(f"{path} cannot be run on the text")
         with (
             leveled as experts,
             progress("quality, stepped through the text, and by chance", 2 * len(windows)) as advance,
             failed,
         ):
+            sizes = LevelBytes([each.page_bytes for each in formats], experts.surrogate_bytes())
             how = model, shape, windows, settings, evict, advance, known, miss_cost
-            evaluation = evaluate(*how, controls=True, leveled=experts, page_bytes=sizes)
+            evaluation = evaluate(*how, controls=True, leveled=experts, level_bytes=sizes)
             run = None
             if free:
                 controls = [control_of(s, q, shape) for s, q in zip(settings, evaluation.settings, strict=True)]

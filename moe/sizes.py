@@ -1,9 +1,9 @@
 """Sizes in bytes, and of pools, as people write them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from cachemoe.moe.policies.rule import Rule
 from cachemoe.moe.shape import MoeShape
 from cachemoe.offload.errors import InputError
 
@@ -70,36 +70,52 @@ def slots_of(pool: str | int | None, shape: MoeShape, page_bytes: int) -> list[i
     return slots
 
 
+@dataclass(frozen=True)
+class LevelBytes:
+    """What levels take.
+
+    Args:
+        pages: of each level that has pages, the bytes of one, full precision first.
+        surrogates: by their rank, the bytes of a layer's surrogates.
+    """
+
+    pages: Sequence[int] = (1,)
+    surrogates: Mapping[int, int] = field(default_factory=dict)
+
+
 def split_pool(
-    slots: list[int], rule: Rule, page_bytes: Sequence[int], experts: int, top_k: int
+    slots: list[int], strategy, level_bytes: LevelBytes, experts: int, top_k: int
 ) -> tuple[list[int], list[int]]:
     """The slots of each level, in no more memory than ``slots`` of each layer for full precision would take.
 
     Args:
         slots: of each layer.
-        rule: says what share of the bytes cheaper levels have, and whether the layers share a cache.
-        page_bytes: of each level, full precision first.
+        strategy: whose rule says what share of the bytes cheaper levels have, and whether the layers share a cache.
+        level_bytes: of each level.
         experts: E, of a layer.
         top_k: experts that a token may choose of a layer.
 
     Returns:
         The slots for full precision of each layer, or one number of a cache that they share; and those of each cache
-        for each cheaper level.
+        for each cheaper level that has pages.
 
     Raises:
         InputError: if that leaves a level less than a token may ask of it.
     """
-    layers, cheaper = len(slots), []
+    rule, layers, cheaper = strategy.rule, len(slots), []
     caches = 1 if rule.shared else layers
+    page_bytes = level_bytes.pages[: 1 if rule.resident else 1 + rule.cheaper]
     for size in page_bytes[1:]:
         share = rule.share / (len(page_bytes) - 1)
         cheaper.append(min(int(sum(slots) * page_bytes[0] * share / size / caches), experts * layers // caches))
     taken = sum(count * size for count, size in zip(cheaper, page_bytes[1:], strict=True))
+    if rule.resident:
+        taken += level_bytes.surrogates[strategy.value]
     if rule.shared:
         full = [min(int((sum(slots) * page_bytes[0] - taken) / page_bytes[0]), experts * layers)]
     else:
         full = [int((count * page_bytes[0] - taken) / page_bytes[0]) for count in slots]
-    if (least := min(*full, *cheaper, experts * layers)) < top_k:
+    if (least := max(0, min(*full, *cheaper, experts * layers))) < top_k:
         raise InputError(
             f"{rule.name} would have {least} slots for one of its levels, and a token may need {top_k}: "
             "choose a larger pool"

@@ -11,7 +11,7 @@ from threading import get_ident, local
 
 import torch
 
-from cachemoe.kernels.state import Routing
+from cachemoe.kernels.state import Residency, Routing
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.layers import gates_of, moe_layers
 from cachemoe.moe.policies.rule import GATE, TOKEN, Rule
@@ -121,6 +121,36 @@ class TokenTable:
         if rows is None or len(rows) != len(hidden):
             raise InputError("what is known by token alone needs the tokens: call the model with input_ids")
         return self._table[layer, rows].to(hidden.device)
+
+
+class Forecast:
+    """Tells a cache that layers share which experts a token's next layers are expected to choose.
+
+    Args:
+        gates: as for ``Ahead``.
+        choose: (layer, ``[E]`` logits) -> the experts that the layer would choose with them.
+        window: layers looked ahead.
+    """
+
+    def __init__(self, gates: Sequence[Gate], choose: Callable[[int, torch.Tensor], list[int]], window: int):
+        self._gates, self._choose, self._window = gates, choose, window
+        self._expected: list[list[int]] = []  # of each layer, for the token that is under way
+
+    def note(self, layer: int, tokens: torch.Tensor, state: Residency) -> None:
+        """Before a layer is routed: of one token what is expected after it, of many nothing.
+
+        Args:
+            tokens: ``[S, ...]``, of which only S counts, and what the gates make of them.
+            state: shared by the layers, of one cache.
+        """
+        state.expected.zero_()
+        if len(tokens) != 1 or not self._window:
+            self._expected = []
+            return
+        if layer == 0:
+            self._expected = [self._choose(i, gate(tokens)[0]) for i, gate in enumerate(self._gates)]
+        for later, experts in enumerate(self._expected[layer + 1 : layer + 1 + self._window], layer + 1):
+            state.expected[0, [later * state.experts + e for e in experts]] = 1
 
 
 class Foretold:

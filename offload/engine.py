@@ -16,7 +16,7 @@ from cachemoe.kernels.eviction import eviction
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.carriers import carrier_of
 from cachemoe.offload.clock import HostClock, StreamClock
-from cachemoe.offload.compute import Compute
+from cachemoe.offload.compute import Compute, Surrogates
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.frames import Frames
 from cachemoe.offload.link import Link, Pacing, Transfer
@@ -48,6 +48,7 @@ class OffloadEngine:
         staging: pages that a prefetcher may have ahead at a time; kept as an attribute.
         evict: who leaves for those, and when the pool shrinks; the policy that the routing uses.
         timeline: records what happens when, if given.
+        surrogates: of each layer, a level more, the cheapest, that has all experts always.
         admits: whether experts that ran at a cheaper level or gave way to others are fetched when the link is idle, and
             take a slot; needs staging.
 
@@ -67,6 +68,7 @@ class OffloadEngine:
         evict: Callable = least_recently_used,
         timeline: Timeline | None = None,
         cheaper: Sequence[int] = (),
+        surrogates: Sequence[Surrogates] = (),
         admits: bool = False,
     ):
         stores = stores if isinstance(stores, Sequence) else [stores]
@@ -82,9 +84,9 @@ class OffloadEngine:
         self.formats = [layout.page_format for layout in layouts]
         self.evict, self._timeline, self.staging, self._admits = evict, timeline, staging, admits
         self._layers, self._experts = layouts[0].layers, layouts[0].experts
-        self._frames = Frames(capacity, staging, layouts, device, cheaper)
+        self._frames = Frames(capacity, staging, layouts, device, cheaper, bool(surrogates))
         self._pool, pools = self._frames.pools[0], self._frames.pools
-        self._compute = Compute(pools, layouts)
+        self._compute = Compute(pools, layouts, surrogates)
         self._link = Link([carrier_of(*each) for each in zip(stores, pools, strict=True)], pacing, timeline)
         self._busy_s = 0.0  # of the link, as counted so far
         self._clock = StreamClock(self._pool.pages.device) if self._pool.pages.is_cuda else HostClock()

@@ -30,6 +30,8 @@ class Frames:
         layouts: of the pages of each level, full precision first.
         device: where the frames are.
         cheaper: slots of each cache for each cheaper level.
+        surrogates: whether one more level, the cheapest, has all experts of a layer always, without pages: its slots'
+            frames are numbers of experts, layer by layer.
 
     Attributes:
         pools: the frames' memory, a pool a level.
@@ -45,22 +47,30 @@ class Frames:
         layouts: Sequence[StoreLayout],
         device: torch.device | str,
         cheaper: Sequence[int] = (),
+        surrogates: bool = False,
     ):
         layers, experts = layouts[0].layers, layouts[0].experts
         self.shared = len(capacity) < layers
-        self.state = Residency.empty(torch.tensor(capacity), experts, cheaper, layers if self.shared else None)
-        self._size = experts * len(layouts)  # pages of a layer
-        self._experts, self._layers, self._staging = experts, layers, staging
+        if surrogates and self.shared:
+            raise ValueError("surrogates are of a layer, and go with caches of a layer")
+        self._always = [experts] if surrogates else []
+        levels = [*cheaper, *self._always]
+        self.state = Residency.empty(torch.tensor(capacity), experts, levels, layers if self.shared else None)
+        self._size = experts * (1 + len(levels))  # pages of a layer
+        self._experts, self._staging = experts, staging
         counts = self._counts(capacity, cheaper)
         self.pools = [ExpertPool(n, each.page_format, device) for n, each in zip(counts, layouts, strict=True)]
         self._tables: dict[int, torch.Tensor] = {}  # of layers that have all experts: each one's frame, on the device
         self._resized: tuple | None = None  # what a resize is about to make of state, held and of_slot
-        self.held = [[-1] * (sum(cheaper) + count) for count in capacity]
+        always = range(self._size - experts, self._size) if surrogates else ()
+        self.held = [[*[-1] * sum(cheaper), *always, *[-1] * count] for count in capacity]
         full = iter(range(sum(capacity)))
         self.of_slot = [
-            [*self._cheap_frames(row, cheaper), *(next(full) for _ in range(count))]
+            [*self._cheap_frames(row, levels), *(next(full) for _ in range(count))]
             for row, count in enumerate(capacity)
         ]
+        if surrogates:
+            self.settle()
 
     def row(self, layer: int) -> int:
         """The cache that the layer's pages are in."""
@@ -146,7 +156,7 @@ class Frames:
     def unused(self) -> list[list[int]]:
         """Of each level the frames that no slot has."""
         unused = []
-        for pool, (first, end) in zip(self.pools, self.state.slots, strict=True):
+        for pool, (first, end) in zip(self.pools, self.state.slots, strict=False):
             used = {frame for frames in self.of_slot for frame in frames[first:end]}
             unused.append([frame for frame in range(len(pool.pages)) if frame not in used])
         return unused
@@ -163,16 +173,18 @@ class Frames:
             InputError: if memory cannot hold the pools.
         """
         self._tables.clear()
-        state = resized(self.state, torch.tensor(capacity, device="cpu"), cheaper, evict)
+        levels = [*cheaper, *self._always]
+        state = resized(self.state, torch.tensor(capacity, device="cpu"), levels, evict)
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self.held, self.of_slot, strict=True)]
-        begin = sum(cheaper)
+        begin = sum(levels)
         held = [row[: begin + count] for row, count in zip(state.page_of.tolist(), capacity, strict=True)]
         totals = self._counts(capacity, cheaper)
         for pool, total in zip(self.pools, totals, strict=True):
             if total > len(pool.pages):
                 pool.resize(total)
-        frames, moves = [[0] * len(row) for row in held], []
-        for level, (total, (first, end)) in enumerate(zip(totals, state.slots, strict=True)):
+        frames = [[*self._cheap_frames(row, levels), *[0] * (len(held[row]) - begin)] for row in range(len(held))]
+        moves = []
+        for level, (total, (first, end)) in enumerate(zip(totals, state.slots, strict=False)):  # those with pages
             places = [(row, slot) for row, pages in enumerate(held) for slot in range(first, min(end, len(pages)))]
             # Pages that stay keep their frames, but for those beyond the new end.
             stay = {(row, slot): frame_of[row][held[row][slot]] for row, slot in places if held[row][slot] >= 0}

@@ -66,5 +66,5 @@ def resized(state: Residency, capacity: torch.Tensor, cheaper: Sequence[int], ev
                 stay = stay[worth.argsort(descending=True, stable=True)[:count].sort().values]
             new.page_of[row, first : first + len(stay)] = stay
             new.slot_of[row, stay] = torch.arange(first, first + len(stay), device="cpu")
-    kept = ("last_use", "uses", "clock", "tokens", "range_sum", "heavy")
+    kept = ("last_use", "uses", "clock", "tokens", "range_sum", "heavy", "expected")
     return replace(new, **{name: getattr(state, name) for name in kept})

@@ -75,6 +75,7 @@ class Rule:
         resident: whether the cheaper level is in memory whole, beside the pool, as surrogates of some rank.
         evict: (calibration, L, K) -> eviction policy; None: the user's.
         shared: whether the layers share one cache.
+        forecasts: whether what the source says of the next layers, as many as the value is, keeps their experts there.
         function: of the scores, in place of the model's; they are the weights as they are.
         calibrated: whether its table or eviction policy asks the calibration.
         by_logits: whether it fits only models that select by the logits of a softmax.
@@ -104,6 +105,7 @@ class Rule:
     resident: bool = False
     evict: Callable | None = None
     shared: bool = False
+    forecasts: bool = False
     calibrated: bool = False
     function: str | None = None
     by_logits: bool = False
