@@ -148,6 +148,64 @@ def latency(
 
 
 @app.command()
+def systems(
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="Byte-level model folder; repeatable.", show_default="those that are shipped"),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text; repeatable. Speed is measured on each model's first.",
+            show_default="prose of the Python language reference, and Python source",
+        ),
+    ] = None,
+    capacity: Annotated[
+        str, typer.Option(help="Size of every pool: experts of each layer, or a share of them.")
+    ] = "50%",
+    payload: Annotated[str, typer.Option(help="As latency's.")] = "qwen1.5-moe",
+    tokens: Annotated[int, typer.Option(min=3, help="Tokens decoded on the clock, in three segments.")] = 24,
+    quality_tokens: Annotated[
+        int, typer.Option(min=512, help="Tokens of each text that quality is measured on.")
+    ] = 2048,
+    profile: Annotated[str, typer.Option(help="As latency's.")] = "none",
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help="As latency's; repeatable.", show_default="each system at a setting of its own"),
+    ] = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/systems.json"),
+    plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/systems.png"),
+):
+    """Eleven systems on the same work, in pools of the same bytes: what each saves and costs, and what chance costs.
+
+    Calibrations are made where they are missing, which takes a minute or two a model.
+    """
+    with one_sentence():
+        import argparse
+
+        from cachemoe.benchmarks.systems_plot import plot_systems
+        from cachemoe.benchmarks.systems_run import SystemsOptions, run_systems
+        from cachemoe.benchmarks.systems_tables import notes, tables
+        from cachemoe.moe.checkpoint import TINYMOE
+
+        for path in (json_path, plot_path):
+            check_destination(path)
+        texts = text or [None, Path(argparse.__file__)]
+        options = SystemsOptions(
+            model or [TINYMOE], texts, capacity, payload, tokens, quality_tokens, profile, strategy
+        )
+        report = run_systems(options, show_progress)
+        for table in tables(report):
+            console.print(table)
+        for note in notes(report):
+            console.print(note)
+        save_report(report, json_path)
+        with whole_file(plot_path) as partial:
+            plot_systems(report, partial)
+        console.print(f"[dim]Picture: {plot_path}.[/dim]")
+
+
+@app.command()
 def gpu(
     out: Annotated[Path, typer.Option(help="Where every figure goes; the pictures go beside it.")] = Path(
         "results/gpu.json"

@@ -112,7 +112,10 @@ def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     # Rules without functions of their own are the original's policy.
     ruled = {name: rule for name, rule in RULES.items() if rule.key or rule.grade}
     policies = {"original": (ORIGINAL, RULES["original"])}
-    policies |= {name: (Policy(rule.key, rule.grade, False, knobs), rule) for name, rule in ruled.items()}
+    for name, rule in ruled.items():
+        table = rule.table and _empty(1, experts, dtype=torch.float32)
+        functions = rule.key, rule.grade, False, knobs, table, rule.swaps, rule.renormalises
+        policies[name] = Policy(*functions), rule
     prior = RULES["cache-prior"]
     policies["cache-prior, bounded"] = Policy(prior.key, None, True, knobs), prior
     correction = _empty(experts, dtype=torch.float32) if router.corrected else None
@@ -122,9 +125,11 @@ def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     for eviction, strategy in ways:
         (policy, rule), evict = policies[strategy], EVICTION_POLICIES[eviction]
         top_k = rule.places(None, router.top_k, experts) if rule.places else router.top_k
-        state = Residency.empty(torch.full((1,), max(experts // 2, top_k)), experts).to("meta")
+        half = max(experts // 2, top_k)
+        state = Residency.empty(torch.full((1,), half), experts, [half] * rule.cheaper).to("meta")
         for tokens in (1, 512) if strategy in PAPERS_OWN else (512,):
             logits, out = _empty(1, tokens, experts), Routing.empty(1, tokens, top_k, "meta")
+            out.asked = torch.empty_like(out.ids) if rule.cheaper or rule.swaps else None
             arguments = (logits, state, evict, top_k, policy, router.scores, correction, out)
             yield f"{strategy}, {eviction}, T = {tokens}", plan_route(*arguments)
             if tokens == 1 and strategy in ("original", "cache-prior"):

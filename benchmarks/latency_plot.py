@@ -24,6 +24,12 @@ COLOURS = {
     "relu-literal": "#d7b5a6",
     "pregated-hint": "#8cd17d",
     "pregated-exec": "#499894",
+    "hobbit": "#d37295",
+    "edgemoe": "#a0cbe8",
+    "moec-substitute": "#ff9d9a",
+    "smola-lowrank": "#86bcb6",
+    "readme-lookahead": "#b6992d",
+    "random-cheap": "#d4cfc9",
     "random-drop": "#bab0ac",
     "random-swap": "#79706e",
 }

@@ -17,17 +17,31 @@ def capacity_report(
     settings: Sequence[Setting],
     evaluation: Evaluation,
     speeds: dict,
+    pages: Sequence[int],
 ) -> dict:
     """Everything measured at one capacity.
 
     Args:
-        rows: as ``decode_rows`` left them.
+        rows: as ``decode_rows`` left them; none where only quality was measured.
         settings: the evaluation's, in its order.
         speeds: of the machine: ``link_bytes_per_second`` and ``memory_bytes_per_second``.
+        pages: bytes of each level's.
     """
+    quality = {str(s.strategy): q for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity}
+    belady = evaluation.belady_miss_rate(capacity)
+    layers, _, k = evaluation.original_ids.shape
+    about = {
+        "capacity": capacity,
+        "capacity_fraction": capacity / experts,
+        "belady_miss_rate": belady,
+        "belady_bytes_per_token": belady * layers * k * pages[0],
+    }
+    if not rows:
+        here = [s.strategy for s in settings if s.capacity == capacity]
+        named = ({"name": str(s), "strategy": str(s), "label": s.label} for s in here)
+        return about | {"rows": [n | _quality(quality[n["name"]], evaluation.unmodified, pages) for n in named]}
     by_name = {row.name: row for row in rows}
     original, resident = by_name[str(ORIGINAL)], by_name[RESIDENT]
-    quality = {str(s.strategy): q for s, q in zip(settings, evaluation.settings, strict=True) if s.capacity == capacity}
     report = []
     for row in rows:
         strategy = str(row.setting.strategy)
@@ -37,14 +51,9 @@ def capacity_report(
         like = by_name[f"{RESIDENT} {IN_A_GRAPH}"] if IN_A_GRAPH in row.name else resident
         entry |= _speed(row, original, like) | _movement(row, like, speeds)
         if not row.name.startswith((RESIDENT, FREE_MISSES)):
-            entry |= _quality(quality[strategy], evaluation.unmodified)
+            entry |= _quality(quality[strategy], evaluation.unmodified, pages)
         report.append(entry)
-    return {
-        "capacity": capacity,
-        "capacity_fraction": capacity / experts,
-        "belady_miss_rate": evaluation.belady_miss_rate(capacity),
-        "rows": report,
-    }
+    return about | {"rows": report}
 
 
 def _speed(row: Decode, original: Decode, resident: Decode) -> dict:
@@ -130,13 +139,20 @@ def _ratios(slow: Decode, fast: Decode) -> list[float]:
     return [sum(a) / sum(b) for a, b in zip(slow.seconds, fast.seconds, strict=True)]
 
 
-def _quality(quality: Quality, unmodified: Quality) -> dict:
+def _quality(quality: Quality, unmodified: Quality, pages: Sequence[int]) -> dict:
     windows = len(quality.nats)
     same = unmodified.nats[:windows]  # of a shorter text, where the setting was stepped on one
     changes = [(a - b) / NATS_PER_BIT for a, b in zip(quality.nats, same, strict=True)]
     # torch's, since statistics.stdev raises where one is not finite.
     deviation = float(torch.tensor(changes, dtype=torch.float64).std()) if windows > 1 else None
+    routed = quality.selections / (quality.top_k * quality.layers)  # tokens, a window's first among them
+    missed = (quality.misses - quality.cheap_misses) * pages[0] + quality.cheap_misses * pages[-1]
     return quality.costs(unmodified) | {
+        "misses_per_token": quality.misses / routed,
+        "drops_per_token": max(0, quality.selections - quality.runs) / routed,
+        "swaps_per_token": quality.swaps / routed,
+        "cheap_per_token": quality.cheap / routed,
+        "missed_bytes_per_token": missed / routed,
         "bits_per_byte": quality.bits_per_byte,
         "bits_per_byte_change": sum(changes) / quality.tokens,
         "bits_per_byte_change_standard_error": deviation and deviation * windows**0.5 / quality.tokens,

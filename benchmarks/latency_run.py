@@ -150,6 +150,9 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
 
         def measure(capacity: int) -> dict:
             """One capacity; its pools are gone when the next one's are made."""
+            pages, speeds_here = level_bytes.pages, speeds | {"link_bytes_per_second": link}
+            if not options.tokens:
+                return capacity_report(capacity, shape.experts, [], settings, evaluation, speeds_here, pages)
             counts = [capacity] * len(shape.layers)
             ahead = set(prefetchers) != {NO_PREFETCH} or any(s.rule.prefetches for s in strategies)
             staging = STAGING if ahead else 0
@@ -173,8 +176,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
                 rows = rows_at(capacity, settings, prefetchers, evaluation, *engines, shape)
                 with progress(f"decoding with {capacity} of {shape.experts} experts", len(rows) * SEGMENTS) as advance:
                     decode_rows(model, shape, rows, plan, advance)
-            speeds_here = speeds | {"link_bytes_per_second": link}
-            return capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds_here)
+            return capacity_report(capacity, shape.experts, rows, settings, evaluation, speeds_here, pages)
 
         reports = [measure(capacity) for capacity in capacities]
     if timeline is not None:

@@ -53,9 +53,8 @@ def route_cpu(
         step = _step_one if caches == 1 else _step
         ids, slots, hits, *misses = step(choose, grade, state, evict, tokens, top_k)
     else:
-        ids, slots, hits, *misses, asked, own = _step_pages(
-            choose, grade, state, evict, tokens, top_k, ranked[1], policy
-        )
+        order = _candidates(*ranked[:3], scores)
+        ids, slots, hits, *misses, asked, own = _step_pages(choose, grade, state, evict, tokens, top_k, order, policy)
 
     weights = ranked[-1].take(_places(ids, experts))
     if grade is not None:
@@ -69,8 +68,8 @@ def route_cpu(
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
     results = (ids, weights, slots, hits, *misses)
-    if asked is not None:
-        asked = torch.from_numpy(asked)
+    may_differ = state.levels > 1 or policy.swaps
+    asked = torch.from_numpy(asked) if may_differ else None
     if out is None:
         *tensors, miss_pages, miss_slots, miss_count = map(torch.from_numpy, results)
         return Routing(*tensors, Misses(miss_pages, miss_slots, miss_count), asked)

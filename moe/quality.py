@@ -53,6 +53,7 @@ class Quality:
         swaps: of these, such as were not among the model's own K.
         cheap: of these, at a cheaper level than full precision.
         top_k: K of the model.
+        layers: L of the model.
         control: the same text with as many experts dropped, or swapped, by chance; None where none were.
     """
 
@@ -68,6 +69,7 @@ class Quality:
     kl: float = 0.0
     agreements: int = 0
     top_k: int = 0
+    layers: int = 0
     control: "Quality | None" = None
 
     @property
@@ -204,7 +206,7 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
         leaves = eviction_of(rule, evict, known["calibration"], shape)
         chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], leaves, **known)
         for row, i in enumerate(members):
-            qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k)
+            qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k, layers=layers)
         batches.append(([qualities[i] for i in members], state, chooser, strategy))
 
     original_ids = []

@@ -155,6 +155,12 @@ def graded(name, a):
     return Policy(grade=RULES[name].grade, knobs=torch.tensor([[2.0, a, 0.0, 0.0, torch.inf, 0.0]]))
 
 
+def policy_of_rule(name, a=0.0, b=0.0):
+    """Of a rule that asks for levels, or swaps."""
+    rule, knobs = RULES[name], torch.tensor([[0.0, a, b, 0.0, torch.inf, 5.0]])
+    return Policy(None, rule.grade, False, knobs, rule.table and torch.zeros(1, 1), rule.swaps, rule.renormalises)
+
+
 KNOBS_OF_ALL = torch.tensor([[1.0, 0.75, 0.5, 2.0, 0.3, 7.0]])
 STRATEGIES = {
     "original": ORIGINAL,
@@ -169,6 +175,11 @@ STRATEGIES = {
     "adap-skip": graded("adap-skip", 0.45),
     "relu-route": graded("relu-route", 1.2),
     "relu-literal": graded("relu-literal", 0.0),
+    "hobbit": policy_of_rule("hobbit", 0.4, 0.8),
+    "edgemoe": policy_of_rule("edgemoe"),
+    "moec-substitute": policy_of_rule("moec-substitute"),
+    "smola-lowrank": policy_of_rule("smola-lowrank"),
+    "random-cheap": policy_of_rule("random-cheap", 0.5),
     "every word": Policy(key_of_all, grade_of_all, True, KNOBS_OF_ALL, torch.zeros(1, 1)),
     "weights as they were": Policy(
         key_of_all, grade_of_all, False, KNOBS_OF_ALL, torch.zeros(1, 1), renormalises=False
@@ -179,10 +190,11 @@ STRATEGIES = {
 
 
 def sized(policy, n, caches=1):
-    """The policy with a table of so many experts, if it has one."""
-    if policy.table is None:
+    """The policy for so many caches, with a table of so many experts, if it has one."""
+    if policy.knobs is None:
         return policy
     table = torch.arange(caches * n, dtype=torch.float32).view(caches, n) * 7 % 5
+    table = None if policy.table is None else table
     return replace(policy, knobs=policy.knobs[:1].repeat(caches, 1), table=table)
 
 
@@ -352,7 +364,13 @@ def light_first(last_use, uses, heavy, distance, clock):
 
 @every_backend
 @pytest.mark.parametrize("evict", [LRU, light_first])
-@pytest.mark.parametrize("strategy", ["original", "levels", "swaps", "weights as they were", "every word"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        *("original", "hobbit", "edgemoe", "moec-substitute", "smola-lowrank", "random-cheap"),
+        *("levels", "swaps", "weights as they were", "every word"),
+    ],
+)
 @pytest.mark.parametrize("cheaper", [(3,), (3, 5), (12, 4, 3)])
 def test_levels_side_by_side(backend, evict, strategy, cheaper):
     policy, state = sized(STRATEGIES[strategy], 12, 2), Residency.empty(torch.tensor([3, 7]), 12, cheaper)
@@ -522,7 +540,7 @@ def test_what_route_refuses():
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
-    with pytest.raises(ValueError, match=r"1 caches need as many rows of knobs, not 2"):
+    with pytest.raises(ValueError, match=r"knobs must be \[1, 6\] for 1 caches, not \(2, 6\)"):
         route(logits, state, LRU, 2, policy_of(CachePrior(0.1), CachePrior(0.2)))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
