@@ -102,6 +102,7 @@ class PooledExperts:
         self._model, self._asked_evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
         self._evict = evict or least_recently_used
         self._level_bytes = level_bytes or LevelBytes([layout.page_format.page_bytes])
+        self._made_for = routing  # which the pool's levels, and whether layers share it, are for
         if calibration is not None:
             calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
         self._lock = Lock()
@@ -138,7 +139,8 @@ class PooledExperts:
         self._check_open()
         routing = checked(routing, self.shape.experts, self.shape.top_k)
         routing.check_calibration(self._calibration)
-        routing.check_slots(min(count.slots for count in self.layers), self.shape.experts, self.shape.top_k)
+        slots = int(self.engine.state.capacity.min())
+        routing.check_slots(slots, self.shape.experts, self.shape.top_k)
         state = self.engine.state
         rule, ranks = routing.rule, self._level_bytes.surrogates
         lacks = rule.cheaper >= state.levels or (rule.shared and not state.shared)
@@ -170,7 +172,7 @@ class PooledExperts:
         if self._adaptive:
             slots = adaptive_slots(slots, self._calibration, places)
         self.routing.check_slots(min(slots), self.shape.experts, self.shape.top_k)
-        capacity, cheaper = split_pool(slots, self.routing, self._level_bytes, self.shape.experts, places)
+        capacity, cheaper = split_pool(slots, self._made_for, self._level_bytes, self.shape.experts, places)
         with self._lock:
             try:
                 self.engine.resize(capacity, cheaper)
