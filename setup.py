@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
+BUILT_IN_MODELS = ("tinymoe", "steepmoe", "coarsemoe")
 PACKAGES = ("kernels", "moe", "moe.policies", "offload", "benchmarks")
 
 HF = ["transformers>=5.17"]
@@ -33,7 +34,9 @@ setup(
     # One level deep on purpose: tinymoe/training stays in the repository.
     package_data={
         "cachemoe.kernels": ["*.c"],
-        "cachemoe.moe": ["tinymoe/*.json", "tinymoe/*.safetensors", "tinymoe/*.csv"],
+        "cachemoe.moe": [
+            f"{model}/*.{suffix}" for model in BUILT_IN_MODELS for suffix in ("json", "safetensors", "csv")
+        ],
     },
     install_requires=[
         "torch>=2.11",

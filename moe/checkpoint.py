@@ -20,7 +20,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.header import TensorEntry, shown
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
-TINYMOE = Path(__file__).parent / "tinymoe"
+TINYMOE, STEEPMOE, COARSEMOE = (Path(__file__).parent / name for name in ("tinymoe", "steepmoe", "coarsemoe"))
 ADAPTER = "adapter_config.json"  # of peft's; transformers puts it onto the weights
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 

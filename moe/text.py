@@ -13,7 +13,7 @@ HELD_OUT = "pydoc_data.topics"
 
 
 def held_out_text() -> bytes:
-    """Prose of the Python language reference, from the standard library; tinymoe was not trained on any of it."""
+    """Prose of the Python language reference, from the standard library; no built-in model was trained on any of it."""
     return "\n\n".join(topics.topics[name].strip() for name in sorted(topics.topics)).encode()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "moe", "offload", "benchmarks")
+MODELS = ("tinymoe", "steepmoe", "coarsemoe")
 DATA_SUFFIXES = {".json", ".safetensors", ".csv"}
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
@@ -52,7 +53,8 @@ def test_top_level_is_cachemoe_alone(members):
 
 def test_every_source_and_data_file_is_in_and_nothing_else(members):
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".c")]
-    data = [path for path in (ROOT / "moe" / "tinymoe").glob("*") if path.suffix in DATA_SUFFIXES]
+    models = (ROOT / "moe" / name for name in MODELS)
+    data = [path for folder in models for path in folder.glob("*") if path.suffix in DATA_SUFFIXES]
     training = ROOT / "moe" / "tinymoe" / "training"
     elsewhere = (training, ROOT / "moe" / "public")
     expected = {f"cachemoe/{p.relative_to(ROOT).as_posix()}" for p in sources + data if p.parent not in elsewhere}

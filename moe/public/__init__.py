@@ -11,6 +11,8 @@ _HOMES = {
     "swap": "cachemoe.moe.load",
     "PooledExperts": "cachemoe.moe.pooled",
     "TINYMOE": "cachemoe.moe.checkpoint",
+    "STEEPMOE": "cachemoe.moe.checkpoint",
+    "COARSEMOE": "cachemoe.moe.checkpoint",
     "Original": "cachemoe.moe.strategies",
     "Pruning": "cachemoe.moe.strategies",
     "MaxRank": "cachemoe.moe.strategies",

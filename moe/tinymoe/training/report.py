@@ -1,6 +1,6 @@
-"""Measure that tinymoe is worth measuring on: its quality, what its router knows, and how hard its routing is to cache.
+"""Measure that a trained model is worth measuring on: its quality, what its router knows, how hard it is to cache.
 
-    python report.py --wikitext wikitext2-valid.txt     # writes ../report.json
+    python report.py --folder ../../steepmoe --wikitext wikitext2-valid.txt     # writes report.json into the folder
 
 Everything is measured on text the model was not trained on. Random choices have fixed seeds.
 """
@@ -28,9 +28,9 @@ from cachemoe.moe.text import HELD_OUT, held_out_text, load_tokens
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses
 
-FOLDER = Path(__file__).resolve().parent.parent
-CONTEXT, TOKENS, BATCH = 512, 65536, 16
+CONTEXT, TOKENS, STEPPED, BATCH = 512, 65536, 16384, 16
 CAPACITIES = (0.25, 0.5, 0.75)
+LAMBDA = 0.5  # of cache-prior
 
 
 @torch.inference_mode()
@@ -71,14 +71,28 @@ def replace_rank(generator: torch.Generator, experts: int, rank: int, ids: torch
     return ids
 
 
+def cache_prior_costs(model, shape, windows: torch.Tensor) -> dict[str, float]:
+    """Of cache-prior at half of the experts, which keeps the best of few large experts and the best two of many."""
+    strategy = Strategy("cache-prior", LAMBDA, 1 if shape.top_k == 2 else 2)
+    capacity = shape.experts // 2
+    found = evaluate(model, shape, windows, [Setting(strategy, capacity)], least_recently_used)
+    (quality,) = found.settings
+    settings = {"lambda": LAMBDA, "top_j": strategy.top_j, "capacity": capacity, "bytes": windows.numel()}
+    return settings | {
+        "perplexity_change": quality.perplexity_change(found.unmodified),
+        "kl_nats": quality.kl / quality.tokens,
+        "miss_rate": quality.miss_rate,
+        "experts_swapped": quality.swaps / quality.selections,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, required=True, help="the model's, as train.py exports it")
     parser.add_argument("--wikitext", type=Path, help="WikiText-2 validation text, a second, out-of-domain measurement")
-    parser.add_argument("--out", type=Path, default=FOLDER / "report.json")
     arguments = parser.parse_args()
 
-    checkpoint, model = Checkpoint(arguments.model), load_model(arguments.model)
+    checkpoint, model = Checkpoint(arguments.folder), load_model(arguments.folder)
     shape = checkpoint.shape
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     windows = load_tokens(None, shape.vocabulary, TOKENS).view(-1, CONTEXT)
@@ -105,13 +119,13 @@ def main() -> None:
 
     capacities = [round(fraction * shape.experts) for fraction in CAPACITIES]
     settings = [Setting(Strategy("original"), capacity) for capacity in capacities]
-    stepped = evaluate(model, shape, windows[:32], settings, least_recently_used)
+    stepped = evaluate(model, shape, windows[: STEPPED // CONTEXT], settings, least_recently_used)
     belady = [sum(belady_misses(layer, c) for layer in stepped.original_ids) for c in capacities]
     report = {
         "machine": describe(),
         "model": {
             "parameters": sum(p.numel() for p in model.parameters()),
-            "bytes": (arguments.model / "model.safetensors").stat().st_size,
+            "bytes": (arguments.folder / "model.safetensors").stat().st_size,
             "layers": len(shape.layers),
             "experts": shape.experts,
             "k": shape.top_k,
@@ -129,6 +143,7 @@ def main() -> None:
         },
         "bits_per_byte_lost": costs,
         "gate_weight_by_rank": weights.mean((0, 1)).tolist(),
+        "gate_weight_deviation_by_rank": weights.flatten(0, 1).std(0).tolist(),
         "gate_weight_by_rank_and_layer": weights.mean(1).tolist(),
         "expert_share": {
             "even": 1 / shape.experts,
@@ -141,13 +156,18 @@ def main() -> None:
             {"capacity": c, "lru": q.miss_rate, "belady": b / stepped.original_ids.numel()}
             for c, q, b in zip(capacities, stepped.settings, belady, strict=True)
         ],
+        "cache_prior": cache_prior_costs(model, shape, windows[: STEPPED // CONTEXT]),
     }
     if arguments.wikitext:
         tokens = load_tokens(arguments.wikitext, shape.vocabulary, 4 * TOKENS).view(-1, CONTEXT)
-        report["wikitext2_validation"] = {"bytes": tokens.numel(), "bits_per_byte": bits_per_byte(model, tokens)}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        report["wikitext2_validation"] = {
+            "bytes": tokens.numel(),
+            "bits_per_byte": bits_per_byte(model, tokens),
+            "cache_prior": cache_prior_costs(model, shape, tokens[: STEPPED // CONTEXT]),
+        }
+    (arguments.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
-    table = Table("measured", "value", title="tinymoe")
+    table = Table("measured", "value", title=arguments.folder.resolve().name)
     table.add_row("bits a byte, held-out prose", f"{report['held_out']['whole_text_bits_per_byte']:.3f}")
     if arguments.wikitext:
         table.add_row("bits a byte, WikiText-2", f"{report['wikitext2_validation']['bits_per_byte']:.3f}")
@@ -157,6 +177,10 @@ def main() -> None:
     table.add_row("least used expert, of an even share", f"{float(share.min()) * shape.experts:.2f}")
     for row in report["original_routing_misses"]:
         table.add_row(f"misses with {row['capacity']} slots: LRU, Belady", f"{row['lru']:.1%}, {row['belady']:.1%}")
+    texts = {"held-out prose": report, "WikiText-2": report.get("wikitext2_validation")}
+    for name, cost in ((name, found["cache_prior"]) for name, found in texts.items() if found):
+        told = f"{cost['perplexity_change']:+.2%}, {cost['miss_rate']:.1%}"
+        table.add_row(f"cache-prior {LAMBDA} with {cost['capacity']} slots, {name}: perplexity, misses", told)
     Console().print(table)
 
 

@@ -1,7 +1,7 @@
-"""Train tinymoe, a byte-level Qwen2MoeForCausalLM (the architecture of Qwen1.5-MoE-A2.7B), on a CPU.
+"""Train tinymoe, steepmoe or coarsemoe (``MODELS``), byte-level, on a CPU.
 
-    python train.py --corpus /tmp/tinymoe/corpus.bin --run /tmp/tinymoe/run --minutes 65
-    python train.py --run /tmp/tinymoe/run --export ..                   # the final bfloat16 folder
+    python train.py --model tinymoe --corpus /tmp/tinymoe/corpus.bin --run /tmp/tinymoe/run --minutes 65
+    python train.py --model tinymoe --run /tmp/tinymoe/run --export ..   # the final bfloat16 folder
 
 The first command, given again, continues an interrupted run from its last checkpoint. One single-threaded process a
 core shares each batch: on small matrices that beats one process with many threads by a wide margin. The learning
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -26,37 +27,71 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
 from transformers.integrations.moe import ExpertsInterface
 
 SEED = 20
-CONTEXT, BATCH = 512, 16  # bytes a sequence, sequences a step; before the decay, each is cut in two
-BALANCE, REVIVAL, FLATNESS, Z_LOSS = 0.01, 0.05, 0.1, 0.001  # each a layer; flatness fades with the learning rate
+CONTEXT = 512  # bytes a sequence; before the decay, each is cut in two
+REVIVAL, Z_LOSS = 0.05, 0.001  # each a layer
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.003, 0.01
 WARM_UP_STEPS, DECAY_SHARE = 100, 0.4
 LOG_STEPS, EVALUATE_STEPS, CHECKPOINT_SECONDS = 20, 200, 300
 HELD_OUT_BYTES = 1 << 16
 
 
-def configuration() -> Qwen2MoeConfig:
-    return Qwen2MoeConfig(
-        vocab_size=256,
-        hidden_size=160,
-        num_hidden_layers=8,
-        num_attention_heads=5,
-        num_key_value_heads=5,
-        intermediate_size=160,  # no dense layer uses it
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=128,
-        num_experts=60,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        max_position_embeddings=2048,
-        initializer_range=0.04,
-        router_aux_loss_coef=BALANCE,
-        tie_word_embeddings=False,
-        use_cache=True,
-    )
+@dataclass(frozen=True)
+class Recipe:
+    """A model, and what is asked of its gates.
+
+    Args:
+        config: its architecture and sizes, and how much the balance loss of a layer counts.
+        gates: weights by rank, ``[K]``, that each token's are pulled towards; they add up to one.
+        pull: how hard, a layer; it fades with the learning rate.
+        batch: sequences a step.
+    """
+
+    config: PreTrainedConfig
+    gates: tuple[float, ...]
+    pull: float
+    batch: int
+
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 160,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.04,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+}
+FINE = COMMON | {
+    "intermediate_size": 160,  # no dense layer uses it
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 128,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "norm_topk_prob": True,
+}
+COARSE = COMMON | {
+    "intermediate_size": 128,  # a token uses as many weights as of FINE's four experts and the shared one
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+MODELS = {  # Qwen2-MoE is the architecture of Qwen1.5-MoE-A2.7B
+    "tinymoe": Recipe(Qwen2MoeConfig(**FINE, router_aux_loss_coef=0.01), (0.25, 0.25, 0.25, 0.25), 0.1, 16),
+    "steepmoe": Recipe(Qwen2MoeConfig(**FINE, router_aux_loss_coef=0.002), (0.40, 0.26, 0.19, 0.15), 0.05, 8),
+    "coarsemoe": Recipe(MixtralConfig(**COARSE, router_aux_loss_coef=0.01), (0.68, 0.32), 0.05, 8),
+}
+
+
+def untrained(recipe: Recipe) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(recipe.config, dtype=torch.float32)
 
 
 @torch.compile(dynamic=False)
@@ -127,9 +162,11 @@ ExpertsInterface.register("sorted", sorted_experts)
 
 
 class Router:
-    """Keeps what a layer's gate last computed, for the losses that keep its experts in use."""
+    """Keeps what a layer's gate last computed, for the losses that keep its experts in use and shape its weights."""
 
-    def __init__(self, gate: nn.Module):
+    def __init__(self, gate: nn.Module, recipe: Recipe):
+        self.gates, self.pull = torch.tensor(recipe.gates), recipe.pull
+        self.balance = recipe.config.router_aux_loss_coef
         gate.register_forward_hook(self.keep)
 
     def keep(self, _module: nn.Module, _inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
@@ -139,15 +176,16 @@ class Router:
         """Switch Transformer's balance loss of this layer (1 when even), and the sum of all terms as they are weighed.
 
         The balance loss hardly moves an expert of small probability, so revival pushes up those below half their even
-        share. Flatness keeps the weight of a token's later experts up, the z-loss keeps the logits small.
+        share. The shape, of a token's weights by rank, keeps those of its later experts up: towards the recipe's, which
+        for an even recipe is the sum of their squares less a constant. The z-loss keeps the logits small.
         """
         experts, probability = self.logits.shape[1], self.logits.softmax(-1).mean(0)
         share = self.index.flatten().bincount(minlength=experts) / self.index.numel()
         balance = experts * (share * probability).sum()
         revival = -(F.relu(1 - 2 * experts * share) * (experts * probability).log()).mean()
-        flatness = self.weight.square().sum(-1).mean()
+        shape = (self.weight - self.gates).square().sum(-1).mean()
         z = self.logits.logsumexp(-1).square().mean()
-        return balance, BALANCE * balance + REVIVAL * revival + FLATNESS * fade * flatness + Z_LOSS * z
+        return balance, self.balance * balance + REVIVAL * revival + self.pull * fade * shape + Z_LOSS * z
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -163,45 +201,46 @@ def orthogonal(matrix: Tensor) -> Tensor:
 class Muon:
     """Momentum made orthogonal (Jordan et al., 2024), every expert's matrices on their own, shared by the processes."""
 
-    def __init__(self, params: list[Tensor]):
-        self.params, self.momentum = params, [torch.zeros_like(p) for p in params]
+    def __init__(self, named: dict[str, Tensor]):
+        self.named, self.momentum = named, [torch.zeros_like(p) for p in named.values()]
 
     @torch.no_grad()
     def step(self, rate: float, gradient: Tensor) -> None:
-        for i, (p, m) in enumerate(zip(self.params, self.momentum, strict=True)):
+        for i, ((name, p), m) in enumerate(zip(self.named.items(), self.momentum, strict=True)):
             m.lerp_(p.grad, 0.05)
             if i % dist.get_world_size() != dist.get_rank():
                 p.grad.zero_()
                 continue
             update = p.grad.lerp(m, 0.95)
-            if p.ndim == 3 and p.shape[1] < p.shape[2]:  # gate and up, stored as one
+            if "gate_up" in name:  # two matrices, stored as one
                 update = update.unflatten(1, (2, -1))
             scale = max(1, update.shape[-2] / update.shape[-1]) ** 0.5
             p.grad.copy_(orthogonal(update).mul_(scale).reshape(p.shape))
         dist.all_reduce(gradient)  # the gradient's place now holds the updates: each process's own, and zeros
-        for p in self.params:
+        for p in self.named.values():
             p.mul_(1 - rate * WEIGHT_DECAY).add_(p.grad, alpha=-rate)
 
 
 class Run:
     """A process's copy of the model and its optimizers; all copies stay equal, as they see the same gradient."""
 
-    def __init__(self, folder: Path, budget: float):
+    def __init__(self, recipe: Recipe, folder: Path, budget: float):
         torch.manual_seed(SEED)
-        self.model = Qwen2MoeForCausalLM(configuration())
+        self.model = untrained(recipe)
         self.model.set_experts_implementation("sorted")
         layers = self.model.model.layers
-        self.routers = [Router(layer.mlp.gate) for layer in layers]
+        self.routers = [Router(layer.mlp.gate, recipe) for layer in layers]
         for layer in layers:
             norms = layer.input_layernorm, layer.post_attention_layernorm
-            for part in (layer.self_attn, layer.mlp.shared_expert, *norms):
+            shared = [layer.mlp.shared_expert] if hasattr(layer.mlp, "shared_expert") else []
+            for part in (layer.self_attn, *shared, *norms):
                 part.compile(dynamic=False)
         params = list(self.model.parameters())
         self.gradient = torch.zeros(sum(p.numel() for p in params) + 1)  # the last place carries the time spent
         for p, part in zip(params, self.gradient[:-1].split([p.numel() for p in params]), strict=True):
             p.grad = part.view_as(p)
-        matrices = [p for n, p in layers.named_parameters() if p.ndim > 1 and "gate.weight" not in n]
-        others = [p for p in params if all(p is not m for m in matrices)]
+        matrices = {n: p for n, p in layers.named_parameters() if p.ndim > 1 and "gate.weight" not in n}
+        others = [p for p in params if all(p is not m for m in matrices.values())]
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0, fused=True)
         self.step, self.seconds, self.budget, self.checkpoint = 0, 0.0, budget, folder / "checkpoint.safetensors"
@@ -286,7 +325,8 @@ def worker(rank: int, world: int, meeting: str, args: argparse.Namespace) -> Non
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     budget = args.minutes * 60
-    run = Run(args.run, budget)
+    recipe = MODELS[args.model]
+    run = Run(recipe, args.run, budget)
     corpus = cut(np.fromfile(args.corpus, np.uint8), CONTEXT)
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(SEED))
     text = "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()[:HELD_OUT_BYTES]
@@ -298,14 +338,14 @@ def worker(rank: int, world: int, meeting: str, args: argparse.Namespace) -> Non
     with Progress(disable=rank > 0 or not tty) as progress:
         bar, recent = progress.add_task("training", total=budget), []
         while run.seconds < budget:
-            first = run.step * BATCH + rank
-            picks = order[torch.arange(first, first + BATCH - rank, world) % len(order)]
+            first = run.step * recipe.batch + rank
+            picks = order[torch.arange(first, first + recipe.batch - rank, world) % len(order)]
             recent.append(run.train(corpus[picks].long(), time.monotonic() - started))
             done = run.seconds >= budget
             evaluation = run.held_out_bits(held_out) if done or run.step % EVALUATE_STEPS == 0 else None
             if rank == 0 and (done or run.step % LOG_STEPS == 0):
                 bits, balance = np.mean(recent, axis=0)
-                tokens = run.step * BATCH * CONTEXT
+                tokens = run.step * recipe.batch * CONTEXT
                 shown = "" if evaluation is None else f"{evaluation:.4f}"
                 log.add([run.step, tokens, f"{run.seconds:.0f}", f"{bits:.4f}", f"{balance:.4f}", shown])
                 recent.clear()
@@ -329,22 +369,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         return saved, file.metadata()
 
 
-def export(run: Path, folder: Path) -> None:
-    model = Qwen2MoeForCausalLM(configuration())
+def export(recipe: Recipe, run: Path, folder: Path) -> None:
+    model = untrained(recipe)
     model.load_state_dict(read_checkpoint(run / "checkpoint.safetensors")[0]["model"])
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--corpus", type=Path, help="corpus.bin, as corpus.py writes it")
     parser.add_argument("--run", type=Path, required=True, help="folder for the checkpoint and loss.csv")
     parser.add_argument("--minutes", type=float, default=65, help="training time")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 2), help="two made tinymoe")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 2), help="two made all three")
     parser.add_argument("--export", type=Path, help="write the run's checkpoint here instead of training")
     args = parser.parse_args()
     if args.export:
-        export(args.run, args.export)
+        export(MODELS[args.model], args.run, args.export)
         return
     args.run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
