@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from cachemoe.kernels.eviction import eviction
@@ -262,6 +263,7 @@ def decide(chosen, levels, order, state, b: int, swaps: bool, table) -> list[tup
     """
     experts, count = state.experts, state.levels
     slot_of = state.slot_of[b, state.layer * count * experts :][: count * experts].tolist()
+    table = None if table is None else table.tolist()
 
     def best(e: int, worst: int) -> int | None:
         return next((page for page in range(e, (worst + 1) * experts, experts) if slot_of[page] >= 0), None)
@@ -297,39 +299,46 @@ def settle(ran, state, b: int, evict: Callable) -> tuple[dict[int, int], list[tu
     """
     k, experts = len(ran), state.experts
     first_expert, first_page = state.layer * experts, state.layer * experts * state.levels
-    slot_of, page_of = state.slot_of[b], state.page_of[b]
-    before = int(state.clock[b])
-    for place, (e, page, _, _) in enumerate(ran):
-        if page >= 0:
-            state.last_use[b, first_expert + e] = before + k - place
-            state.uses[b, first_expert + e] += 1
-            if state.heavy is not None:
-                state.heavy[b, first_expert + e] += page < experts
+    slot_of, page_of = state.slot_of[b].numpy(), state.page_of[b].numpy()
+    clock, touched = int(state.clock[b]), [(place, e, page) for place, (e, page, _, _) in enumerate(ran) if page >= 0]
+    of_cache = [first_expert + e for _, e, _ in touched]
+    state.last_use[b].numpy()[of_cache] = [clock + k - place for place, _, _ in touched]
+    state.uses[b].numpy()[of_cache] += 1
+    if state.heavy is not None:
+        state.heavy[b].numpy()[of_cache] += [page < experts for _, _, page in touched]
     placed = {page: int(slot_of[first_page + page]) for _, page, _, hit in ran if hit}
     missed = []
     if absent := [page for _, page, _, hit in ran if page >= 0 and not hit]:
-        key, of_expert = eviction(evict, state)()[b].tolist(), _expert_of(state)
-        ends = [(first, min(end, first + int(state.capacity[b])) if level == 0 else end)
-                for level, (first, end) in enumerate(state.slots)]  # fmt: skip
+        keys, levels = eviction(evict, state)()[b], {}
         for page in absent:
+            if (level := page // experts) not in levels:
+                levels[level] = _leaving(state, b, level, keys)
             # Free slots, lowest first, then residents by the policy's key; never one that the token needs.
-            open_slots = [slot for slot in range(*ends[page // experts]) if slot not in placed.values()]
-            held = {slot: int(page_of[slot]) for slot in open_slots}
-            slot = min(
-                open_slots, key=lambda slot: (0, slot) if held[slot] < 0 else (1, key[of_expert(held[slot])], slot)
-            )
-            if held[slot] >= 0:
-                slot_of[held[slot]] = -1
+            in_use = set(placed.values())
+            slot = next(slot for slot in levels[level] if slot not in in_use)
+            if page_of[slot] >= 0:
+                slot_of[page_of[slot]] = -1
             slot_of[first_page + page], page_of[slot], placed[page] = slot, first_page + page, slot
             missed.append((page, slot))
     state.clock[b] += k
     return placed, missed
 
 
-def _expert_of(state) -> Callable[[int], int]:
-    """Of a page in a cache its expert, as the cache's tensors have them."""
+def _leaving(state, b: int, level: int, keys) -> list[int]:
+    """The slots of a level in cache ``b``, those first that are to be given up first.
+
+    Args:
+        keys: ``[N]`` of the cache's experts.
+    """
     experts, size = state.experts, state.experts * state.levels
-    return lambda page: page // size * experts + page % experts
+    first, end = state.slots[level]
+    if level == 0:
+        end = min(end, first + int(state.capacity[b]))
+    held = state.page_of[b, first:end].numpy()
+    worth = keys[held // size * experts + held % experts]
+    order = np.lexsort((np.arange(len(held)), worth, held >= 0))
+    free = np.flatnonzero(held < 0)
+    return (first + np.concatenate((free, order[len(free) :]))).tolist()
 
 
 @torch.no_grad()
