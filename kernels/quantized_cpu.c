@@ -1,4 +1,4 @@
-// Rows of int8 and int4 pages times vectors, at the speed at which memory gives the rows; see quantized_cpu.py.
+// Rows of int8, int4 and int2 pages times vectors, at the speed at which memory gives the rows; see quantized_cpu.py.
 //
 // Threads are those of torch's own pool. A row is reduced by one thread in one order, whatever their number: same
 // inputs, same bits. Products accumulate in float32. Nothing is read beyond a row, but for prefetches, which may.
@@ -16,7 +16,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define BLOCK 64    // bytes of a row that are multiplied together: 16 lanes of 4 bytes
-#define COLUMNS 128 // in a block at most: int4's
+#define COLUMNS 256 // in a block at most: int2's
 #define AHEAD 1024  // bytes between what is computed and what is asked of memory
 #define ONCE 0, 0   // to be read, and not again: weights should not drive everything else out of the caches
 
@@ -28,14 +28,15 @@ typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
 
 // A block of x in the order in which a block of weights is shifted out of its words.
 typedef struct {
-    lanes sums;  // over each lane's columns
+    lanes sums;        // over each lane's columns
+    lanes correction;  // of int2 in bfloat16: minus what `two_dots` makes of them too much
     union {
-        float f32[8][16];      // [place in a 32-bit word][word]
-        uint16_t bf16[4][32];  // [place in a 16-bit word][word]
+        float f32[16][16];     // [place in a 32-bit word][word]
+        uint16_t bf16[8][32];  // [place in a 16-bit word][word]
     };
 } block;
 
-// How the values lie: `bits` 4 or 8, `group` columns of int4 that share a scale, x in bfloat16 or in float32.
+// How the values lie: `bits` 2, 4 or 8, `group` columns of int2 and int4 that share a scale, x in bfloat16 or float32.
 typedef struct {
     int bits, group, bf16;
 } format;
@@ -61,46 +62,60 @@ INLINE float sum(lanes v) {
     return (all[0] + all[2]) + (all[1] + all[3]);
 }
 
-static void pack_block(const void *x, int64_t columns, format f, block *out) {
-    uint16_t halves[COLUMNS] = {0};
-    float values[COLUMNS] = {0};
-    const int a_lane = 32 / f.bits;
+// What the lowest bit of int2's value i counts where `values_bf16` takes it.
+#define PLACE(i) (1 << 2 * ((i) % 3))
+
+INLINE void pack_block(const void *x, int64_t columns, format f, block *out) {
+    uint16_t halves[COLUMNS];
+    float values[COLUMNS];
+    const int a_lane = 32 / f.bits, a_word = 16 / f.bits, all = 16 * a_lane;
+    memset(halves, 0, all * 2);
+    memset(values, 0, all * 4);
     if (f.bf16) {
         memcpy(halves, x, columns * 2);
-        for (int k = 0; k < COLUMNS; k++) values[k] = from_bf16(halves[k]);
+        for (int k = 0; k < all; k++) values[k] = from_bf16(halves[k]);
     } else
         memcpy(values, x, columns * 4);
     for (int l = 0; l < 16; l++) {
-        float total = 0;
-        for (int i = 0; i < a_lane; i++) total += values[a_lane * l + i];
+        float total = 0, correction = 0;
+        for (int i = 0; i < a_lane; i++) {
+            total += values[a_lane * l + i];
+            if (f.bits == 2) correction -= values[a_lane * l + i] * (128.0f / PLACE(i % a_word) + 2);
+        }
         out->sums[l] = total;
+        if (f.bits == 2) out->correction[l] = correction;
     }
-    if (f.bits == 4 && f.bf16 && BF16_DOT)
-        for (int i = 0; i < 4; i++)
-            for (int l = 0; l < 32; l++) out->bf16[i][l] = halves[4 * l + i];
+    if (f.bits < 8 && f.bf16 && BF16_DOT)
+        for (int i = 0; i < a_word; i++)
+            for (int l = 0; l < 32; l++) {
+                const int k = a_word * l + i;
+                out->bf16[i][l] = f.bits == 4 ? halves[k] : to_bf16(values[k] / PLACE(i));
+            }
     else
         for (int i = 0; i < a_lane; i++)
             for (int l = 0; l < 16; l++) out->f32[i][l] = values[a_lane * l + i];
 }
 
-// Of each word the lowest nibble, less 8.
-INLINE lanes nibbles(words w) {
+// Of each word the lowest 4 or 2 bits, less 8 or 2.
+INLINE lanes lowest(words w, int bits) {
 #if defined(__AVX512F__)
-    static const float values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    return (lanes)_mm512_permutexvar_ps((__m512i)w, _mm512_loadu_ps(values));  // a lookup takes four bits of its index
+    static const float values[2][16] = {{-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1},
+                                        {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}};
+    const __m512 table = _mm512_loadu_ps(values[bits == 4]);
+    return (lanes)_mm512_permutexvar_ps((__m512i)w, table);  // a lookup takes four bits of its index
 #else
-    return __builtin_convertvector((integers)(w & 15) - 8, lanes);
+    return __builtin_convertvector((integers)(w & ((1 << bits) - 1)) - (1 << (bits - 1)), lanes);
 #endif
 }
 
-// Each lane's sum over its columns of (nibble - 8) * x, or of byte * x.
+// Each lane's sum over its columns of (q - 8) * x or (q - 2) * x, or of byte * x.
 INLINE lanes dot_f32(const uint8_t *packed, const block *x, int bits) {
     const words w = *(const words *)packed;
     lanes even = {0}, odd = {0};
     for (int i = 0; i < 32 / bits; i += 2) {
-        if (bits == 4) {
-            even += nibbles(w >> 4 * i) * *(const lanes *)x->f32[i];
-            odd += nibbles(w >> (4 * i + 4)) * *(const lanes *)x->f32[i + 1];
+        if (bits < 8) {
+            even += lowest(w >> bits * i, bits) * *(const lanes *)x->f32[i];
+            odd += lowest(w >> bits * (i + 1), bits) * *(const lanes *)x->f32[i + 1];
         } else {
             even += __builtin_convertvector((integers)(w << (24 - 8 * i)) >> 24, lanes) * *(const lanes *)x->f32[i];
             odd += __builtin_convertvector((integers)(w << (16 - 8 * i)) >> 24, lanes) * *(const lanes *)x->f32[i + 1];
@@ -110,45 +125,77 @@ INLINE lanes dot_f32(const uint8_t *packed, const block *x, int bits) {
 }
 
 #if BF16_DOT
-INLINE lanes dot_bf16(const uint8_t *packed, const block *x) {
-    static const uint16_t values[32] = {  // -8 to 7 in bfloat16, twice: a lookup takes five bits, of which four count
+// Of each half of a word value i in bfloat16. Of int4 it is looked up, less 8. Of int2 it lies in the fraction of a
+// number between 128 and 256, which a single instruction makes: 128 + PLACE(i) * q, three of them from one shift.
+INLINE __m512bh values_bf16(__m512i w, int i, int bits) {
+    static const uint16_t table[32] = {  // -8 to 7 in bfloat16, twice: a lookup takes five bits, of which four count
         0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
         0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040,
         0x4080, 0x40a0, 0x40c0, 0x40e0};
-    __m512i w = _mm512_loadu_si512(packed), table = _mm512_loadu_si512(values);
-    __asm__("" : "+v"(w));  // loaded once: compilers would fold a load into every shift
-    __m512 even = _mm512_setzero_ps(), odd = even;
-#define STEP(total, i)                                                                              \
-    _mm512_dpbf16_ps(total, (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * i), table), \
-                     (__m512bh)_mm512_loadu_si512(x->bf16[i]))
-    even = STEP(even, 0);
-    odd = STEP(odd, 1);
-    even = STEP(even, 2);
-    odd = STEP(odd, 3);
-#undef STEP
-    return (lanes)_mm512_add_ps(even, odd);
+    if (bits == 4)
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(w, 4 * i), _mm512_loadu_si512(table));
+    const __m512i mask = _mm512_set1_epi16(3 * PLACE(i)), exponent = _mm512_set1_epi16(0x4300);
+    return (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 6 * (i / 3)), mask, exponent, 0xea);  // a & b | c
 }
-#else
-#define dot_bf16(packed, x) dot_f32(packed, x, 4)
 #endif
 
+// `dot_f32` of a block of two rows; x in bfloat16 is multiplied as such, with both rows in turns. Int2's x is divided by
+// PLACE, so that a product is too large by (128 / PLACE + 2) * x, and the sums begin at minus that: what cancels costs
+// some 2e-6 of the result, where the rounding of x to bfloat16 has cost 2e-3.
+INLINE void two_dots(const uint8_t *packed, const uint8_t *packed2, const block *x, format f, lanes *dots) {
+#if BF16_DOT
+    if (f.bf16) {
+        __m512i w = _mm512_loadu_si512(packed), w2 = _mm512_loadu_si512(packed2);
+        __asm__("" : "+v"(w), "+v"(w2));  // loaded once: compilers would fold a load into every shift
+        __m512 even = f.bits == 4 ? _mm512_setzero_ps() : (__m512)x->correction, odd = _mm512_setzero_ps();
+        __m512 even2 = even, odd2 = odd;
+        for (int i = 0; i < 16 / f.bits; i += 2) {
+            const __m512bh a = (__m512bh)_mm512_loadu_si512(x->bf16[i]);
+            const __m512bh b = (__m512bh)_mm512_loadu_si512(x->bf16[i + 1]);
+            even = _mm512_dpbf16_ps(even, values_bf16(w, i, f.bits), a);
+            even2 = _mm512_dpbf16_ps(even2, values_bf16(w2, i, f.bits), a);
+            odd = _mm512_dpbf16_ps(odd, values_bf16(w, i + 1, f.bits), b);
+            odd2 = _mm512_dpbf16_ps(odd2, values_bf16(w2, i + 1, f.bits), b);
+        }
+        dots[0] = (lanes)_mm512_add_ps(even, odd);
+        dots[1] = (lanes)_mm512_add_ps(even2, odd2);
+        return;
+    }
+#endif
+    dots[0] = dot_f32(packed, x, f.bits);
+    dots[1] = dot_f32(packed2, x, f.bits);
+}
+
 // A block's pairs of scale and zero (bfloat16, in a word), each over the lanes of its group.
-INLINE words spread(const uint32_t *pairs, int group) {
-    const words zero = {0}, lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+INLINE words spread(const uint32_t *pairs, format f) {
+    const int count = BLOCK * 8 / f.bits / f.group;
+    const words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#if defined(__AVX512F__)
+    const __m512i read = _mm512_maskz_loadu_epi32((1 << count) - 1, pairs);
+    return (words)_mm512_permutexvar_epi32((__m512i)(lane / (16 / count)), read);
+#else
+    const words zero = {0};
     words w = zero + pairs[0];
-    for (int g = 1; g < COLUMNS / group; g++) {
-        const words here = (words)(lane >= zero + (uint32_t)(g * group / 8));
+    for (int g = 1; g < count; g++) {
+        const words here = (words)(lane >= zero + (uint32_t)(g * 16 / count));
         w = (w & ~here) | ((zero + pairs[g]) & here);
     }
     return w;
+#endif
 }
 
-// A block of a row times x; of int8 still without its scale, which is the row's.
-INLINE lanes times(const uint8_t *packed, const uint32_t *pairs, const block *x, format f) {
-    if (f.bits == 8) return dot_f32(packed, x, 8);
-    const words w = spread(pairs, f.group);
-    const lanes dot = f.bf16 ? dot_bf16(packed, x) : dot_f32(packed, x, 4);
-    return (lanes)(w << 16) * dot + (lanes)(w & 0xffff0000) * x->sums;
+// Adds a block of two rows times x to their sums; of int8 still without its scale, which is the row's.
+INLINE void add_two(const uint8_t *packed, const uint8_t *packed2, const uint32_t *pairs, const uint32_t *pairs2,
+                    const block *x, format f, lanes *sums) {
+    lanes dots[2];
+    two_dots(packed, packed2, x, f, dots);
+    for (int i = 0; i < 2; i++)
+        if (f.bits == 8)
+            sums[i] += dots[i];
+        else {
+            const words w = spread(i ? pairs2 : pairs, f);
+            sums[i] += (lanes)(w << 16) * dots[i] + (lanes)(w & 0xffff0000) * x->sums;
+        }
 }
 
 // Rows 0 and `apart` times x: two at once, so that what is loaded of x serves both; far apart, so that memory sees two
@@ -156,15 +203,16 @@ INLINE lanes times(const uint8_t *packed, const uint32_t *pairs, const block *x,
 INLINE void two_rows(const uint8_t *packed, const uint32_t *scales, const block *x, int64_t apart, int64_t columns,
                      format f, float *y) {
     const int64_t row_bytes = columns * f.bits / 8, whole = row_bytes / BLOCK, left = row_bytes % BLOCK;
-    const int64_t row_scales = f.bits == 8 ? 1 : columns / f.group, block_scales = f.bits == 8 ? 0 : COLUMNS / f.group;
+    const int64_t row_scales = f.bits == 8 ? 1 : columns / f.group;
+    const int64_t block_scales = f.bits == 8 ? 0 : BLOCK * 8 / f.bits / f.group;
     const uint8_t *packed2 = packed + apart * row_bytes;
     const uint32_t *scales2 = scales + apart * row_scales;
-    lanes first = {0}, second = {0};
+    lanes sums[2] = {{0}};
     for (int64_t b = 0; b < whole; b++) {
-        __builtin_prefetch(packed + b * BLOCK + AHEAD, ONCE);
-        __builtin_prefetch(packed2 + b * BLOCK + AHEAD, ONCE);
-        first += times(packed + b * BLOCK, scales + b * block_scales, x + b, f);
-        second += times(packed2 + b * BLOCK, scales2 + b * block_scales, x + b, f);
+        const int64_t at = b * BLOCK, at_scales = b * block_scales;
+        __builtin_prefetch(packed + at + AHEAD, ONCE);
+        __builtin_prefetch(packed2 + at + AHEAD, ONCE);
+        add_two(packed + at, packed2 + at, scales + at_scales, scales2 + at_scales, x + b, f, sums);
     }
     if (left) {
         uint8_t last[2][BLOCK] = {0};
@@ -174,12 +222,11 @@ INLINE void two_rows(const uint8_t *packed, const uint32_t *scales, const block 
         memcpy(last[1], packed2 + whole * BLOCK, left);
         memcpy(pairs[0], scales + whole * block_scales, left_scales * 4);
         memcpy(pairs[1], scales2 + whole * block_scales, left_scales * 4);
-        first += times(last[0], pairs[0], x + whole, f);
-        second += times(last[1], pairs[1], x + whole, f);
+        add_two(last[0], last[1], pairs[0], pairs[1], x + whole, f, sums);
     }
     const float *scale = (const float *)scales, *scale2 = (const float *)scales2;
-    y[0] = f.bits == 8 ? sum(first) * *scale : sum(first);
-    y[apart] = f.bits == 8 ? sum(second) * *scale2 : sum(second);
+    y[0] = f.bits == 8 ? sum(sums[0]) * *scale : sum(sums[0]);
+    y[apart] = f.bits == 8 ? sum(sums[1]) * *scale2 : sum(sums[1]);
 }
 
 INLINE void page(const uint8_t *packed, const uint32_t *scales, const block *x, int64_t blocks, int64_t tokens,
@@ -205,12 +252,15 @@ void linear(int bits, int group, int bf16, const void *x, int shared, const uint
             const uint8_t *scales, int64_t scales_stride, const int64_t *slots, int64_t jobs, int64_t tokens,
             int64_t rows, int64_t columns, block *scratch, float *y) {
     const int64_t blocks = blocks_of(bits, columns), columns_of_block = BLOCK * 8 / bits;
-    const format given = {bits, group, bf16};
     for (int64_t row = 0; row < (shared ? 1 : jobs) * tokens; row++)
         for (int64_t b = 0; b < blocks; b++) {
             const int64_t first = b * columns_of_block, left = columns - first;
-            pack_block((const char *)x + (row * columns + first) * (bf16 ? 2 : 4),
-                       left < columns_of_block ? left : columns_of_block, given, scratch + row * blocks + b);
+            const int64_t some = left < columns_of_block ? left : columns_of_block;
+            const char *from = (const char *)x + (row * columns + first) * (bf16 ? 2 : 4);
+            block *to = scratch + row * blocks + b;
+#define PACK(bits) pack_block(from, some, (format){bits, 0, bf16}, to)
+            bits == 8 ? PACK(8) : bits == 4 ? PACK(4) : PACK(2);
+#undef PACK
         }
 #pragma omp parallel
     for (int64_t j = 0; j < jobs; j++) {
@@ -219,12 +269,15 @@ void linear(int bits, int group, int bf16, const void *x, int shared, const uint
         const block *blocked = scratch + (shared ? 0 : j * tokens * blocks);
         float *out = y + j * tokens * rows;
 #define PAGE(...) page(packed, s, blocked, blocks, tokens, rows, columns, (format){__VA_ARGS__}, out)
+#define GROUPED(bits, bf16) \
+    (group == 128 ? PAGE(bits, 128, bf16) : group == 64 ? PAGE(bits, 64, bf16) : PAGE(bits, 32, bf16))
         if (bits == 8)
             PAGE(8, 0, 0);
-        else if (bf16)
-            group == 128 ? PAGE(4, 128, 1) : group == 64 ? PAGE(4, 64, 1) : PAGE(4, 32, 1);
+        else if (bits == 4)
+            bf16 ? GROUPED(4, 1) : GROUPED(4, 0);
         else
-            group == 128 ? PAGE(4, 128, 0) : group == 64 ? PAGE(4, 64, 0) : PAGE(4, 32, 0);
+            bf16 ? GROUPED(2, 1) : GROUPED(2, 0);
+#undef GROUPED
 #undef PAGE
     }
 }
@@ -237,30 +290,37 @@ INLINE void store(float value, int bf16, void *out, int64_t i) {
 }
 
 INLINE void unpack_int8(const int8_t *q, const float *scales, int64_t rows, int64_t columns, int bf16, void *out) {
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = r * columns; i < (r + 1) * columns; i++) store(q[i] * scales[r], bf16, out, i);
 }
 
-INLINE void unpack_int4(const uint8_t *packed, const uint32_t *pairs, int64_t groups, int64_t group, int bf16,
-                        void *out) {
-#pragma omp parallel for schedule(static)
+INLINE void unpack_groups(int bits, const uint8_t *packed, const uint32_t *pairs, int64_t groups, int64_t group,
+                          int bf16, void *out) {
+#pragma omp for schedule(static)
     for (int64_t g = 0; g < groups; g++) {
         const float scale = from_bf16(pairs[g] & 0xffff), zero = from_bf16(pairs[g] >> 16);
-        for (int64_t i = g * group / 2; i < (g + 1) * group / 2; i++) {
-            store(((packed[i] & 15) - 8) * scale + zero, bf16, out, 2 * i);
-            store(((packed[i] >> 4) - 8) * scale + zero, bf16, out, 2 * i + 1);
+        for (int64_t i = g * group * bits / 16; i < (g + 1) * group * bits / 16; i++) {
+            uint16_t word;
+            memcpy(&word, packed + 2 * i, 2);
+            for (int k = 0; k < 16 / bits; k++) {
+                const int q = word >> bits * k & ((1 << bits) - 1);
+                store((q - (1 << (bits - 1))) * scale + zero, bf16, out, 16 / bits * i + k);
+            }
         }
     }
 }
 
-// One matrix as it is: out[r, k] = byte * scale or (nibble - 8) * scale + zero, in float32 or that rounded to bfloat16.
+// One matrix as it is: out[r, k] = byte * scale or (q - 8 or 2) * scale + zero, in float32 or rounded to bfloat16.
 void unpack(int bits, int64_t group, int bf16, const void *packed, const void *scales, int64_t rows, int64_t columns,
             void *out) {
+#define GROUPS(bits, bf16) unpack_groups(bits, packed, scales, rows * columns / group, group, bf16, out)
+#pragma omp parallel
     if (bits == 8)
         bf16 ? unpack_int8(packed, scales, rows, columns, 1, out) : unpack_int8(packed, scales, rows, columns, 0, out);
-    else if (bf16)
-        unpack_int4(packed, scales, rows * columns / group, group, 1, out);
+    else if (bits == 4)
+        bf16 ? GROUPS(4, 1) : GROUPS(4, 0);
     else
-        unpack_int4(packed, scales, rows * columns / group, group, 0, out);
+        bf16 ? GROUPS(2, 1) : GROUPS(2, 0);
+#undef GROUPS
 }
