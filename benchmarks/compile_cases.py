@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -9,7 +10,7 @@ from cachemoe.benchmarks.geometries import GEOMETRIES, Geometry
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import plan_prefill
 from cachemoe.kernels.fetch_gpu import plan_fetch
-from cachemoe.kernels.formats import ACTIVATIONS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import ACTIVATIONS, GROUPED, GROUPS, PageFormat
 from cachemoe.kernels.launch import Launch
 from cachemoe.kernels.policy import KNOBS, ORIGINAL, Policy
 from cachemoe.kernels.route_gpu import plan_route
@@ -52,9 +53,9 @@ def _formats(geometry: Geometry) -> Iterator[tuple[str, PageFormat, torch.dtype]
     for kind, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("int8", torch.bfloat16)):
         yield kind, geometry.page_format(kind), dtype
     yield "bf16 for float32", geometry.page_format("bf16"), torch.float32
-    for group in INT4_GROUPS:
+    for kind, group in product(GROUPED, GROUPS):
         if geometry.hidden % group == 0 and geometry.intermediate % group == 0:
-            yield f"int4 {group}", replace(geometry.page_format("int4"), group=group), torch.bfloat16
+            yield f"{kind} {group}", replace(geometry.page_format(kind), group=group), torch.bfloat16
 
 
 def experts_arguments(geometry: Geometry, page_format: PageFormat, dtype: torch.dtype, tokens: int) -> tuple:

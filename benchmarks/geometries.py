@@ -5,9 +5,9 @@ From each model's ``config.json`` on Hugging Face.
 
 from dataclasses import dataclass
 
-from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.formats import GROUPED, PageFormat
 
-INT4_GROUP = 64  # the largest that divides every model's H and I
+GROUP = 64  # the largest that divides every model's H and I
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Geometry:
 
     def page_format(self, kind: str) -> PageFormat:
         """Layout of one expert's page."""
-        group = INT4_GROUP if kind == "int4" else 0
+        group = GROUP if kind in GROUPED else 0
         return PageFormat(kind, self.hidden, self.intermediate, group, **dict(self.options))
 
 

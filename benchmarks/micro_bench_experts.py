@@ -21,11 +21,11 @@ from cachemoe.benchmarks.micro_workload import Case, Workload, check
 from cachemoe.benchmarks.timing import plan_round
 from cachemoe.kernels.experts import experts
 from cachemoe.kernels.formats import FLOATS
-from cachemoe.kernels.quantize import unpack_nibbles
+from cachemoe.kernels.quantize import unpack_bits
 
 CUDA = torch.cuda.is_available()
 PREFILL = 512
-DECODE_KINDS = ("bf16", "int8", "int4")
+DECODE_KINDS = ("bf16", "int8", "int4", "int2")
 # A prompt keeps a CPU busy for a second a call: there, only two models' layers.
 PREFILL_GEOMETRIES = tuple(GEOMETRIES) if CUDA else ("olmoe", "qwen1.5-moe")
 # Compiling takes some 10 s a layer: on a GPU for the finest experts, the coarsest, and those with biases.
@@ -80,7 +80,7 @@ def make_int4_loop(workload: Workload) -> Callable:
     packed = {}
     for name in ("gate_up", "down"):
         packed[name] = [
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(weight).int(), 1)
+            torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_bits(weight, 4).int(), 1)
             for weight in workload.weights[name]
         ]
         packed[f"{name}_scales"] = workload.weights[f"{name}_scales"].transpose(1, 2).contiguous()

@@ -29,7 +29,7 @@ def make_pages(name: str, kind: str):
     """Store ``[CALLS * K, page_bytes]`` uint8, pinned, and pool ``[K, page_bytes]`` on the GPU."""
     page_format, k = GEOMETRIES[name].page_format(kind), GEOMETRIES[name].top_k
     pages = torch.empty(CALLS * k, page_format.page_bytes, dtype=torch.uint8, pin_memory=True)
-    fill(page_format.views(pages[:1]), torch.Generator().manual_seed(0))
+    fill(page_format.views(pages[:1]), page_format, torch.Generator().manual_seed(0))
     pages[1:] = pages[0]
     pages[:, 0] = torch.arange(CALLS * k)  # so that a page out of place is seen: the lower half of a weight, or two
     return pages, torch.empty(k, page_format.page_bytes, dtype=torch.uint8, device="cuda")

@@ -73,7 +73,7 @@ class Steps:
         self._layers = range(ceil(WORKING_SET / (geometry.experts // 2 * size)))
         pages = (len(self._layers) * geometry.experts, size)
         self._memory = torch.empty(pages, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        fill(self.page_format.views(self._memory), torch.Generator().manual_seed(0))
+        fill(self.page_format.views(self._memory), self.page_format, torch.Generator().manual_seed(0))
         layout = StoreLayout("random", len(self._layers), geometry.experts, self.page_format)
         store = SimpleNamespace(layout=layout, memory=self._memory)
         capacity = [geometry.experts * 3 // 4 for _ in self._layers]

@@ -6,6 +6,7 @@ from math import ceil
 import torch
 
 from cachemoe.benchmarks.geometries import GEOMETRIES
+from cachemoe.kernels.formats import PageFormat
 
 WORKING_SET = 512 << 20  # bytes that the calls of one rotation read at least: several times any cache
 PREFILL_CALLS = 2
@@ -58,7 +59,7 @@ class Workload:
         self.pages = torch.empty(slots, self.page_format.page_bytes, dtype=torch.uint8, device=device)
         self.weights = self.page_format.views(self.pages)
         generator = torch.Generator(device).manual_seed(0)
-        fill(self.weights, generator)
+        fill(self.weights, self.page_format, generator)
         chosen = (
             torch.randperm(slots, generator=generator, device=device).view(calls, 1, k) if case.tokens == 1 else None
         )
@@ -81,7 +82,7 @@ class Workload:
         return 2 * tokens * k * 3 * self.geometry.hidden * self.geometry.intermediate
 
 
-def fill(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
+def fill(weights: dict[str, torch.Tensor], page_format: PageFormat, generator: torch.Generator) -> None:
     """Random weights that keep activations near 1: one page of noise, turned further from page to page.
 
     Drawing every page anew would take minutes on a CPU.
@@ -90,11 +91,13 @@ def fill(weights: dict[str, torch.Tensor], generator: torch.Generator) -> None:
     for name, tensor in weights.items():
         shape, dtype = tensor.shape[1:], tensor.dtype
         columns = weights[name.removesuffix("_scales").removesuffix("_bias")].shape[-1]
-        if name.endswith("_scales") and dtype == torch.float32:  # int8's
-            tensor.fill_(1 / (73 * columns**0.5))
-            continue
-        if name.endswith("_scales"):  # int4's scale and zero; a byte holds two columns
-            tensor[..., 0], tensor[..., 1] = 1 / (4.6 * (2 * columns) ** 0.5), 0.0
+        if name.endswith("_scales"):
+            bits = page_format.bits
+            scale = ((4**bits - 1) / 12 * columns * 8 / bits) ** -0.5  # of integers that are as likely each
+            if page_format.group:  # a scale and a zero
+                tensor[..., 0], tensor[..., 1] = scale, scale / 2
+            else:
+                tensor.fill_(scale)
             continue
         if dtype.is_floating_point:
             spread = 0.1 if name.endswith("_bias") else columns**-0.5

@@ -14,7 +14,7 @@ from cachemoe.kernels.experts_tiles import DecodeTiles, PrefillTiles
 from cachemoe.kernels.launch import Launch
 
 TRIED = [(geometry, kind) for geometry in ("qwen3-30b-a3b", "gpt-oss-20b", "mixtral-8x7b") for kind in ("bf16", "int4")]
-TRIED.append(("qwen3-30b-a3b", "int8"))
+TRIED += [("qwen3-30b-a3b", "int8"), ("qwen3-30b-a3b", "int2")]
 """Geometries and page formats: the finest experts, the coarsest, and widths that are no powers of two."""
 
 LAUNCHES = ("gate_up", "down")
@@ -77,8 +77,7 @@ def neighbours(tiles: DecodeTiles, least_k: int) -> list[DecodeTiles]:
 
 def retiled(launch: Launch) -> list[Launch]:
     """A decode launch, and the same with the neighbours of its tiles."""
-    least_k = max(16, launch.constants["GROUP"] // 8)
-    return [retile(launch, tiles) for tiles in neighbours(tiles_of(launch), least_k)]
+    return [retile(launch, tiles) for tiles in neighbours(tiles_of(launch), least_k=16)]
 
 
 def title(tiles: DecodeTiles) -> str:

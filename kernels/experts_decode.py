@@ -8,6 +8,8 @@ With a ``source``, missing experts are read through: from their page in the stor
 written into their slot in the same pass.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -34,23 +36,26 @@ def two_floats(words, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _add_two(products, sums, eight, pair, BYTE: tl.constexpr, FLOAT: tl.constexpr):
-    """``products`` and the values of a byte of each word times ``pair``'s two numbers, ``sums`` and the two numbers.
+def _add_two(products, sums, words, pair, PLACE: tl.constexpr, BITS: tl.constexpr, FLOAT: tl.constexpr):
+    """``products`` and two values of each word times ``pair``'s two numbers, ``sums`` and the two numbers.
 
-    Both are [N, P, K]: each thread sums the numbers that it has read, once for all its rows, and asks no other.
+    The values are those from bit ``PLACE`` on. Products and sums are [N, P, K]: each thread sums the numbers that it
+    has read, once for all its rows, and asks no other.
     Values stay where they are in the word: q from bit b on, read as the bits of a float32, is q * 2**(b - 149), while
-    b <= 20. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion; nothing is lost
-    for x of 2**-57 to 2**47.
+    it ends below bit 24. Numbers are scaled by 2**(80 - b), and every product is q * x / 2**69 without a conversion;
+    nothing is lost for x of 2**-57 to 2**47.
     """
     even, odd = two_floats(pair, FLOAT)
     sums += (even + odd)[None, :, :]
-    if BYTE == 3:
-        eight >>= 8
-    PLACE: tl.constexpr = 8 * (2 if BYTE == 3 else BYTE)
-    low = (eight & (15 << PLACE)).to(tl.float32, bitcast=True)
-    high = (eight & (240 << PLACE)).to(tl.float32, bitcast=True)
-    products += low * (even * 2.0 ** (80 - PLACE))[None, :, :]
-    products += high * (odd * 2.0 ** (76 - PLACE))[None, :, :]
+    if PLACE >= 24:
+        words >>= 8
+    LOW: tl.constexpr = PLACE - 8 if PLACE >= 24 else PLACE
+    HIGH: tl.constexpr = LOW + BITS
+    ONES: tl.constexpr = (1 << BITS) - 1
+    low = (words & (ONES << LOW)).to(tl.float32, bitcast=True)
+    high = (words & (ONES << HIGH)).to(tl.float32, bitcast=True)
+    products += low * (even * 2.0 ** (80 - LOW))[None, :, :]
+    products += high * (odd * 2.0 ** (80 - HIGH))[None, :, :]
     return products, sums
 
 
@@ -87,14 +92,14 @@ def _bytes(words):
 
 @triton.jit
 def _matvec(
-    x_ptr,  # the vectors; as words of two elements where KIND is int4
+    x_ptr,  # the vectors; as words of two elements for int4 and int2
     x_first,  # [P] where vector p begins, or [1], the same for all, counted as length is
     x_live,  # [P] or [1] bool, vectors to read; the others are 0
     rows,  # [N * P] pointers to the first element of each row
-    scale_rows,  # [N * P] pointers to each row's scales, as words of a scale and a zero (int4)
+    scale_rows,  # [N * P] pointers to each row's scales, as words of a scale and a zero (int4, int2)
     live,  # [N * P] bool, rows to read; the others give 0
-    length,  # elements of a row: values, or words of eight (int4) or four (int8)
-    KIND: tl.constexpr,
+    length,  # elements of a row: values, or words of 32 / BITS (int8, int4, int2)
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,33 +119,32 @@ def _matvec(
     # A thread sums what it loads at once, 16 bytes, so that few accumulators are live.
     AT_ONCE: tl.constexpr = 128 // rows.dtype.element_ty.primitive_bitwidth
     PARTS: tl.constexpr = BLOCK_K // AT_ONCE
-    if KIND == "int4":
-        GROUP_WORDS: tl.constexpr = GROUP // 8
+    if GROUP:
+        VALUES: tl.constexpr = 32 // BITS
+        GROUP_WORDS: tl.constexpr = GROUP // VALUES
         GROUPS: tl.constexpr = BLOCK_K // GROUP_WORDS
-        total = tl.zeros([N, P, GROUPS, PARTS // GROUPS], tl.float32)
+        EACH: tl.constexpr = max(1, PARTS // GROUPS)
+        total = tl.zeros([N, P, GROUPS, EACH], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
             inside = k < length
-            eight = _read(rows, k, inside, live, pool_rows, missing, N, READ_THROUGH, "evict_first")
+            several = _read(rows, k, inside, live, pool_rows, missing, N, READ_THROUGH, "evict_first")
             g = first // GROUP_WORDS + tl.arange(0, GROUPS)
             some = g < length // GROUP_WORDS
-            words = _read(scale_rows, g, some, live, pool_scale_rows, missing, N, READ_THROUGH, "")
+            pairs = _read(scale_rows, g, some, live, pool_scale_rows, missing, N, READ_THROUGH, "")
             inside = inside[None, :] & x_live[:, None]
-            at = x_ptr + 4 * (x_first[:, None] + k[None, :])
-            byte_0, byte_1 = tl.load(at, inside, 0), tl.load(at + 1, inside, 0)
-            byte_2, byte_3 = tl.load(at + 2, inside, 0), tl.load(at + 3, inside, 0)
+            at = x_ptr + VALUES // 2 * (x_first[:, None] + k[None, :])
             products, sums = tl.zeros([N, P, BLOCK_K], tl.float32), tl.zeros([N, P, BLOCK_K], tl.float32)
-            products, sums = _add_two(products, sums, eight, byte_0, 0, FLOAT)
-            products, sums = _add_two(products, sums, eight, byte_1, 1, FLOAT)
-            products, sums = _add_two(products, sums, eight, byte_2, 2, FLOAT)
-            products, sums = _add_two(products, sums, eight, byte_3, 3, FLOAT)
-            dot = tl.sum(tl.reshape(products, [N, P, GROUPS, PARTS // GROUPS, AT_ONCE]), 4) * 2.0**69
-            sum_x = tl.sum(tl.reshape(sums, [N, P, GROUPS, PARTS // GROUPS, AT_ONCE]), 4)
-            scale, zero = two_floats(words, tl.bfloat16)
-            total += scale[:, :, :, None] * dot + (zero - 8.0 * scale)[:, :, :, None] * sum_x
-        total = tl.reshape(total, [N, P, PARTS])
+            for i in tl.static_range(VALUES // 2):
+                pair = tl.load(at + i, inside, 0)
+                products, sums = _add_two(products, sums, several, pair, 2 * BITS * i, BITS, FLOAT)
+            dot = tl.sum(tl.reshape(products, [N, P, GROUPS, EACH, GROUP_WORDS // EACH]), 4) * 2.0**69
+            sum_x = tl.sum(tl.reshape(sums, [N, P, GROUPS, EACH, GROUP_WORDS // EACH]), 4)
+            scale, zero = two_floats(pairs, tl.bfloat16)
+            total += scale[:, :, :, None] * dot + (zero - 2.0 ** (BITS - 1) * scale)[:, :, :, None] * sum_x
+        total = tl.reshape(total, [N, P, GROUPS * EACH])
     else:
-        WORDS: tl.constexpr = KIND == "int8" and rows.dtype.element_ty == tl.int32
+        WORDS: tl.constexpr = BITS == 8 and rows.dtype.element_ty == tl.int32
         EACH: tl.constexpr = 4 if WORDS else 1
         total = tl.zeros([N, P, PARTS], tl.float32)
         for first in tl.range(0, length, BLOCK_K, num_stages=STAGES):
@@ -182,7 +186,7 @@ def _decode_rows(
     scales_stride,
     bias_stride,
     length,
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -191,19 +195,19 @@ def _decode_rows(
     READ_THROUGH: tl.constexpr,
 ):
     """[N * P] float32: rows of the slots' matrix times vectors, scaled and with their bias."""
-    groups = length // (GROUP // 8) if KIND == "int4" else 1
+    groups = length // (GROUP * BITS // 32) if GROUP else 1
     rows = weight + slot * weight_stride + row.to(tl.int64) * length
-    scale_rows = scales + slot * scales_stride + row * groups if KIND == "int4" or KIND == "int8" else rows
+    scale_rows = scales + slot * scales_stride + row * groups if BITS <= 8 else rows
     pool_rows = rows
     pool_scale_rows = scale_rows
     missing = live
     if READ_THROUGH:
         missing = (source >= 0) & live
         rows = tl.where(missing, weight_source + source * weight_stride + row.to(tl.int64) * length, rows)
-        if KIND == "int4" or KIND == "int8":
+        if BITS <= 8:
             scale_rows = tl.where(missing, scales_source + source * scales_stride + row * groups, scale_rows)
     # What the end needs is read before the stream of weights, not after.
-    if KIND == "int8":
+    if BITS == 8:
         scale = tl.load(scale_rows, live, 0.0)
         if READ_THROUGH:
             tl.store(pool_scale_rows, scale, missing)
@@ -215,10 +219,10 @@ def _decode_rows(
             tl.store(pool_bias, from_store, missing)
             b = tl.where(missing, from_store, b)
     y = _matvec(
-        x_ptr, x_first, x_live, rows, scale_rows, live, length, KIND, GROUP, FLOAT, BLOCK_K, STAGES,
+        x_ptr, x_first, x_live, rows, scale_rows, live, length, BITS, GROUP, FLOAT, BLOCK_K, STAGES,
         pool_rows, pool_scale_rows, missing, N, READ_THROUGH,
     )  # fmt: skip
-    if KIND == "int8":
+    if BITS == 8:
         y *= scale
     if bias is not None:
         y += b
@@ -227,7 +231,7 @@ def _decode_rows(
 
 @triton.jit
 def _decode_gate_up_kernel(
-    x_ptr,  # [T, H], as words for int4
+    x_ptr,  # [T, H], as words for int4 and int2
     slots_ptr,  # [T, K] int64
     source_ptr,  # [T, K] int64 or None
     pending_ptr,  # [T, K] bool or None
@@ -244,7 +248,7 @@ def _decode_gate_up_kernel(
     chunks,
     I,
     K,
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     GATED: tl.constexpr,
@@ -276,7 +280,7 @@ def _decode_gate_up_kernel(
         none + tl.load(source_ptr + pair) if READ_THROUGH else none, row, m >= 0,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
         weight_stride, scales_stride, bias_stride, length,
-        KIND, GROUP, h_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
+        BITS, GROUP, h_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
     )  # fmt: skip
     sums = tl.reshape(sums, [BLOCK_N, MATRICES])
     matrix = tl.arange(0, MATRICES)
@@ -289,7 +293,7 @@ def _decode_gate_up_kernel(
 
 @triton.jit
 def _decode_down_kernel(
-    h_ptr,  # [T * K, I], as words for int4
+    h_ptr,  # [T * K, I], as words for int4 and int2
     slots_ptr,  # [T, K] int64
     source_ptr,  # [T, K] int64 or None
     pending_ptr,  # [T, K] bool or None
@@ -308,7 +312,7 @@ def _decode_down_kernel(
     chunks,
     H,
     K,
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
     PADDED_K: tl.constexpr,
@@ -346,7 +350,7 @@ def _decode_down_kernel(
         h_ptr, vectors * length, computed, slot, source, n, live,
         weight_ptr, scales_ptr, bias_ptr, weight_source_ptr, scales_source_ptr, bias_source_ptr,
         weight_stride, scales_stride, bias_stride, length,
-        KIND, GROUP, y_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
+        BITS, GROUP, y_ptr.dtype.element_ty, BLOCK_K, STAGES, BLOCK_N, READ_THROUGH,
     )  # fmt: skip
     if not FINISH:
         tl.store(at, sums, live)
@@ -385,7 +389,9 @@ def plan_decode(
     of ``experts_read_through``.
     """
     tokens, top_k = slots.shape
-    int4 = page_format.kind == "int4"
+    grouped = page_format.group > 0
+    # Left to itself the assembler would spill to fit more programs: a word of int2 takes 16 numbers of x.
+    limit = 168 if page_format.bits == 2 else None
     launches = []
     for name, kernel, vectors, outputs in (
         ("gate_up", _decode_gate_up_kernel, x, page_format.intermediate),
@@ -394,19 +400,20 @@ def plan_decode(
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
         from_store = [None if source is None else source_weights.get(name + part) for part in ("", "_scales", "_bias")]
         # Rows of int8 that are multiples of 16 bytes are read as words; the others a byte at a time, converted.
-        in_words = int4 or (page_format.kind == "int8" and weight.shape[-1] % 16 == 0)
+        in_words = grouped or (page_format.kind == "int8" and weight.shape[-1] % 16 == 0)
         if in_words:
             weight = weight.view(torch.int32)
             from_store[0] = None if source is None else from_store[0].view(torch.int32)
-        if int4:
+        if grouped:
             scales = as_words(scales)
             from_store[1] = None if source is None else as_words(from_store[1])
         matrices = triton.next_power_of_2(top_k) if name == "down" else 2 if page_format.gated else 1
-        # A row of words is a multiple of 16 bytes: given as the number of groups or of four words, the compiler knows.
-        chunk = page_format.group // 8 if int4 else 4 if in_words else 1
-        tiles = decode_tiles(weight.dtype, outputs, weight.shape[-1], matrices, page_format.group)
+        # A row's words are given as the number of groups or of 16 bytes: so the compiler knows how they are aligned.
+        group = page_format.group * page_format.bits // 32  # in words
+        chunk = math.gcd(weight.shape[-1], max(4, group)) if in_words else 1
+        tiles = decode_tiles(weight.dtype, outputs, weight.shape[-1], matrices)
         arguments = {
-            "x_ptr" if name == "gate_up" else "h_ptr": as_words(vectors) if int4 else vectors,
+            "x_ptr" if name == "gate_up" else "h_ptr": as_words(vectors) if grouped else vectors,
             "slots_ptr": slots,
             "source_ptr": source,
             "pending_ptr": pending,
@@ -423,7 +430,7 @@ def plan_decode(
             "K": top_k,
         }
         constants = {
-            "KIND": page_format.kind,
+            "BITS": page_format.bits,
             "GROUP": page_format.group,
             "CHUNK": chunk,
             "BLOCK_N": tiles.block_n,
@@ -452,6 +459,7 @@ def plan_decode(
                 tiles.warps,
                 streams_pages=True,
                 pipelined=tiles.stages > 1,
+                max_registers=limit,
             )
         )
     return launches

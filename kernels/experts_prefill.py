@@ -20,29 +20,33 @@ from cachemoe.kernels.launch import Launch
 @triton.jit
 def _weight_tile(
     weight,  # pointer to the slot's matrix
-    scales,  # pointer to its scales, as words of a scale and a zero (int4)
+    scales,  # pointer to its scales, as words of a scale and a zero (int4, int2)
     row,  # [N] rows of the matrix
     live,  # [N]
     first,  # first input
     length,  # inputs of a row
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     FLOAT: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_K, N] in FLOAT: a tile of the matrix, transposed; int8 before its scales."""
     row = row.to(tl.int64)
-    if KIND == "int4":
-        k = first // 2 + tl.arange(0, BLOCK_K // 2)
-        at = weight + row[:, None] * (length // 2) + k[None, :]
-        packed = tl.load(at, live[:, None] & (k < length // 2)[None, :], 0).to(tl.int32)
+    if GROUP:
+        VALUES: tl.constexpr = 8 // BITS  # in a byte
+        k = first // VALUES + tl.arange(0, BLOCK_K // VALUES)
+        at = weight + row[:, None] * (length // VALUES) + k[None, :]
+        packed = tl.load(at, live[:, None] & (k < length // VALUES)[None, :], 0).to(tl.int32)
+        q = tl.join(packed & 15, packed >> 4)
+        if BITS == 2:
+            q = tl.join(q & 3, q >> 2)
         GROUPS: tl.constexpr = max(1, BLOCK_K // GROUP)
-        q = tl.reshape(tl.join(packed & 15, packed >> 4), [row.shape[0], GROUPS, BLOCK_K // GROUPS]).to(tl.float32)
+        q = tl.reshape(q, [row.shape[0], GROUPS, BLOCK_K // GROUPS]).to(tl.float32)
         g = first // GROUP + tl.arange(0, GROUPS)
         at = scales + row[:, None] * (length // GROUP) + g[None, :]
         words = tl.load(at, live[:, None] & (g < length // GROUP)[None, :], 0)
         scale, zero = two_floats(words, tl.bfloat16)
-        w = tl.reshape((q - 8.0) * scale[:, :, None] + zero[:, :, None], [row.shape[0], BLOCK_K])
+        w = tl.reshape((q - 2.0 ** (BITS - 1)) * scale[:, :, None] + zero[:, :, None], [row.shape[0], BLOCK_K])
     else:
         k = first + tl.arange(0, BLOCK_K)
         w = tl.load(weight + row[:, None] * length + k[None, :], live[:, None] & (k < length)[None, :], 0)
@@ -69,7 +73,7 @@ def _grouped_kernel(
     outputs,  # of a pair: I or H
     K,
     SLOTS,
-    KIND: tl.constexpr,
+    BITS: tl.constexpr,
     GROUP: tl.constexpr,
     GATE_UP: tl.constexpr,
     GATED: tl.constexpr,
@@ -102,12 +106,12 @@ def _grouped_kernel(
     for first in range(0, length, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         a = tl.load(a_row + k[None, :], here[:, None] & (k < length)[None, :], 0)
-        w = _weight_tile(weight, scales, row, live, first, length, KIND, GROUP, FLOAT, BLOCK_K)
+        w = _weight_tile(weight, scales, row, live, first, length, BITS, GROUP, FLOAT, BLOCK_K)
         only = tl.dot(a, w, only, input_precision="ieee")
         if TWO:
-            w = _weight_tile(weight, scales, up_row, live, first, length, KIND, GROUP, FLOAT, BLOCK_K)
+            w = _weight_tile(weight, scales, up_row, live, first, length, BITS, GROUP, FLOAT, BLOCK_K)
             up = tl.dot(a, w, up, input_precision="ieee")
-    if KIND == "int8":
+    if BITS == 8:
         only *= tl.load(scales + row, live, 0.0)[None, :]
         if TWO:
             up *= tl.load(scales + up_row, live, 0.0)[None, :]
@@ -205,11 +209,11 @@ def plan_prefill(
     among = count if among is None else among
     most = most or (slots.numel(), among)
     # Left to itself the assembler would spill to fit more programs: products without tensor cores, values taken apart.
-    limit = 255 if x.dtype == torch.float32 or page_format.kind == "int4" else None
+    limit = 255 if x.dtype == torch.float32 or page_format.group else None
     launches = []
     for product, (name, a, y) in enumerate((("gate_up", x, h), ("down", h, pairs)) if most[0] else ()):
         weight, scales, bias = (weights.get(name + part) for part in ("", "_scales", "_bias"))
-        if page_format.kind == "int4":
+        if page_format.group:
             scales = as_words(scales)
         size = tiles[product] if tiles else prefill_tiles(slots.numel(), among, y.shape[-1], a.shape[-1], x.dtype)
         if not launches:
@@ -234,7 +238,7 @@ def plan_prefill(
             "SLOTS": count,
         }
         constants = {
-            "KIND": page_format.kind,
+            "BITS": page_format.bits,
             "GROUP": page_format.group,
             "GATE_UP": name == "gate_up",
             "GATED": page_format.gated,

@@ -39,22 +39,21 @@ def _power_of_two(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def decode_tiles(dtype: torch.dtype, outputs: int, length: int, matrices: int, group: int = 0) -> DecodeTiles:
+def decode_tiles(dtype: torch.dtype, outputs: int, length: int, matrices: int) -> DecodeTiles:
     """Tiles of about 8 KiB of weights, 64 bytes a thread of four warps, whatever the number of matrices side by side.
+
+    Of int4 and int2, which lie in words, a tile holds whole groups: these have 16 words at most.
 
     Args:
         dtype: of the stored weights.
         outputs: rows of each matrix.
         length: stored elements of a row.
         matrices: rows that one output needs: gate and up, or the experts of a token (a power of two).
-        group: values that share a scale, for int4.
     """
     elements = 8192 // dtype.itemsize
     # A warp reads at least 128 consecutive bytes of a row, a thread 16.
     block_n = max(1, min(8, 64 // matrices))
     block_k = max(16, min(elements // (matrices * block_n), _power_of_two(length)))  # a thread's 16 bytes at least
-    if group:
-        block_k = max(block_k, group // 8)
     return DecodeTiles(min(block_n, _power_of_two(outputs)), block_k, 4, 3)
 
 

@@ -5,8 +5,8 @@ starts at a multiple of 16 bytes, for wide loads, and the page ends at a multipl
 
 - ``bf16``, ``fp16``, ``fp32``: as they are.
 - ``int8``: a float32 scale for each output channel.
-- ``int4``: two values a byte, consecutive along the input dimension, with a bfloat16 scale and zero for each group of
-  them.
+- ``int4``, ``int2``: two or four values a byte, consecutive along the input dimension, with a bfloat16 scale and zero
+  for each group of them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from functools import cache, cached_property
 import torch
 
 from cachemoe.kernels.quantize import (
-    dequantize_int4,
+    dequantize_groups,
     dequantize_int8,
-    pack_nibbles,
-    quantize_int4,
+    pack_bits,
+    quantize_groups,
     quantize_int8,
-    unpack_nibbles,
+    unpack_bits,
 )
 
 PAGE_ALIGNMENT = 4096
 PART_ALIGNMENT = 16
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-KINDS = (*FLOATS, "int8", "int4")
-INT4_GROUPS = (32, 64, 128)
+GROUPED = {"int4": 4, "int2": 2}  # bits of a value; the values of a group share a scale and a zero
+KINDS = (*FLOATS, "int8", *GROUPED)
+GROUPS = (32, 64, 128)
 LARGEST = 1 << 24  # a dimension: the bytes of a page stay far below 2^63
 ACTIVATIONS = ("silu", "gelu", "relu", "clamped-swiglu")
 
@@ -43,7 +44,7 @@ class PageFormat:
         kind: one of ``KINDS``.
         hidden: H, the model dimension.
         intermediate: I, the expert's inner dimension.
-        group: values that share a scale and a zero along the input dimension; 0 for all but int4.
+        group: values that share a scale and a zero along the input dimension; 0 where none do.
         gated: whether ``gate_up`` has 2I rows, gate and up, or I.
         activation: one of ``ACTIVATIONS``; ``clamped-swiglu``, gated only, is gpt-oss's.
         bias: whether each matrix has one, in float32.
@@ -74,14 +75,14 @@ class PageFormat:
             raise ValueError(f"unknown activation {self.activation!r}: use {', '.join(ACTIVATIONS)}")
         if not self.gated and (self.activation == "clamped-swiglu" or self.interleaved):
             raise ValueError("an expert without a gate can neither be interleaved nor use clamped-swiglu")
-        if self.kind != "int4":
+        if self.kind not in GROUPED:
             if self.group != 0:
                 raise ValueError(f"{self.kind} pages have no groups: leave group at 0")
-        elif self.group not in INT4_GROUPS:
-            raise ValueError(f"int4 pages have groups of {INT4_GROUPS}, not {self.group}")
+        elif self.group not in GROUPS:
+            raise ValueError(f"{self.kind} pages have groups of {GROUPS}, not {self.group}")
         elif self.hidden % self.group or self.intermediate % self.group:
             raise ValueError(
-                f"int4 pages need H and I divisible by the group: H={self.hidden}, I={self.intermediate}, "
+                f"{self.kind} pages need H and I divisible by the group: H={self.hidden}, I={self.intermediate}, "
                 f"group={self.group}"
             )
         for name in ("encoded", "parts"):  # torch.compile wants them made: before Python 3.12 they take a lock
@@ -109,7 +110,7 @@ class PageFormat:
                 tensors = [(name, torch.int8, (rows, columns)), (f"{name}_scales", torch.float32, (rows,))]
             else:
                 scales = (f"{name}_scales", torch.bfloat16, (rows, columns // self.group, 2))
-                tensors = [(name, torch.uint8, (rows, columns // 2)), scales]
+                tensors = [(name, torch.uint8, (rows, columns * self.bits // 8)), scales]
             if self.bias:
                 tensors.append((f"{name}_bias", torch.float32, (rows,)))
             for part, dtype, shape in tensors:
@@ -117,6 +118,11 @@ class PageFormat:
                 parts.append((part, start, size, dtype, shape))
                 start = -(-(start + size) // PART_ALIGNMENT) * PART_ALIGNMENT
         return tuple(parts)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return GROUPED.get(self.kind) or 8 * self.parts[0][3].itemsize
 
     @property
     def _matrices(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -138,7 +144,7 @@ class PageFormat:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of x that is fastest on the CPU."""
-        return torch.bfloat16 if self.kind == "int4" else torch.float32
+        return torch.bfloat16 if self.group else torch.float32
 
     def views(self, pages: torch.Tensor) -> dict[str, torch.Tensor]:
         """The pages' tensors by name, without a copy, in the order of ``parts``.
@@ -187,8 +193,8 @@ class PageFormat:
             elif self.kind == "int8":
                 tensors[name], tensors[f"{name}_scales"] = quantize_int8(weight)
             else:
-                q, scale, zero = quantize_int4(weight, self.group)
-                tensors[name], tensors[f"{name}_scales"] = pack_nibbles(q), torch.stack((scale, zero), -1)
+                q, scale, zero = quantize_groups(weight, self.group, self.bits)
+                tensors[name], tensors[f"{name}_scales"] = pack_bits(q, self.bits), torch.stack((scale, zero), -1)
             if bias is not None:
                 tensors[f"{name}_bias"] = bias
         for name, view in self.views(page).items():
@@ -202,4 +208,4 @@ class PageFormat:
         scales = weights[f"{name}_scales"]
         if self.kind == "int8":
             return dequantize_int8(weights[name], scales)
-        return dequantize_int4(unpack_nibbles(weights[name]), *scales.unbind(-1))
+        return dequantize_groups(unpack_bits(weights[name], self.bits), *scales.unbind(-1), self.bits)

@@ -1,4 +1,4 @@
-"""int8 and int4 pages times a few tokens on the CPU, in C: at the speed at which memory gives the weights.
+"""int8, int4 and int2 pages times a few tokens on the CPU, in C: at the speed at which memory gives the weights.
 
 torch's own int4 matmul for CPUs reaches half of it, since arithmetic binds it, and wants a packing of its own.
 """
@@ -24,7 +24,7 @@ def linear(
 
     Args:
         x: ``[J, T, columns]`` contiguous float32 or bfloat16, or ``[1, T, columns]`` for tokens that all slots share.
-        weight, scales: one matrix of int8 or int4 pages, ``[S, ...]``, strided by slot.
+        weight, scales: one matrix of int8, int4 or int2 pages, ``[S, ...]``, strided by slot.
         slots: ``[J]`` int64.
         page_format: layout of the pages.
 
@@ -32,7 +32,7 @@ def linear(
         ``[J, T, rows]`` float32, each reduced in an order that depends on nothing else in the call.
     """
     (jobs,), (shared, tokens, columns), rows = slots.shape, x.shape, weight.shape[1]
-    bits = _bits(page_format)
+    bits = page_format.bits
     y = torch.empty(jobs, tokens, rows, dtype=torch.float32, device="cpu")
     scratch = torch.empty(_c().scratch_bytes(bits, columns) * shared * tokens, dtype=torch.uint8, device="cpu")
     _c().linear(
@@ -44,7 +44,7 @@ def linear(
 
 
 def unpack(weight: torch.Tensor, scales: torch.Tensor, page_format: PageFormat, dtype: torch.dtype) -> torch.Tensor:
-    """One matrix of an int8 or int4 page as numbers. Needs ``has_c()``.
+    """One matrix of an int8, int4 or int2 page as numbers. Needs ``has_c()``.
 
     Args:
         weight, scales: of one slot.
@@ -54,7 +54,7 @@ def unpack(weight: torch.Tensor, scales: torch.Tensor, page_format: PageFormat, 
     Returns:
         ``[rows, columns]`` in that dtype, exactly ``PageFormat.dequantized`` rounded.
     """
-    bits, (rows, row_bytes) = _bits(page_format), weight.shape
+    bits, (rows, row_bytes) = page_format.bits, weight.shape
     out = torch.empty(rows, row_bytes * 8 // bits, dtype=dtype, device="cpu")
     settings = bits, page_format.group, dtype == torch.bfloat16
     _c().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
@@ -68,7 +68,9 @@ def has_c() -> bool:
         _c()
     except (OSError, AttributeError) as error:  # the latter if $CC makes something else of the source
         warnings.warn(
-            f"int8 and int4 pages are taken apart at every call, which is slow: {error}", RuntimeWarning, stacklevel=2
+            f"int8, int4 and int2 pages are taken apart at every call, which is slow: {error}",
+            RuntimeWarning,
+            stacklevel=2,
         )
         return False
     return True
@@ -87,7 +89,3 @@ def _c() -> ctypes.CDLL:
     library.unpack.argtypes = (_INT, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     library.unpack.restype = None
     return library
-
-
-def _bits(page_format: PageFormat) -> int:
-    return 8 if page_format.kind == "int8" else 4

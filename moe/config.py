@@ -5,7 +5,7 @@ from textwrap import shorten
 
 import torch
 
-from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import FLOATS, GROUPED, GROUPS, PageFormat
 from cachemoe.moe.architectures import ACTIVATIONS, EXPERTS, PLAIN, TOP_K
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.header import read_json
@@ -56,7 +56,7 @@ def format_of(
 
     Args:
         kind: one of ``formats.KINDS``; None: that of ``dtype``, exact.
-        group: of int4; None: the largest that divides H and I.
+        group: of int4 and int2; None: the largest that divides H and I.
         config: the model's.
         size: H and I.
         dtype: of the weights.
@@ -70,11 +70,11 @@ def format_of(
     if own is None:
         raise InputError(f"the experts are in {dtype}, which cachemoe does not read: it reads {', '.join(FLOATS)}")
     kind = own if kind is None else kind
-    if kind == "int4" and group is None:
-        fitting = [g for g in INT4_GROUPS if hidden % g == intermediate % g == 0]
+    if kind in GROUPED and group is None:
+        fitting = [g for g in GROUPS if hidden % g == intermediate % g == 0]
         if not fitting:
             raise InputError(
-                f"int4 pages need H and I divisible by {min(INT4_GROUPS)}, and these are {hidden} and {intermediate}: "
+                f"{kind} pages need H and I divisible by {min(GROUPS)}, and these are {hidden} and {intermediate}: "
                 "choose int8"
             )
         group = max(fitting)

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from cachemoe.kernels.formats import FLOATS, INT4_GROUPS, PageFormat
+from cachemoe.kernels.formats import FLOATS, GROUPS, PageFormat
 from cachemoe.kernels.route_cpu import place
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
@@ -126,6 +126,6 @@ def cheaper_format(checkpoint: Checkpoint, better: PageFormat, kind: str | None 
     """
     if kind is None:
         kind = "int2" if better.kind == "int4" else "int4"
-        if better.kind in FLOATS and any(size % min(INT4_GROUPS) for size in (better.hidden, better.intermediate)):
+        if better.kind in FLOATS and any(size % min(GROUPS) for size in (better.hidden, better.intermediate)):
             kind = "int8"
     return checkpoint.layout(kind).page_format

@@ -14,7 +14,7 @@ from cachemoe.kernels.experts import experts, experts_read_through
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.experts_decode import plan_decode
 from cachemoe.kernels.experts_prefill import group_by_slot, plan_prefill
-from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.formats import GROUPED, PageFormat
 
 pytestmark = pytest.mark.kernel
 
@@ -40,6 +40,9 @@ FORMATS = [
     PageFormat("int4", 192, 64, 64, activation="gelu", interleaved=True),
     PageFormat("int4", 128, 128, 128, gated=False),
     PageFormat("int8", 80, 48),
+    PageFormat("int2", 64, 32, 32, bias=True),
+    PageFormat("int2", 320, 64, 64, activation="gelu", interleaved=True),
+    PageFormat("int2", 256, 128, 128, gated=False),
 ]
 
 
@@ -49,7 +52,7 @@ def name_of(page_format):
 
 
 each_format = pytest.mark.parametrize("page_format", FORMATS, ids=name_of)
-some_formats = pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[5], FORMATS[6]], ids=name_of)
+some_formats = pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[5], FORMATS[6], FORMATS[10]], ids=name_of)
 INTERPRETED = pytest.mark.gpu_only("interpreted, the same as the tests of the kernels")
 each_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_path = pytest.mark.parametrize("run", ["decode", "prefill"], indirect=True)
@@ -146,7 +149,7 @@ def test_equal_to_the_reference(run, page_format, dtype):
         (5, 2, 37),
     ],
 )
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9], FORMATS[10]], ids=name_of)
 def test_awkward_shapes(run, page_format, tokens, top_k, slots):
     case = Case(page_format, tokens, top_k, slots, torch.float32, unused=3)
     assert_near(run(case), case.expected())
@@ -161,7 +164,9 @@ def test_any_width(run, hidden, inner):
 
 @each_path
 @pytest.mark.parametrize("exponent", [-22, 22])
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[8], FORMATS[9]], ids=name_of)
+@pytest.mark.parametrize(
+    "page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[8], FORMATS[9], FORMATS[12]], ids=name_of
+)
 def test_tokens_of_any_size(run, page_format, exponent):
     page_format = replace(page_format, activation="relu", bias=False)  # of which both products grow with the token
     case = Case(page_format, tokens=2, top_k=2, slots=3, dtype=torch.float32)
@@ -191,7 +196,7 @@ def test_int8_is_near_the_exact_sum(x, largest):
 @each_path
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[0], FORMATS[4], FORMATS[6], FORMATS[9], FORMATS[10]], ids=name_of)
 def test_a_token_that_is_not_finite_spoils_its_own_row_alone(run, page_format, value):
     case = Case(page_format, tokens=3, top_k=2, slots=3, dtype=torch.float32)
     whole = run(case)
@@ -407,7 +412,7 @@ def test_on_the_cpu(page_format, dtype, tokens):
     assert_near(experts(x, slots, gates, page_format.views(pool), page_format), case.expected().cpu())
 
 
-@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[7]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[7], FORMATS[11]], ids=name_of)
 def test_on_a_cpu_the_bits_do_not_depend_on_the_threads_or_on_the_other_experts(page_format):
     case = Case(page_format, tokens=1, top_k=5, slots=6, dtype=torch.bfloat16)
     x, slots, weights = case.x.cpu(), case.slots[0].cpu(), page_format.views(case.pool.cpu())
@@ -421,7 +426,7 @@ def test_on_a_cpu_the_bits_do_not_depend_on_the_threads_or_on_the_other_experts(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[6], FORMATS[7]], ids=name_of)
+@pytest.mark.parametrize("page_format", [FORMATS[4], FORMATS[6], FORMATS[7], *FORMATS[10:]], ids=name_of)
 def test_on_a_cpu_a_page_taken_apart_is_the_formats_own_numbers(page_format, dtype):
     case = Case(page_format, tokens=1, top_k=1, slots=1, dtype=dtype)
     weights = page_format.views(case.pool.cpu()[int(case.used[0])])
@@ -430,7 +435,25 @@ def test_on_a_cpu_a_page_taken_apart_is_the_formats_own_numbers(page_format, dty
         assert torch.equal(numbers, page_format.dequantized(weights, name).to(dtype))
 
 
-@pytest.mark.parametrize("page_format", [FORMATS[5], FORMATS[6]], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x", ["normal", "positive", "of many sizes"])
+@pytest.mark.parametrize("columns", [2048, 2880, 32])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_on_a_cpu_a_row_is_near_the_exact_sum(kind, columns, x, dtype):
+    torch.manual_seed(0)
+    page_format = PageFormat(kind, columns, 32, 32, gated=False)
+    weights = page_format.views(torch.randint(0, 256, (1, page_format.page_bytes), dtype=torch.uint8))
+    scales = weights["gate_up_scales"]
+    scales[..., 0], scales[..., 1] = 1.0, 0.0
+    normal = torch.randn(1, 1, columns)
+    x = {"normal": normal, "positive": normal.abs(), "of many sizes": normal * torch.randn(columns).mul(2).exp()}[x]
+    x = x.to(dtype)
+    y = quantized_cpu.linear(x, weights["gate_up"], scales, torch.zeros(1, dtype=torch.int64), page_format)
+    exact = page_format.dequantized(weights, "gate_up")[0].double() @ x[0, 0].double()
+    assert (y[0, 0] - exact).abs().max() < 2.0**-17 * x.double().abs().sum()
+
+
+@pytest.mark.parametrize("page_format", [FORMATS[5], FORMATS[6], FORMATS[11]], ids=name_of)
 def test_on_a_cpu_without_a_c_compiler(page_format, monkeypatch):
     def refuse(source):
         raise OSError("there is no C compiler")

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachemoe.kernels.experts_tiles import decode_tiles, prefill_tiles
+from cachemoe.kernels.formats import GROUPED, GROUPS
 
 sizes = st.integers(1, 20000)
 
@@ -23,16 +24,17 @@ def test_decode_tiles_are_powers_of_two_of_bounded_size(dtype, outputs, length, 
     assert tiles.block_n < 2 * outputs
 
 
-@given(st.sampled_from([32, 64, 128]), sizes, st.integers(1, 200))
-def test_an_int4_tile_holds_whole_groups(group, outputs, groups):
-    tiles = decode_tiles(torch.int32, outputs, groups * group // 8, 4, group)
-    assert tiles.block_k % (group // 8) == 0
+@given(st.sampled_from(list(GROUPED.values())), st.sampled_from(GROUPS), sizes, st.integers(1, 200))
+def test_a_tile_holds_whole_groups(bits, group, outputs, groups):
+    words = group * bits // 32
+    tiles = decode_tiles(torch.int32, outputs, groups * words, 4)
+    assert tiles.block_k % words == 0
 
 
 @pytest.mark.parametrize(
     "hidden, intermediate, top_k", [(2048, 768, 8), (2048, 1024, 8), (2048, 1408, 4), (2880, 2880, 4), (4096, 14336, 2)]
 )
-@pytest.mark.parametrize("dtype, values", [(torch.bfloat16, 1), (torch.int8, 1), (torch.int32, 8)])
+@pytest.mark.parametrize("dtype, values", [(torch.bfloat16, 1), (torch.int8, 1), (torch.int32, 8), (torch.int32, 16)])
 def test_one_token_keeps_132_multiprocessors_busy(hidden, intermediate, top_k, dtype, values):
     gate_up = decode_tiles(dtype, intermediate, hidden // values, 2)
     down = decode_tiles(dtype, hidden, intermediate // values, top_k)

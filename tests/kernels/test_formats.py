@@ -1,4 +1,6 @@
-"""Pages: what goes in comes out, within int4's error."""
+"""Pages: what goes in comes out, within the error of rounding."""
+
+from itertools import product
 
 import pytest
 import torch
@@ -7,12 +9,12 @@ from hypothesis import strategies as st
 
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.quantize import (
-    dequantize_int4,
+    dequantize_groups,
     dequantize_int8,
-    pack_nibbles,
-    quantize_int4,
+    pack_bits,
+    quantize_groups,
     quantize_int8,
-    unpack_nibbles,
+    unpack_bits,
 )
 
 BF16_ROUNDING = 2**-8  # of the value, with room: half a unit in the last of its 8 bits is 2**-9
@@ -65,10 +67,12 @@ def test_bf16_lies_row_by_row_gate_first():
         (PageFormat("bf16", 1, 1), 6, 4096),
         (PageFormat("bf16", 32, 64), 12288, 12288),
         (PageFormat("bf16", 32, 65), 12480, 16384),
-        # Half a byte a value, and 4 bytes for each group's scale and zero.
+        # Half or a quarter of a byte a value, and 4 bytes for each group's scale and zero.
         (PageFormat("int4", 64, 128, 32), 12288 + 768 * 4, 16384),
         (PageFormat("int4", 64, 128, 64), 12288 + 384 * 4, 16384),
         (PageFormat("int4", 128, 128, 128), 24576 + 384 * 4, 28672),
+        (PageFormat("int2", 64, 128, 32), 6144 + 768 * 4, 12288),
+        (PageFormat("int2", 128, 128, 128), 12288 + 384 * 4, 16384),
         (PageFormat("fp16", 32, 64), 12288, 12288),
         # One byte a value, and a float32 scale for each of the 2I + H rows.
         (PageFormat("int8", 64, 128), 24576 + 320 * 4, 28672),
@@ -107,7 +111,7 @@ def test_views_share_the_pages_memory():
 def test_int4_error_is_half_a_step(group, groups, spread, centre, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(4, group * groups, generator=generator) + centre) * spread
-    restored = dequantize_int4(*quantize_int4(weight, group)).tolist()
+    restored = dequantize_groups(*quantize_groups(weight, group, 4), 4).tolist()
     for row, restored_row in zip(weight.tolist(), restored, strict=True):
         for start in range(0, len(row), group):
             values = row[start : start + group]
@@ -118,18 +122,56 @@ def test_int4_error_is_half_a_step(group, groups, spread, centre, seed):
                 assert abs(value - restored_value) <= bound
 
 
+def rounded(value):
+    """To bfloat16."""
+    return torch.tensor(value).bfloat16().item()
+
+
+@given(st.sampled_from([32, 64]), st.sampled_from([1.0, 3.0, 0.2]), st.floats(-2, 2), st.integers(0, 2**32 - 1))
+def test_int2_cuts_off_what_leaves_the_least_error(group, power, centre, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(1, group, generator=generator)
+    weight = values.sign() * values.abs() ** power + centre
+    restored = dequantize_groups(*quantize_groups(weight, group, 2), 2)[0].tolist()
+    values = weight[0].tolist()
+    low, high = min(values), max(values)
+
+    def error(below, above):
+        first, last = low + below * (high - low), high - above * (high - low)
+        step = rounded((last - first) / 3)
+        zero = rounded(first + 2 * step)
+        numbers = [zero + (q - 2) * step for q in range(4)]
+        return sum(min((value - number) ** 2 for number in numbers) for value in values)
+
+    errors = [error(below / 16, above / 16) for below, above in product(range(5), repeat=2)]
+    found = sum((value - number) ** 2 for value, number in zip(values, restored, strict=True))
+    assert found == pytest.approx(min(errors), rel=1e-2)
+    assert found < 1.01 * errors[0]
+
+
+@pytest.mark.parametrize("bits", [4, 2])
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.03, 1e-6])
-def test_int4_of_equal_values(value):
-    restored = dequantize_int4(*quantize_int4(torch.full((2, 32), value), 32))
+def test_groups_of_equal_values(value, bits):
+    restored = dequantize_groups(*quantize_groups(torch.full((2, 32), value), 32, bits), bits)
     assert restored.flatten().tolist() == pytest.approx([value] * 64, rel=BF16_ROUNDING, abs=1e-7)
 
 
-def test_int4_keeps_sixteen_even_levels_exactly():
-    weight = torch.arange(32).remainder(16).sub(8.0).expand(3, 32) * 0.25 + 1
-    q, scale, zero = quantize_int4(weight, 32)
-    assert q.tolist() == [[i % 16 for i in range(32)]] * 3
+@pytest.mark.parametrize("bits", [4, 2])
+def test_as_many_even_levels_as_there_are_are_kept_exactly(bits):
+    weight = (torch.arange(32) % 2**bits - 2 ** (bits - 1)).expand(3, 32) * 0.25 + 1
+    q, scale, zero = quantize_groups(weight, 32, bits)
+    assert q.tolist() == [[i % 2**bits for i in range(32)]] * 3
     assert (scale.unique().tolist(), zero.unique().tolist()) == ([0.25], [1.0])
-    assert torch.equal(dequantize_int4(q, scale, zero), weight)
+    assert torch.equal(dequantize_groups(q, scale, zero, bits), weight)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_a_row_is_rounded_by_itself(bits):
+    weight = random_expert(6, 1024, 150)[0]  # of more values than are rounded together
+    whole = quantize_groups(weight, 32, bits)
+    for row in (0, 9, 10, 255, 256, 299):
+        for part, alone in zip(whole, quantize_groups(weight[row : row + 1], 32, bits), strict=True):
+            assert torch.equal(part[row], alone[0])
 
 
 def test_int4_page_holds_the_scales_and_zeros_by_group():
@@ -152,10 +194,18 @@ def test_int4_packs_two_consecutive_inputs_into_a_byte_the_first_in_its_low_half
     assert packed[5].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2
 
 
-@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
-def test_nibbles_come_back(rows, pairs, seed):
-    q = torch.randint(0, 16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(unpack_nibbles(pack_nibbles(q)).long(), q)
+def test_int2_packs_four_consecutive_inputs_into_a_byte_the_first_in_its_lowest_bits():
+    weight = torch.tensor([-2.0, -1, 0, 1, 1, 0, -1, -2]).repeat(4).expand(64, 32)  # q is 0, 1, 2, 3, 3, 2, 1, 0, ...
+    page_format = PageFormat("int2", 32, 32, 32)
+    packed = page_format.views(page_format.pack(weight, weight[:32]))["gate_up"]
+    assert packed[5].tolist() == [0b11100100, 0b00011011] * 4
+
+
+@given(st.sampled_from([4, 2]), st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_bits_come_back(bits, rows, together, seed):
+    size = (rows, 8 // bits * together)
+    q = torch.randint(0, 2**bits, size, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack_bits(pack_bits(q, bits), bits).long(), q)
 
 
 @given(st.integers(1, 6), st.integers(1, 40), st.floats(1e-6, 1e6), st.integers(0, 2**32 - 1))
@@ -175,6 +225,7 @@ def test_int8_error_is_half_a_step(rows, columns, spread, seed):
         PageFormat("int8", 33, 7),
         PageFormat("int4", 64, 32, 32),
         PageFormat("int4", 128, 256, 128, gated=False, activation="relu"),
+        PageFormat("int2", 32, 64, 32),
     ],
 )
 def test_a_page_taken_apart_is_near_what_it_was_made_of(page_format):
@@ -182,7 +233,7 @@ def test_a_page_taken_apart_is_near_what_it_was_made_of(page_format):
     gate_up = gate_up if page_format.gated else gate_up[: page_format.intermediate]
     biases = [torch.randn(len(gate_up)), torch.randn(len(down))] if page_format.bias else []
     views = page_format.views(page_format.pack(gate_up, down, *biases))
-    steps = {"bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254, "int4": 1 / 15}
+    steps = {"bf16": 2**-8, "fp16": 2**-11, "int8": 1 / 254, "int4": 1 / 15, "int2": 1 / 2}
     for name, weight in (("gate_up", gate_up), ("down", down)):
         error = (page_format.dequantized(views, name) - weight).abs().max()
         assert error <= weight.abs().max() * steps[page_format.kind] * 1.1
@@ -209,7 +260,7 @@ def test_every_part_can_be_loaded_16_bytes_at_a_time():
         assert all(first % 16 == 0 for _, first, *_ in page_format.parts)
 
 
-@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int4", 32)])
+@pytest.mark.parametrize("kind, group", [("bf16", 0), ("int8", 0), ("int4", 32), ("int2", 32)])
 def test_strides_do_not_matter(kind, group):
     page_format = PageFormat(kind, 64, 32, group)
     gate_up, down = random_expert(4, 64, 32)
@@ -235,6 +286,8 @@ def test_strides_do_not_matter(kind, group):
         (("bf16", 64, 64, 0, False, "silu", False, True), "without a gate"),
         (("int4", 96, 64, 64), "divisible"),
         (("int4", 64, 96, 64), "divisible"),
+        (("int2", 64, 64, 16), "int2 pages have groups of"),
+        (("int2", 64, 96, 64), "int2 pages need H and I divisible"),
     ],
 )
 def test_a_format_that_cannot_be_is_refused(arguments, message):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cachemoe.kernels.experts_cpu import side_by_side
 from cachemoe.kernels.formats import PageFormat
 from cachemoe.kernels.policy import ORIGINAL
-from cachemoe.kernels.quantize import dequantize_int4, quantize_int4
+from cachemoe.kernels.quantize import dequantize_groups, quantize_groups
 from cachemoe.kernels.reference_experts import experts
 from cachemoe.kernels.reference_route import route
 from cachemoe.kernels.state import SOFTMAX, STATE, GateScores, Residency
@@ -584,12 +584,13 @@ def test_one_expert_from_a_bf16_page(tokens, hidden, inner):
 @pytest.mark.parametrize("hidden, inner, group", [(32, 32, 32), (64, 128, 32), (128, 64, 64), (96, 32, 32)])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)], ids=str)
-def test_one_expert_from_an_int4_page(tokens, hidden, inner, group, dtype, tolerance):
-    page_format = PageFormat("int4", hidden, inner, group)
+@pytest.mark.parametrize("kind, bits", [("int4", 4), ("int2", 2)])
+def test_one_expert_from_a_page_of_groups(kind, bits, tokens, hidden, inner, group, dtype, tolerance):
+    page_format = PageFormat(kind, hidden, inner, group)
     gate_up, down = random_expert(8, hidden, inner)
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(9)).to(dtype)
     y = on_one_page(x, page_format.pack(gate_up, down), page_format)
-    stored = [dequantize_int4(*quantize_int4(weight, group)).tolist() for weight in (gate_up, down)]
+    stored = [dequantize_groups(*quantize_groups(weight, group, bits), bits).tolist() for weight in (gate_up, down)]
     expected = torch.tensor([literal_expert(row, *stored) for row in x.tolist()], dtype=torch.float64)
     assert relative_rms(y, expected) < tolerance  # bfloat16 has 8 bits; a wrong row order or scale gives about 1
 
