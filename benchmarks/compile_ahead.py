@@ -118,7 +118,7 @@ def defects(launch: Launch, resources: Resources, capability: int) -> list[str]:
     """What is wrong with a compiled launch, in words; empty if nothing is.
 
     No kernel may spill or ask for more shared memory than a block has. None may flush small numbers to zero, since
-    int8 and int4 values are multiplied as such, or add floats atomically, since their order would be left to chance.
+    integer values are multiplied as such, or add floats atomically, since their order would be left to chance.
     A kernel that streams pages loads 16 bytes a thread, and one whose loops are to be pipelined copies asynchronously.
     """
     found = []

@@ -16,7 +16,7 @@ GAP_S, FIRST_BYTES_S, TAIL_S = 1.1e-6, 1.4e-6, 0.6e-6
 OF_BANDWIDTH, OF_ISSUE = 0.95, 0.80
 """What streaming reaches of a large copy's bandwidth, and busy programs of the cycles in which they could issue."""
 
-INSTRUCTIONS = {"bf16": (2.33, 2.36), "int8": (4.08, 4.11), "int4": (7.7, 8.2)}
+INSTRUCTIONS = {"bf16": (2.33, 2.36), "int8": (4.08, 4.11), "int4": (7.7, 8.2), "int2": (13.3, 14.6)}
 """A thread's for a byte of weights, of ``gate_up`` and ``down``: counted in the machine code, which a test repeats."""
 
 

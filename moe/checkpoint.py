@@ -84,7 +84,7 @@ class Checkpoint:
 
         Args:
             kind: one of ``formats.KINDS``; None: the checkpoint's own precision.
-            group: of int4; None: the largest that divides H and I.
+            group: of int4 and int2; None: the largest that divides H and I.
 
         Raises:
             InputError: if the experts do not fit into it.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cachemoe.kernels.formats import FLOATS
+from cachemoe.kernels.formats import FLOATS, GROUPED
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.offload.errors import InputError
 
@@ -53,10 +53,10 @@ def needs(checkpoint: Checkpoint, memory: float | None = None) -> Needs:
     layers = len(shape.layers)
     own = next((kind for kind, dtype in FLOATS.items() if dtype == checkpoint.dtype), None)
     rows = []
-    for kind in filter(None, (own, "int8", "int4")):
+    for kind in filter(None, (own, "int8", *GROUPED)):
         try:
             page_format = checkpoint.page_format(kind)
-        except InputError:  # int4 that H and I do not fit
+        except InputError:  # groups that H and I do not fit
             continue
         page = page_format.page_bytes
         fits = fetched = None

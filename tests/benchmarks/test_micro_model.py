@@ -45,7 +45,7 @@ def test_no_value_is_converted_by_itself(counted, kind):
     assert [conversions for _, conversions in counted[kind]] == [0, 0]
 
 
-@pytest.mark.parametrize(("kind", "percent"), [("bf16", 77), ("int8", 65), ("int4", 52)])
+@pytest.mark.parametrize(("kind", "percent"), [("bf16", 77), ("int8", 65), ("int4", 52), ("int2", 30)])
 def test_what_it_expects_of_qwen3(kind, percent):
     geometry, memory = GEOMETRIES["qwen3-30b-a3b"], 3.0e12
     least = geometry.top_k * geometry.page_format(kind).weight_bytes / memory

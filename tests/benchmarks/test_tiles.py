@@ -43,7 +43,9 @@ def test_no_neighbour_is_smaller_than_the_kernel_takes():
 
 @pytest.mark.parametrize("name", LAUNCHES)
 @pytest.mark.parametrize(
-    "page_format", [PageFormat("bf16", 256, 96), PageFormat("int4", 320, 64, 64, bias=True)], ids=lambda f: f.kind
+    "page_format",
+    [PageFormat("bf16", 256, 96), PageFormat("int4", 320, 64, 64, bias=True), PageFormat("int2", 320, 64, 32)],
+    ids=lambda f: f.kind,
 )
 def test_whatever_the_tiles_the_result_is_the_same(page_format, name):
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ def test_sizes_are_the_files(checkpoint):
     needed = needs(checkpoint)
     tensors = load_file(checkpoint.path / "model.safetensors")
     assert needed.dense == sum(t.nbytes for name, t in tensors.items() if ".experts." not in name)
-    assert [row.kind for row in needed.formats] == ["fp32", "int8", "int4"]
+    assert [row.kind for row in needed.formats] == ["fp32", "int8", "int4", "int2"]
     own = needed.formats[0]
     assert own.experts == 24 * own.page
     assert own.read_per_token == 3 * 2 * 3 * 32 * 32 * 4

@@ -150,7 +150,7 @@ def test_a_biased_routing_misses_less(checkpoints, name, routing):
 
 
 @every_model
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
 def test_rounded_pages_give_what_the_rounded_model_gives(checkpoints, name, kind):
     folder = checkpoints(name)
     checkpoint, own = Checkpoint(folder), load_model(folder)
