@@ -3,13 +3,16 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help latency test fuzz lint bench gpu clean
+.PHONY: help latency systems test fuzz lint bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 
 latency: $(STAMP) ## print the latency table (ARGS='...' goes to `cachemoe latency`)
 	$(BIN)/cachemoe latency $(ARGS)
+
+systems: $(STAMP) ## print the table of eleven systems (ARGS='...' goes to `cachemoe systems`)
+	$(BIN)/cachemoe systems $(ARGS)
 
 test: $(STAMP) ## run the test suite
 	$(BIN)/python -m pytest

@@ -68,6 +68,7 @@ class DecodePlan:
         evict: eviction policy.
         native: whether the engine's experts are the model's own, or a payload beside them.
         ahead: layers that prefetchers look ahead.
+        profiled: ``[T, L, K]`` what the unmodified model chose in the text before.
         timeline: records routing and the tokens' beginnings, if given.
         known: what ``Chooser`` is told of the model and the machine.
     """
@@ -77,6 +78,7 @@ class DecodePlan:
     evict: Callable
     native: bool
     ahead: int
+    profiled: torch.Tensor
     timeline: Timeline | None = None
     known: dict = field(default_factory=dict)
 
@@ -219,7 +221,7 @@ def _decode_segment(
         def expected(layer, logits):
             return chooser.peek(layer, logits.cpu(), states[layer])
 
-        named = row.prefetch, engine, swap.routers, expected, shape.top_k, plan.ahead, trace
+        named = row.prefetch, engine, swap.routers, expected, shape.top_k, plan.ahead, trace, plan.profiled
         engine.prefetcher = Foretold(gates, expected) if rule.prefetches else make_prefetcher(*named)
     engine.counters = row.counters
     seconds = []

@@ -6,12 +6,14 @@ import torch
 
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
+from cachemoe.offload.history import History
 from cachemoe.offload.prefetch import Frequency, NextLayerGate, Oracle, Prefetcher, PreviousToken
 
 NO_PREFETCH = "none"
 ORACLE = "oracle"
 GATE = "gate"
-PREFETCHERS = (NO_PREFETCH, GATE, "previous", "frequency", ORACLE)
+STACKED = "stacked"
+PREFETCHERS = (NO_PREFETCH, GATE, STACKED, "previous", "frequency", "history", ORACLE)
 
 
 def make_prefetcher(
@@ -22,6 +24,7 @@ def make_prefetcher(
     top_k: int,
     ahead: int,
     trace: torch.Tensor | None,
+    profiled: torch.Tensor,
 ) -> Prefetcher | None:
     """A prefetcher that knows nothing yet.
 
@@ -33,6 +36,7 @@ def make_prefetcher(
         top_k: K.
         ahead: layers looked ahead.
         trace: ``[T, L, K]`` what the unmodified model chooses for the tokens to come; for the oracle alone.
+        profiled: ``[T, L, K]`` what it has chosen for tokens before.
     """
     layers = len(routers)
     name, _, likeliest = name.partition(":")
@@ -40,8 +44,10 @@ def make_prefetcher(
     makers = {
         NO_PREFETCH: lambda: None,
         GATE: lambda: NextLayerGate(routers, lambda *at: choose(*at)[:count], ahead),
+        STACKED: lambda: NextLayerGate(routers, choose, ahead, engine.holds),
         "previous": lambda: PreviousToken(layers, ahead),
         "frequency": lambda: Frequency(lambda: engine.state, top_k, ahead),
+        "history": lambda: History(profiled),
         ORACLE: lambda: Oracle(trace, ahead),
     }
     return makers[name]()

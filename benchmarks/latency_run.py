@@ -146,7 +146,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             driven_resident = DeviceEngine(store, [shape.experts] * len(shape.layers), shape.top_k, device)
         timeline = Timeline(device == "cuda") if options.timeline else None
         native = options.payload == NATIVE
-        plan = DecodePlan(segments, PREFIX, evict, native, options.ahead, timeline, chooser_knows)
+        profiled = evaluation.original_ids.transpose(0, 1)
+        plan = DecodePlan(segments, PREFIX, evict, native, options.ahead, profiled, timeline, chooser_knows)
 
         def measure(capacity: int) -> dict:
             """One capacity; its pools are gone when the next one's are made."""

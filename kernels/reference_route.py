@@ -5,7 +5,7 @@ Shapes: B caches stepped side by side (configurations of an experiment; 1 in inf
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -115,10 +115,12 @@ def _weights(gates, scores, whole):
 def _words_of_tokens(policy, values, gates, order, rank, scores, state):
     """``[B, T, E]`` by name: of what a policy can see that which does not depend on who is resident."""
     _, tokens, experts = values.shape
-    first, mean_range = state.tokens.clone(), _mean_range(values, state)
+    first, ranges = state.tokens.clone(), (values.amax(-1) - values.amin(-1)).double()
+    means = mean_range(torch.where(ranges.isfinite(), ranges, 0.0).numpy(), state)
+    span = torch.from_numpy(np.array(means, np.float32))
     if policy.knobs is None:
         return {}
-    seen = {"value": values, "rank": rank.float(), "span": mean_range[..., None]}
+    seen = {"value": values, "rank": rank.float(), "span": span[..., None]}
     for knob in "ab":
         seen[knob] = policy.knobs[:, None, KNOBS.index(knob), None].expand(-1, tokens, -1)
     if policy.table is not None:
@@ -383,18 +385,25 @@ def _order(tier, values, descending):
     return by_value.gather(-1, tier.gather(-1, by_value).argsort(dim=-1, stable=True))
 
 
-def _mean_range(values, state):
-    """``[B, T]`` float32: the mean over the tokens before each of max - min of the selection values, 0 where that is
-    not finite. Updates the state's sum and count."""
-    tokens = values.shape[1]
-    ranges = (values.amax(-1) - values.amin(-1)).double()
-    ranges = torch.where(ranges.isfinite(), ranges, 0.0)
-    seen = state.tokens[:, None] + torch.arange(tokens, device=values.device)
-    # Summed in order in float64, so that a sequence cut anywhere gives the same bits.
-    range_sum = torch.cumsum(torch.cat((state.range_sum[:, None], ranges), 1), 1)
-    state.range_sum.copy_(range_sum[:, -1])
-    state.tokens += tokens
-    return (range_sum[:, :-1] / seen.clamp(min=1)).float()
+def mean_range(ranges: np.ndarray, state) -> Sequence[Sequence[float]] | np.ndarray:
+    """``[B, T]`` float64: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state.
+
+    Summed in order in float64, so that a sequence cut anywhere gives the same bits.
+    """
+    seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
+    if len(ranges) == 1:
+        means, past, total = [], seen.item(), range_sum.item()
+        for added in ranges[0].tolist():
+            means.append(total / max(past, 1))
+            past, total = past + 1, total + added
+        seen[0], range_sum[0] = past, total
+        return [means]
+    tokens = ranges.shape[1]
+    past = np.maximum(seen[:, None] + np.arange(tokens), 1)
+    sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
+    range_sum[:] = sums[:, -1]
+    seen += tokens
+    return sums[:, :-1] / past
 
 
 def _before(gates, order, scores):

@@ -47,7 +47,9 @@ def route_cpu(
 
     first = state.tokens.tolist() if policy.draws else None
     *ranked, ranges = ranked
-    choose, grade = _chooser(*ranked, first, _mean_range(ranges, state), policy, scores, top_k, _have(state))
+    choose, grade = _chooser(
+        *ranked, first, reference_route.mean_range(ranges, state), policy, scores, top_k, _have(state)
+    )
     asked = own = None
     if _is_plain(state, policy):
         step = _step_one if caches == 1 else _step
@@ -181,27 +183,6 @@ def _places(ids, experts):
     if caches == tokens == 1:
         return ids
     return ids + np.arange(0, caches * tokens * experts, experts).reshape(caches, tokens, 1)
-
-
-def _mean_range(ranges, state):
-    """``[B, T]`` float64: the mean range over the tokens before each. Adds ``ranges`` ``[B, T]`` to the state.
-
-    Summed in order in float64, so that a sequence cut anywhere gives the same bits.
-    """
-    seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
-    if len(ranges) == 1:
-        means, past, total = [], seen.item(), range_sum.item()
-        for added in ranges[0].tolist():
-            means.append(total / max(past, 1))
-            past, total = past + 1, total + added
-        seen[0], range_sum[0] = past, total
-        return [means]
-    tokens = ranges.shape[1]
-    past = np.maximum(seen[:, None] + np.arange(tokens), 1)
-    sums = np.concatenate((range_sum[:, None], ranges), 1).cumsum(1)
-    range_sum[:] = sums[:, -1]
-    seen += tokens
-    return sums[:, :-1] / past
 
 
 def _have(state) -> Callable[[np.ndarray], np.ndarray]:

@@ -301,6 +301,10 @@ class OffloadEngine:
         """Whether a GPU has the pages of all the layer's experts, and so finds each without the host's help."""
         return self._frames.table(layer) is not None
 
+    def holds(self, layer: int, page: int) -> bool:
+        """Whether a slot has the page, by its number in the layer: of full precision an expert."""
+        return self._frames.holds(layer, page)
+
     def holds_good(self, ticket: Ticket) -> bool:
         """Whether ``forward`` takes the ticket still."""
         return ticket.pages is None or ticket in self._tickets.values()

@@ -39,12 +39,18 @@ class NextLayerGate:
         routers: ``[E, H]``, each layer's weight.
         choose: (layer, ``[E]`` logits) -> the experts that the layer would choose with them.
         ahead: p; the last layer's next is the next token's first, of which it knows nothing.
+        holds: (layer, expert) -> whether it is resident: the first layer with one that is not is then the last that is
+            predicted, as in HOBBIT (arXiv 2411.01433). None: all p are.
     """
 
     def __init__(
-        self, routers: Sequence[torch.Tensor], choose: Callable[[int, torch.Tensor], list[int]], ahead: int = 1
+        self,
+        routers: Sequence[torch.Tensor],
+        choose: Callable[[int, torch.Tensor], list[int]],
+        ahead: int = 1,
+        holds: Callable[[int, int], bool] | None = None,
     ):
-        self.ahead = ahead
+        self.ahead, self._holds = ahead, holds
         self._choose, self._experts = choose, len(routers[0])
         # One matmul for all layers looked at.
         self._stacked = [torch.cat(list(routers[i + 1 : i + 1 + ahead])) for i in range(len(routers) - 1)]
@@ -57,7 +63,12 @@ class NextLayerGate:
             return []
         weight = self._stacked[layer]
         logits = (weight @ gate_input[0].to(weight.dtype)).split(self._experts)
-        return [(later, self._choose(later, each)) for later, each in enumerate(logits, layer + 1)]
+        predictions = []
+        for later, each in enumerate(logits, layer + 1):
+            predictions.append((later, chosen := self._choose(later, each)))
+            if self._holds is not None and not all(self._holds(later, e) for e in chosen):
+                break
+        return predictions
 
 
 class PreviousToken:
@@ -97,7 +108,8 @@ class Frequency:
         """Nothing: the residency remembers."""
 
     def predict(self, layer: int, gate_input: torch.Tensor) -> list[Prediction]:
-        uses = self._state().uses
+        state = self._state()
+        uses = state.uses.view(-1, state.experts)
         after = [(layer + 1 + i) % len(uses) for i in range(self.ahead)]
         return [(later, uses[later].topk(self._top_k).indices.tolist()) for later in after]
 

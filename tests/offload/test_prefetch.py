@@ -28,6 +28,23 @@ def test_the_next_layers_gate_is_its_router_on_this_layers_input():
     assert prefetcher.predict(3, x) == []  # of the next token nothing is known
 
 
+def test_stacked_gates_stop_at_the_first_layer_that_lacks_an_expert():
+    routers = torch.randn(LAYERS, EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(0))
+    x, held = torch.randn(1, HIDDEN, generator=torch.Generator().manual_seed(1)), set()
+
+    def choose(layer, logits):
+        return logits.topk(2).indices.tolist()
+
+    prefetcher = NextLayerGate(routers, choose, 3, lambda layer, e: (layer, e) in held)
+    wanted = [(layer, choose(layer, routers[layer] @ x[0])) for layer in range(1, LAYERS)]
+    for count in range(1, len(wanted) + 1):
+        assert prefetcher.predict(0, x) == wanted[:count]
+        layer, experts = wanted[count - 1]
+        held.add((layer, experts[0]))
+        assert prefetcher.predict(0, x) == wanted[:count]  # one is there, and the other not
+        held.add((layer, experts[1]))
+
+
 def test_the_gate_predicts_with_the_biased_strategy():
     """A strategy that prefers residents predicts them too: exactly what the layer would choose of these logits."""
     states = Residency.empty(torch.full((LAYERS,), 3), EXPERTS)
