@@ -5,9 +5,11 @@ import torch
 from literal import RULES, best_first, calibration_of, logits_of, routed, rules
 
 from cachemoe.kernels.eviction import eviction
+from cachemoe.kernels.route_cpu import place
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.cheapening import importance
 from cachemoe.moe.policies import edgemoe
+from cachemoe.offload.residency import least_frequently_used, least_recently_used
 
 EXPERTS, K = 12, 3
 
@@ -58,3 +60,35 @@ def test_importance_is_what_rounding_adds_to_the_output():
             added[e] += float((weights[t, k] * (full[e, t] - cheap[e, t])).square().sum())
     torch.testing.assert_close(made, torch.tensor([each / total for each in added]))
     assert not importance(full, full, ids, weights).any()
+
+
+# ------------------------------------------------------------------------------------ one cache of 32 layers, an eighth
+
+
+def as_printed(uses, distance):
+    """The paper's formula to the letter: of the next layer's experts the denominator is S - 1, of this layer's 0."""
+    layers = 32
+    return (uses << 20) // (1 + (layers - distance) * layers) + (distance == layers) * (1 << 50)
+
+
+def hits_of(evict, layers=32, experts=8, k=2, slots=32, tokens=120):
+    """The share of hits of skewed choices, as frequent in each layer as Zipf says."""
+    generator = torch.Generator().manual_seed(0)
+    popularity = (1 / torch.arange(1, experts + 1)).repeat(layers, 1)
+    popularity = popularity.gather(1, torch.rand(layers, experts, generator=generator).argsort(1))
+    state, hits = Residency.empty(torch.tensor([slots]), experts, (), layers), 0
+    for _ in range(tokens):
+        for layer in range(layers):
+            ids = popularity[layer].multinomial(k, generator=generator)
+            routing = place(ids[None, None], torch.ones(1, 1, k), state.of_layer(layer), evict)
+            hits += int(routing.hits.sum())
+    return hits / (tokens * layers * k)
+
+
+def test_the_proses_direction_is_the_one_that_works():
+    """And an LRU of all layers together finds nothing: what is needed next was used longest ago."""
+    prose, printed = hits_of(edgemoe.soon_and_often), hits_of(as_printed)
+    lfu, lru = hits_of(least_frequently_used), hits_of(least_recently_used)
+    assert lru < 0.02
+    assert printed < 0.6 * prose
+    assert prose > lfu
