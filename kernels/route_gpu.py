@@ -484,9 +484,9 @@ def _jitted(function: Callable):
     return function if triton.knobs.runtime.interpret else triton.jit(function)
 
 
-def warps_of(experts: int) -> int:
+def warps_of(pages: int) -> int:
     """Warps of a program: one, whose reductions need no barrier, as long as the state fits its registers."""
-    return 1 if experts <= 256 else 4
+    return 1 if pages <= 256 else 4
 
 
 def plan_route(
@@ -518,7 +518,7 @@ def plan_route(
             f"the kernel takes up to {MAX_EXPERTS} experts, {MAX_TOP_K} a token and {MAX_GROUPS} groups, "
             f"not {experts}, {top_k} and {scores.groups}"
         )
-    slots, num_warps, padded = state.page_of.shape[1], warps_of(experts), triton.next_power_of_2(experts)
+    slots, num_warps, padded = state.page_of.shape[1], warps_of(experts * state.levels), triton.next_power_of_2(experts)
     hidden, router, ticket = gate or (None, None, None)
     arguments = {
         "logits_ptr": logits,
