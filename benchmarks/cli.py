@@ -187,13 +187,13 @@ def systems(
         from cachemoe.benchmarks.systems_plot import plot_systems
         from cachemoe.benchmarks.systems_run import SystemsOptions, run_systems
         from cachemoe.benchmarks.systems_tables import notes, tables
-        from cachemoe.moe.checkpoint import TINYMOE
+        from cachemoe.moe.checkpoint import COARSEMOE, STEEPMOE, TINYMOE
 
         for path in (json_path, plot_path):
             check_destination(path)
         texts = text or [None, Path(argparse.__file__)]
         options = SystemsOptions(
-            model or [TINYMOE], texts, capacity, payload, tokens, quality_tokens, profile, strategy
+            model or [TINYMOE, STEEPMOE, COARSEMOE], texts, capacity, payload, tokens, quality_tokens, profile, strategy
         )
         report = run_systems(options, show_progress)
         for table in tables(report):

@@ -33,8 +33,8 @@ from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import lru_misses
 
 REMOVAL_TOKENS = 256  # that the removal of experts is tried on
-LOSS_WINDOWS = 4  # that the loss of rounding is measured on
-FIT_TOUCHES = 2048  # of layers by tokens, that an eviction policy is fitted on
+LOSS_WINDOWS = 2  # that the loss of rounding is measured on
+FIT_TOUCHES = 1024  # of layers by tokens, that an eviction policy is fitted on
 GROUPS = 8  # clusters of a layer, as in the paper
 
 
