@@ -107,6 +107,9 @@ def _activations(geometry: Geometry) -> Iterator[tuple[str, Launch]]:
             yield f"{activation}, {kind}, T = {PREFILL_TOKENS[1]}", plan_prefill(*many, results)[0]
 
 
+LEVELED = (60, 256, 512)  # experts of the routers that are compiled with levels: few, grouped, and most
+
+
 def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     """Many tokens by every strategy, one by the paper's; from hidden states, which makes no other choice, by two."""
     experts, knobs = router.experts, _empty(1, len(KNOBS), dtype=torch.float32)
@@ -125,6 +128,8 @@ def _route(router: Router) -> Iterator[tuple[str, Launch]]:
     ways += [(eviction, "cache-prior") for eviction in EVICTION_POLICIES if eviction != "lru"]
     for eviction, strategy in ways:
         (policy, rule), evict = policies[strategy], EVICTION_POLICIES[eviction]
+        if rule.cheaper and experts not in LEVELED:
+            continue
         top_k = rule.places(None, router.top_k, experts) if rule.places else router.top_k
         half = max(experts // 2, top_k)
         state = Residency.empty(torch.full((1,), half), experts, [half] * rule.cheaper).to("meta")

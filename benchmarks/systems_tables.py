@@ -68,7 +68,7 @@ def notes(report: dict) -> list[str]:
         loses = losers(capacity["rows"])
         if loses:
             said.append(f"{run['model']['name']}, {run['settings']['text']}: lose to chance: {', '.join(loses)}.")
-        stepped = sorted({r["tokens"] for r in capacity["rows"] if "miss_rate" in r})
+        stepped = sorted({r["scored_tokens"] for r in capacity["rows"] if "miss_rate" in r})
         if len(stepped) > 1:
             said.append(
                 f"{run['model']['name']}, {run['settings']['text']}: systems whose layers share a cache were stepped "

@@ -106,7 +106,7 @@ class Quality:
             "experts_swapped": self.swaps / max(self.selections, 1),
             "experts_cheap": self.cheap / max(self.selections, 1),
             "miss_rate_cheap": self.cheap_misses / max(self.selections, 1),
-            "tokens": self.tokens,
+            "scored_tokens": self.tokens,
             "control_kl_nats": self.control and self.control.kl / self.control.tokens,
             "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
         }

@@ -44,7 +44,7 @@ class DeviceEngine:
         layout = store.layout
         if len(capacity) != layout.layers:
             raise ValueError(f"{len(capacity)} capacities given for the store's {layout.layers} layers")
-        self.page_format = layout.page_format
+        self.page_format, self.formats = layout.page_format, [layout.page_format]
         self.state = Residency.empty(torch.tensor(capacity), layout.experts).to(device)
         self._read_through, self._top_k = read_through, top_k
         self._pool = ExpertPool(sum(capacity), layout.page_format, device)

@@ -233,7 +233,9 @@ def calibration(tmp_path_factory):
     misses = torch.tensor([[torch.inf, torch.inf, 2.0, 1.0, 0.5]] * 2)
     removal, token_ids = torch.arange(4, dtype=torch.int16).repeat(2, 1), torch.tensor([1, 5], dtype=torch.int32)
     numbers = torch.zeros(2, 1001), torch.zeros(2), torch.ones(2), removal, misses, token_ids
-    Calibration(*numbers, torch.zeros(2, 3, 4, dtype=torch.float16), "a model", "name", 2, 10).save(path)
+    alike, known = torch.zeros(3, 2, 4, dtype=torch.int16), torch.zeros(2, 3, 4, dtype=torch.float16)
+    cheap = alike, torch.ones(2, 4), torch.zeros(9), torch.ones(4, dtype=torch.int16)
+    Calibration(*numbers, known, *cheap, "a model", "name", 2, 10, "int4").save(path)
     return path, path.read_bytes()
 
 

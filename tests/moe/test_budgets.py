@@ -151,6 +151,8 @@ def test_a_calibration_of_another_model_is_refused(opened, tiny_calibration, tmp
         sensitivities=torch.ones(layers),
         token_ids=torch.tensor([0], dtype=torch.int32),
         by_token=torch.zeros(layers, 2, count - 1, dtype=torch.float16),
+        clusters=torch.zeros(3, layers, count - 1, dtype=torch.int16),
+        importance=torch.zeros(layers, count - 1),
     )
     other.save(tmp_path / "other")
     for pool in (2, 8):

@@ -293,7 +293,7 @@ def test_a_device_that_cannot_be_is_refused(folder, device):
         load(folder, device=device, progress=quiet)
 
 
-@pytest.mark.parametrize("eviction", [[], None, "mru"])
+@pytest.mark.parametrize("eviction", [[], 5, "mru"])
 def test_an_eviction_policy_that_cannot_be_is_refused(folder, eviction):
     with pytest.raises(InputError, match="unknown eviction policy"):
         load(folder, eviction=eviction, progress=quiet)

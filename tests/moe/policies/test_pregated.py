@@ -120,7 +120,7 @@ def test_a_pool_without_room_refuses_to_fetch_ahead(folder, opened):
 
 
 def state_of(model):
-    return [tensor.clone() for tensor in vars(model.cachemoe.engine.state).values()]
+    return [tensor.clone() for tensor in model.cachemoe.engine.state.tensors().values()]
 
 
 @pytest.mark.parametrize("after", ["pregated-hint", "pregated-exec"])
