@@ -15,7 +15,8 @@ from cachemoe.moe.terminal import check_destination, console, one_sentence, save
 
 ROUTINGS = (
     "original, pruning:K', max-rank:M, cumsum:p, cache-prior:lambda, latency-ratio:gamma, pregated-hint, "
-    "pregated-exec, smola-lowrank:r, random-drop:p, random-swap:p, random-cheap:p; with a calibration relu-route, relu-literal, naee-skip:q, "
+    "pregated-exec, smola-lowrank:r, random-drop:p, random-swap:p, random-cheap:p; with a calibration relu-route, "
+    "relu-literal, naee-skip:q, "
     "naee-prune:r, adap-skip:T, decoupled-hint, decoupled-exec, hobbit:T1:T2, edgemoe:P, "
     "moec-substitute:likeness, readme-lookahead:W. After those that swap experts also ,max-regret=bound"
 )
