@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-import torch
 
 from cachemoe.kernels.policy import words_of
 
@@ -19,20 +18,26 @@ def eviction(evict: Callable, state) -> Callable[[], np.ndarray]:
     Returns:
         () -> int64 ``[B, N]`` of the N experts in each cache; with ``state`` changed in between, other keys.
     """
-    seen = {
-        "last_use": state.last_use,
-        "uses": state.uses,
-        "heavy": state.uses if state.heavy is None else state.heavy,
-        "expected": torch.zeros_like(state.uses) if state.expected is None else state.expected,
-        "clock": state.clock[:, None],
-    }
-    memory = {name: tensor.numpy() for name, tensor in seen.items()}
-    memory["distance"] = _distances(state.experts, state.layers, state.layer)
-    arguments = [memory[word] for word in words_of(evict)]
+    arguments = [_SEEN[word](state) for word in words_of(evict)]
     return lambda: evict(*arguments)
+
+
+def _expected(state) -> np.ndarray:
+    return np.zeros_like(state.on_host.uses) if state.expected is None else state.on_host.expected
 
 
 @cache
 def _distances(experts: int, layers: int, layer: int) -> np.ndarray:
     """``[1, L * E]``: after how many layers each expert's runs next, when this layer runs."""
     return (np.arange(layers * experts)[None] // experts - layer - 1) % layers + 1
+
+
+# Of each word its numbers, a view of the state where they change; only those named are made, as a miss waits for them.
+_SEEN = {
+    "last_use": lambda state: state.on_host.last_use,
+    "uses": lambda state: state.on_host.uses,
+    "heavy": lambda state: state.on_host.uses if state.heavy is None else state.on_host.heavy,
+    "expected": _expected,
+    "distance": lambda state: _distances(state.experts, state.layers, state.layer),
+    "clock": lambda state: state.on_host.clock[:, None],
+}

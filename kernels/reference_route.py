@@ -246,7 +246,7 @@ def check_slots(state, top_k: int) -> None:
     Raises:
         ValueError: if not.
     """
-    if (least := min(*state.capacity.tolist(), *state.cheaper, state.page_of.shape[-1])) < top_k:
+    if (least := min(state.fewest, *state.on_host.capacity.tolist())) < top_k:
         raise ValueError(f"{least} slots cannot hold the {top_k} experts of one token")
 
 
@@ -301,13 +301,14 @@ def settle(ran, state, b: int, evict: Callable) -> tuple[dict[int, int], list[tu
     """
     k, experts = len(ran), state.experts
     first_expert, first_page = state.layer * experts, state.layer * experts * state.levels
-    slot_of, page_of = state.slot_of[b].numpy(), state.page_of[b].numpy()
-    clock, touched = int(state.clock[b]), [(place, e, page) for place, (e, page, _, _) in enumerate(ran) if page >= 0]
+    memory = state.on_host
+    slot_of, page_of = memory.slot_of[b], memory.page_of[b]
+    clock, touched = int(memory.clock[b]), [(place, e, page) for place, (e, page, _, _) in enumerate(ran) if page >= 0]
     of_cache = [first_expert + e for _, e, _ in touched]
-    state.last_use[b].numpy()[of_cache] = [clock + k - place for place, _, _ in touched]
-    state.uses[b].numpy()[of_cache] += 1
+    memory.last_use[b, of_cache] = [clock + k - place for place, _, _ in touched]
+    memory.uses[b, of_cache] += 1
     if state.heavy is not None:
-        state.heavy[b].numpy()[of_cache] += [page < experts for _, _, page in touched]
+        memory.heavy[b, of_cache] += [page < experts for _, _, page in touched]
     placed = {page: int(slot_of[first_page + page]) for _, page, _, hit in ran if hit}
     missed = []
     if absent := [page for _, page, _, hit in ran if page >= 0 and not hit]:
@@ -322,7 +323,7 @@ def settle(ran, state, b: int, evict: Callable) -> tuple[dict[int, int], list[tu
                 slot_of[page_of[slot]] = -1
             slot_of[first_page + page], page_of[slot], placed[page] = slot, first_page + page, slot
             missed.append((page, slot))
-    state.clock[b] += k
+    memory.clock[b] += k
     return placed, missed
 
 
@@ -336,7 +337,7 @@ def _leaving(state, b: int, level: int, keys) -> list[int]:
     first, end = state.slots[level]
     if level == 0:
         end = min(end, first + int(state.capacity[b]))
-    held = state.page_of[b, first:end].numpy()
+    held = state.on_host.page_of[b, first:end]
     worth = keys[held // size * experts + held % experts]
     order = np.lexsort((np.arange(len(held)), worth, held >= 0))
     free = np.flatnonzero(held < 0)
@@ -390,7 +391,7 @@ def mean_range(ranges: np.ndarray, state) -> Sequence[Sequence[float]] | np.ndar
 
     Summed in order in float64, so that a sequence cut anywhere gives the same bits.
     """
-    seen, range_sum = state.tokens.numpy(), state.range_sum.numpy()
+    seen, range_sum = state.on_host.tokens, state.on_host.range_sum
     if len(ranges) == 1:
         means, past, total = [], seen.item(), range_sum.item()
         for added in ranges[0].tolist():

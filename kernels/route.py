@@ -50,8 +50,8 @@ def route(
         ValueError: if ``scores`` does not fit E and K, if the state is not contiguous or, on the CPU, if a capacity is
             below K.
     """
-    _check(logits.shape, state, top_k, policy, scores, correction, out)
     if not torch.compiler.is_compiling():
+        _check(logits.shape, state, top_k, policy, scores, correction, out)
         return _route(logits, state, evict, top_k, policy, scores, correction, out)
     out = _output(out, logits.shape, state, top_k, policy, logits.device)
     _route_op(logits, *_op_arguments(state, evict, top_k, policy, scores, correction, out))
@@ -87,13 +87,12 @@ def route_hidden(
     Raises:
         ValueError: as ``route``, or if what must be contiguous is not.
     """
-    experts = router.shape[-2]
-    _check((*hidden.shape[:2], experts), state, top_k, policy, scores, correction, out)
     if logits is None:
-        logits = hidden.new_empty((*hidden.shape[:2], experts))
+        logits = hidden.new_empty((*hidden.shape[:2], router.shape[-2]))
     if not (hidden.is_contiguous() and router.is_contiguous() and logits.is_contiguous()):
         raise ValueError("the hidden states, the router's weight and the logits must be contiguous")
     if not torch.compiler.is_compiling():
+        _check(logits.shape, state, top_k, policy, scores, correction, out)
         return logits, _route_hidden(
             hidden, router, logits, ticket, state, evict, top_k, policy, scores, correction, out
         )
@@ -112,13 +111,12 @@ def _check(shape, state, top_k, policy, scores, correction, out):
         raise ValueError(f"the state is of {tuple(state.last_use.shape)} experts, the logits {(caches, experts)}")
     if state.page_of.shape[1] < top_k:
         raise ValueError(f"{state.page_of.shape[1]} slots cannot hold the {top_k} experts of one token")
-    if not all(map(torch.Tensor.is_contiguous, state.tensors().values())):
+    if not state.is_contiguous:
         raise ValueError("route writes to the state's memory: its tensors must be contiguous")
-    for what, tensor, columns in (("knobs", policy.knobs, len(KNOBS)), ("the table", policy.table, experts)):
-        if tensor is not None and tensor.shape != (caches, columns):
-            raise ValueError(f"{what} must be [{caches}, {columns}] for {caches} caches, not {tuple(tensor.shape)}")
-    if state.layers > 1 and torch.compiler.is_compiling():
-        raise ValueError("torch.compile takes layers that have caches of their own, not one that they share")
+    if policy.knobs is not None and policy.knobs.shape != (caches, len(KNOBS)):
+        raise ValueError(f"the knobs must be {(caches, len(KNOBS))}, not {tuple(policy.knobs.shape)}")
+    if policy.table is not None and policy.table.shape != (caches, experts):
+        raise ValueError(f"the table must be {(caches, experts)}, not {tuple(policy.table.shape)}")
     if correction is not None and not (
         correction.shape in ((experts,), (caches, experts)) and correction.is_contiguous()
     ):
@@ -130,6 +128,7 @@ def _check(shape, state, top_k, policy, scores, correction, out):
 
 def _route(logits, state, evict, top_k, policy, scores, correction, out):
     if not logits.is_cuda:
+        out = out and _output(out, logits.shape, state, top_k, policy, logits.device)
         return route_cpu(logits, state, evict, top_k, policy, scores, correction, out)
     out = _output(out, logits.shape, state, top_k, policy, logits.device)
     if logits.stride(2) != 1:
@@ -153,7 +152,9 @@ def _route_hidden(hidden, router, logits, ticket, state, evict, top_k, policy, s
 def _output(out, shape, state, top_k, policy, device):
     """Where the routing goes, with ``asked`` where a policy may not get what it asks for."""
     out = out or Routing.empty(*shape[:2], top_k, device)
-    if out.asked is None and (state.levels > 1 or policy.swaps):
+    if not (state.levels > 1 or policy.swaps):
+        out.asked = None
+    elif out.asked is None:
         out.asked = torch.empty_like(out.ids)
     return out
 
@@ -166,6 +167,8 @@ def _plan(*arguments):
 
 def _op_arguments(state, evict, top_k, policy, scores, correction, out):
     """What ``_from_op`` turns back: an operator takes tensors, numbers and strings, and lists of them."""
+    if state.layers > 1:
+        raise ValueError("torch.compile takes layers that have caches of their own, not one that they share")
     return (
         list(state.tensors().values()),
         state.cheaper,
@@ -190,17 +193,13 @@ def _function(named: str) -> Callable:
     return getattr(import_module(module), name)
 
 
-def _from_op(state, cheaper, out, evict, top_k, key, grade, bounded, knobs, table, swaps, renormalises, *others):
+def _from_op(shape, state, cheaper, out, evict, top_k, key, grade, bounded, knobs, table, swaps, renormalises, *others):
     *scores, correction = others
-    return (
-        Residency(*state, cheaper=tuple(cheaper)),
-        _function(evict),
-        top_k,
-        Policy(key and _function(key), grade and _function(grade), bounded, knobs, table, swaps, renormalises),
-        GateScores(*scores),
-        correction,
-        Routing(*out[:4], Misses(*out[4:7]), *out[7:]),
-    )
+    state, scores = Residency(*state, cheaper=tuple(cheaper)), GateScores(*scores)
+    policy = Policy(key and _function(key), grade and _function(grade), bounded, knobs, table, swaps, renormalises)
+    out = Routing(*out[:4], Misses(*out[4:7]), *out[7:])
+    _check(shape, state, top_k, policy, scores, correction, out)
+    return state, _function(evict), top_k, policy, scores, correction, out
 
 
 @torch.library.custom_op("cachemoe::route", mutates_args=("state", "out"))
@@ -229,7 +228,7 @@ def _route_op(
 ) -> None:
     of_policy = key, grade, bounded, knobs, table, swaps, renormalises
     scores = function, groups, top_groups, group_score, renormalise, epsilon, scale
-    _route(logits, *_from_op(state, cheaper, out, evict, top_k, *of_policy, *scores, correction))
+    _route(logits, *_from_op(logits.shape, state, cheaper, out, evict, top_k, *of_policy, *scores, correction))
 
 
 @torch.library.custom_op("cachemoe::route_hidden", mutates_args=("logits", "ticket", "state", "out"))
@@ -261,7 +260,7 @@ def _route_hidden_op(
 ) -> None:
     of_policy = key, grade, bounded, knobs, table, swaps, renormalises
     scores = function, groups, top_groups, group_score, renormalise, epsilon, scale
-    arguments = _from_op(state, cheaper, out, evict, top_k, *of_policy, *scores, correction)
+    arguments = _from_op(logits.shape, state, cheaper, out, evict, top_k, *of_policy, *scores, correction)
     _route_hidden(hidden, router, logits, ticket, *arguments)
 
 

@@ -38,19 +38,14 @@ def route_cpu(
     ranked = _rank(logits, scores, correction)
     if ranked is None:
         routing = reference_route.route(logits, state, evict, top_k, policy, scores, correction)
-        if out is None:
-            return routing
-        for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
-            tensor.copy_(result)
-        out.asked = routing.asked
-        return out
+        return routing if out is None else _write(out, routing)
 
     first = state.tokens.tolist() if policy.draws else None
     *ranked, ranges = ranked
     choose, grade = _chooser(
         *ranked, first, reference_route.mean_range(ranges, state), policy, scores, top_k, _have(state)
     )
-    asked = own = None
+    asked, own = None, None
     if _is_plain(state, policy):
         step = _step_one if caches == 1 else _step
         ids, slots, hits, *misses = step(choose, grade, state, evict, tokens, top_k)
@@ -69,15 +64,18 @@ def route_cpu(
         weights = weights / (whole.sum(-1, keepdims=True) + np.float32(scores.epsilon))
     if scores.scale != 1:
         weights *= np.float32(scores.scale)
-    results = (ids, weights, slots, hits, *misses)
-    may_differ = state.levels > 1 or policy.swaps
-    asked = torch.from_numpy(asked) if may_differ else None
-    if out is None:
-        *tensors, miss_pages, miss_slots, miss_count = map(torch.from_numpy, results)
-        return Routing(*tensors, Misses(miss_pages, miss_slots, miss_count), asked)
-    for tensor, result in zip(out.tensors(), results, strict=True):
-        tensor.numpy()[...] = result
-    out.asked = asked
+    *tensors, miss_pages, miss_slots, miss_count = map(torch.from_numpy, (ids, weights, slots, hits, *misses))
+    routing = Routing(*tensors, Misses(miss_pages, miss_slots, miss_count))
+    if state.levels > 1 or policy.swaps:
+        routing.asked = torch.from_numpy(asked)
+    return routing if out is None else _write(out, routing)
+
+
+def _write(out: Routing, routing: Routing) -> Routing:
+    for tensor, result in zip(out.tensors(), routing.tensors(), strict=True):
+        tensor.copy_(result)
+    if routing.asked is not None:
+        out.asked.copy_(routing.asked)
     return out
 
 
@@ -201,7 +199,7 @@ def _have(state) -> Callable[[np.ndarray], np.ndarray]:
 def _own_pages(state) -> np.ndarray:
     """``[B, V * E]``, where the pages of the layer that is routed are."""
     size = state.levels * state.experts
-    return state.slot_of.numpy()[:, state.layer * size : (state.layer + 1) * size]
+    return state.on_host.slot_of[:, state.layer * size : (state.layer + 1) * size]
 
 
 def _chooser(negated, order, places, gates, first, mean_range, policy, scores, k, have):
@@ -383,10 +381,10 @@ def _step_one(choose, grade, state, evict, tokens, k):
     Returns:
         The arrays of a ``Routing`` in order, but for the weights.
     """
-    slot_of, page_of = state.slot_of.numpy()[0], state.page_of.numpy()[0]
-    last_use, uses, clocks = state.last_use.numpy()[0], state.uses.numpy()[0], state.clock.numpy()
-    capacity, clock = state.capacity.item(), clocks.item()
-    ids, slots = np.empty((1, tokens, k), np.int64), np.empty((1, tokens, k), np.int64)
+    memory = state.on_host
+    slot_of, page_of, last_use, uses = memory.slot_of[0], memory.page_of[0], memory.last_use[0], memory.uses[0]
+    capacity, clock = memory.capacity.item(), memory.clock.item()
+    ids, slots = np.empty((2, 1, tokens, k), np.int64)
     hits, missed, taken = np.empty((1, tokens, k), np.bool_), [], []
     keys_now = None
     for t in range(tokens):
@@ -424,21 +422,19 @@ def _step_one(choose, grade, state, evict, tokens, k):
         else:
             slots[0, t], hits[0, t] = -1, False
             slots[0, t, kept], hits[0, t, kept] = placed, found
-        clocks[0] = clock = clock + k
-    count, nothing = len(missed), [-1] * (tokens * k - len(missed))
-    misses = np.array([missed + nothing]), np.array([taken + nothing]), np.array([count])
-    return ids, slots, hits, *misses
+        memory.clock[0] = clock = clock + k
+    nothing = [-1] * (tokens * k - len(missed))
+    pages, places = np.array([[missed + nothing], [taken + nothing]])
+    return ids, slots, hits, pages, places, np.array([len(missed)])
 
 
 def _step(choose, grade, state, evict, tokens, k):
     """As ``_step_one`` for B caches."""
-    slot_of, last_use, uses = state.slot_of.numpy(), state.last_use.numpy(), state.uses.numpy()
+    memory = state.on_host
+    slot_of, last_use, uses, clock = memory.slot_of, memory.last_use, memory.uses, memory.clock
     caches = len(slot_of)
     first = np.arange(0, slot_of.size, slot_of.shape[1])[:, None]  # of each cache in the flat arrays
-    clock, flat_slot_of, flat_last_use, flat_uses = (
-        state.clock.numpy(),
-        *(a.reshape(-1) for a in (slot_of, last_use, uses)),
-    )
+    flat_slot_of, flat_last_use, flat_uses = (a.reshape(-1) for a in (slot_of, last_use, uses))
     ids, slots = np.empty((2, caches, tokens, k), np.int64)
     hits = np.empty(ids.shape, np.bool_)
     misses = (*np.full((2, caches, tokens * k), -1), np.zeros(caches, np.int64))
@@ -474,7 +470,8 @@ def _place(chosen, placed, missing, untouched, first, state, evict, misses):
         untouched: ``[B]`` the clock before the token.
         first: ``[B, 1]`` where each cache begins in a flat array.
     """
-    page_of, slot_of, last_use = state.page_of.numpy(), state.slot_of.numpy(), state.last_use.numpy()
+    memory = state.on_host
+    page_of, slot_of, last_use = memory.page_of, memory.slot_of, memory.last_use
     occupants = np.maximum(page_of, 0) + first
     key = eviction(evict, state)().take(occupants)
     key[last_use.take(occupants) > untouched[:, None]] = NEVER
@@ -482,7 +479,7 @@ def _place(chosen, placed, missing, untouched, first, state, evict, misses):
     free = page_of < 0
     if free.any():
         key = np.where(free, FIRST + slot, key)
-    key[slot >= state.capacity.numpy()[:, None]] = NEVER
+    key[slot >= memory.capacity[:, None]] = NEVER
     victims = key.argsort(-1, kind="stable")
 
     experts, places, count = misses

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import torch
 
@@ -13,7 +14,7 @@ SCORE_FUNCTIONS = ("softmax", "sigmoid", "relu")
 GROUP_SCORES = ("best", "best-two")
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Residency:
     """State of the caches, one a layer or configuration; ``...`` are leading dimensions, absent or not.
 
@@ -114,6 +115,11 @@ class Residency:
         """V."""
         return 1 + len(self.cheaper)
 
+    @cached_property
+    def fewest(self) -> int:
+        """Slots of the level that has the fewest, before capacities are looked at."""
+        return min((*self.cheaper, self.page_of.shape[-1]))
+
     @cached_property  # read for every token
     def slots(self) -> tuple[tuple[int, int], ...]:
         """Of each level its first slot, and the one after its last; full precision's end at the largest capacity."""
@@ -143,6 +149,15 @@ class Residency:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors by name, those that it has."""
         return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+
+    @cached_property  # asked for every token
+    def is_contiguous(self) -> bool:
+        return all(tensor.is_contiguous() for tensor in self.tensors().values())
+
+    @cached_property  # read for every token
+    def on_host(self) -> SimpleNamespace:
+        """The tensors' memory on the CPU as numpy arrays of the same names: what is written there is in the tensors."""
+        return SimpleNamespace(**{name: tensor.numpy() for name, tensor in self.tensors().items()})
 
     def with_slots(self, count: int) -> Residency:
         """The state with C = ``count`` slots, ``page_of`` cut or filled up with free ones; the rest is shared."""

@@ -204,8 +204,8 @@ def holding(resident, n, ranges):
     state = empty(n, n)
     for e in resident:
         state.slot_of[0, e] = state.page_of[0, e] = e
-    state.tokens += len(ranges)
-    state.range_sum += sum(ranges)
+    state.tokens.add_(len(ranges))
+    state.range_sum.add_(sum(ranges))
     return state
 
 

@@ -282,8 +282,8 @@ def most_recently_used(last_use, uses):
 def test_a_clock_that_has_run_for_years(backend, evict, clock):
     state = Residency.empty(torch.tensor([5]), 12)
     reference_route.route(normal_logits(1, 1, 6, 12), state, evict, 3, ORIGINAL)
-    state.last_use += clock * (state.last_use > 0)
-    state.clock += clock
+    state.last_use.add_(clock * (state.last_use > 0))
+    state.clock.add_(clock)
     routing = assert_as_reference(backend, normal_logits(2, 1, 20, 12), state, evict, 3, policy_of(CachePrior(0.1, 1)))
     assert int(routing.misses.count) > 12 and int(state.clock) > clock + 20
 
@@ -540,7 +540,7 @@ def test_what_route_refuses():
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
-    with pytest.raises(ValueError, match=r"knobs must be \[1, 6\] for 1 caches, not \(2, 6\)"):
+    with pytest.raises(ValueError, match=r"knobs must be \(1, 6\), not \(2, 6\)"):
         route(logits, state, LRU, 2, policy_of(CachePrior(0.1), CachePrior(0.2)))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
@@ -590,14 +590,23 @@ def test_route_compiles_into_one_graph(device):
         routing = route(2 * logits, state[0:2], least_frequently_used, 3, policy, GateScores(renormalise=True))
         return routing.ids + 1, 2 * routing.weights, routing.misses.count, state.clock + 1
 
+    def step_levels(logits, state):
+        routing = route(logits, state, LRU, 3, swapping)
+        return routing.asked, routing.slots, routing.ids
+
     def step_hidden(hidden, state):
         logits, routing = route_hidden(hidden, router, state[2:3], least_recently_used, 2)
         return logits, routing.slots
 
     policy = on(device, policy_of(CachePrior(0.3, 1), CachePrior(0.7, 0)))
     router = normal_logits(31, 12, 16).to(device)
-    for function, given_input in ((step, normal_logits(30, 2, 4, 12)), (step_hidden, normal_logits(32, 1, 2, 16))):
-        state = Residency.empty(torch.tensor([5, 7, 6]), 12).to(device)
+    swapping = on(device, sized(STRATEGIES["moec-substitute"], 12, 3))
+    for function, given_input, cheaper in (
+        (step, normal_logits(30, 2, 4, 12), ()),
+        (step_hidden, normal_logits(32, 1, 2, 16), ()),
+        (step_levels, normal_logits(33, 3, 9, 12), (4,)),
+    ):
+        state = Residency.empty(torch.tensor([5, 7, 6]), 12, cheaper).to(device)
         compiled_state = state.clone()
         expected = function(given_input.to(device), state)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
