@@ -41,7 +41,6 @@ from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import LevelBytes, layer_slots, split_pool
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.surrogates import bytes_of
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine
@@ -107,7 +106,8 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
     kinds, formats = [None], [checkpoint.page_format(None)]
-    if any(strategy.rule.cheaper and not strategy.rule.resident for strategy in strategies):
+    # The control of whatever has a cheaper level, surrogates too, has cheaper pages.
+    if any(s.rule.cheaper and (options.controls or not s.rule.resident) for s in strategies):
         formats.append(cheaper_format(checkpoint, payload_format(options.payload, checkpoint), options.cheaper))
         kinds.append(formats[1].kind)
     if known is not None:
@@ -128,14 +128,14 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         chooser_knows = {"calibration": known, "miss_cost": math.log1p(resident_speed / link)}
         everyone, ranks = [shape.experts] * len(shape.layers), ranks_of(strategies)
         with ExitStack() as computing:
-            leveled, surrogates = None, {}
+            leveled, surrogates, taken = None, {}, {}
             if len(formats) > 1 or ranks:
                 opened = open_leveled(checkpoint, formats, everyone, progress, ranks=ranks)
                 leveled = computing.enter_context(opened)
                 surrogates = payload_surrogates(options.payload, checkpoint, leveled.surrogates)
-            level_bytes = LevelBytes(
-                [e.page_bytes for e in files], {r: bytes_of(each) for r, each in surrogates.items()}
-            )
+                of_pages = file.page_bytes / formats[0].page_bytes  # the payload's, beside the model's
+                taken = {rank: round(size * of_pages) for rank, size in leveled.surrogate_bytes().items()}
+            level_bytes = LevelBytes([each.page_bytes for each in files], taken)
             windows_run = len(windows) * (1 + options.controls)
             advance = computing.enter_context(progress("quality, stepped through the text", windows_run))
             how = *(model, shape, windows, settings, evict, advance), *chooser_knows.values(), options.controls

@@ -11,7 +11,6 @@ from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.low_rank import Factored, LowRank
 from cachemoe.moe.pack import check_space, open_packed, store_directory
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.surrogates import bytes_of
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.pinned import PinnedLevel, PinnedStore
 from cachemoe.offload.store import VERSION, ExpertStore, Store, StoreLayout, write_store
@@ -119,7 +118,9 @@ def random_pages(layout: StoreLayout) -> Iterator[torch.Tensor]:
 def payload_surrogates(
     name: str, checkpoint: Checkpoint, surrogates: Mapping[int, Sequence[LowRank]]
 ) -> Mapping[int, Sequence[LowRank]]:
-    """The model's own surrogates, or random ones of the payload's geometry that are as large beside its pages.
+    """The model's own surrogates, or random ones of the payload's geometry with residuals as large beside its pages.
+
+    The base is a whole matrix in bfloat16, whatever the format of the payload's pages.
 
     Args:
         surrogates: the model's, by their rank, of each layer.
@@ -129,14 +130,14 @@ def payload_surrogates(
     own, payload = checkpoint.page_format(None), payload_format(name, checkpoint)
     generator, made = torch.Generator().manual_seed(0), {}
     for rank, layers in surrogates.items():
-        share = bytes_of(layers) / own.page_bytes * payload.page_bytes
+        factors = (t for m in (layers[0].gate_up, layers[0].down) for t in (m.left, m.right))
+        residuals = sum(t.numel() * t.element_size() for t in factors)
         matrices = {
             "gate_up": (2 * payload.intermediate, payload.hidden),
             "down": (payload.hidden, payload.intermediate),
         }
-        whole = sum(2 * rows * columns for rows, columns in matrices.values())
         of_rank = checkpoint.shape.experts * sum(2 * sum(size) for size in matrices.values())
-        fitting = max(1, int((share - whole) / of_rank))
+        fitting = max(1, int(residuals / own.page_bytes * payload.page_bytes / of_rank))
         factored = {n: _random(*size, fitting, checkpoint.shape.experts, generator) for n, size in matrices.items()}
         made[rank] = [LowRank(**factored, biases={}, page_format=payload)] * len(layers)
     return made

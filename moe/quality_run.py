@@ -61,7 +61,7 @@ def run_quality(
             strategy.check_calibration(known)
         own, source = pooled.engine.page_format, Checkpoint(model.name_or_path)
         formats = [own]
-        if any(strategy.rule.cheaper and not strategy.rule.resident for strategy in parsed):
+        if any(strategy.rule.cheaper for strategy in parsed):  # for surrogates, their controls
             formats.append(cheaper_format(source, own, cheaper))
         if known is not None:
             asked = any(strategy.rule.cheaper and strategy.rule.calibrated for strategy in parsed)

@@ -105,6 +105,8 @@ def split_pool(
     rule, layers, cheaper = strategy.rule, len(slots), []
     caches = 1 if rule.shared else layers
     page_bytes = level_bytes.pages[: 1 if rule.resident else 1 + rule.cheaper]
+    if not rule.resident and len(page_bytes) <= rule.cheaper:
+        raise ValueError(f"{rule.name} asks for a cheaper level, and the bytes of {len(page_bytes)} are given")
     for size in page_bytes[1:]:
         share = rule.share / (len(page_bytes) - 1)
         cheaper.append(min(int(sum(slots) * page_bytes[0] * share / size / caches), experts * layers // caches))
