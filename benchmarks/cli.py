@@ -169,6 +169,12 @@ def systems(
     quality_tokens: Annotated[
         int, typer.Option(min=512, help="Tokens of each text that quality is measured on.")
     ] = 2048,
+    free: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens decoded greedily after each of 96 prompts by the systems on the front; 0: none."
+        ),
+    ] = 0,
     profile: Annotated[str, typer.Option(help="As latency's.")] = "none",
     strategy: Annotated[
         list[str] | None,
@@ -193,7 +199,8 @@ def systems(
             check_destination(path)
         texts = text or [None, Path(argparse.__file__)]
         options = SystemsOptions(
-            model or [TINYMOE, STEEPMOE, COARSEMOE], texts, capacity, payload, tokens, quality_tokens, profile, strategy
+            model or [TINYMOE, STEEPMOE, COARSEMOE],
+            *(texts, capacity, payload, tokens, quality_tokens, free, profile, strategy),
         )
         report = run_systems(options, show_progress)
         for table in tables(report):

@@ -10,13 +10,17 @@ from cachemoe.moe.calibrate_run import run_calibrate
 from cachemoe.moe.calibration import CALIBRATION_VERSION, Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
+from cachemoe.moe.free_running import PROMPT_TOKENS, prompts_of
 from cachemoe.moe.leveled import cheaper_format
 from cachemoe.moe.pack import stored_path
 from cachemoe.moe.progress import Progress
+from cachemoe.moe.quality_run import run_quality
 from cachemoe.moe.shape import MoeShape
+from cachemoe.moe.text import load_tokens
 from cachemoe.offload.errors import InputError
 
 CALIBRATION_TOKENS, CONTEXT = 2048, 512
+PROMPTS = 96  # fewer leave the mean of most systems within its interval of 0
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,24 @@ class SystemsOptions:
     payload: str
     tokens: int
     quality_tokens: int
+    free: int
     profile: str
     strategy: list[str] | None
 
 
 def run_systems(options: SystemsOptions, progress: Progress) -> dict:
-    """Measure every system on every model and text: quality on all, speed on each model's first text.
+    """Measure every system on every model and text: quality on all, speed and free-running on each model's first text.
 
     Raises:
         InputError: for options that cannot be.
     """
     if not options.text:
         raise InputError("the systems need a text to run on")
+    if options.free:
+        for path in options.model:  # before anything slow begins
+            shape = Checkpoint(path).shape
+            tokens = load_tokens(options.text[0], shape.vocabulary, PROMPTS * PROMPT_TOKENS)
+            prompts_of(tokens, PROMPTS, options.free, shape)
     runs = []
     for path in options.model:
         checkpoint = Checkpoint(path)
@@ -69,12 +79,25 @@ def run_systems(options: SystemsOptions, progress: Progress) -> dict:
                 controls=True,
                 cheaper=cheap,
             )
-            runs.append(run_latency(latency, progress))
+            run = run_latency(latency, progress)
+            if options.free and number == 0:
+                run["free_running"] = _run_freely(run, latency, options.free, progress)
+            runs.append(run)
     return {
         "command": "systems",
         "settings": asdict(replace(options, model=[], text=[], strategy=None)) | {"segments": SEGMENTS},
         "runs": runs,
     }
+
+
+def _run_freely(run: dict, options: LatencyOptions, free: int, progress: Progress) -> dict:
+    """What the systems on the front cost where no text takes them back: see ``cachemoe quality --free``."""
+    (capacity,) = run["capacities"]
+    front = front_of([row for row in capacity["rows"] if "miss_rate" in row])
+    tokens = -(-PROMPTS * PROMPT_TOKENS // CONTEXT) * CONTEXT  # whole windows
+    work = options.text, options.capacity, front, options.top_j, options.eviction, tokens, CONTEXT
+    how = None, None, options.cheaper, options.calibration, free, PROMPTS, progress
+    return run_quality(str(options.model), None, *work, *how)
 
 
 def calibration_of(checkpoint: Checkpoint, cheaper: str, progress: Progress) -> Path:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.benchmarks.systems_run import front_of
+from cachemoe.moe.quality_report import free_running_table
 
 # (heading, text of a row)
 QUALITY = (
@@ -26,12 +27,14 @@ SPEED = (
     ("speed-up\n(spread)", lambda r: with_spread(r["speedup_over_original"])),
     ("stall\nms", lambda r: f"{r['stall_ms_per_token']:.1f}"),
     ("MB\na token", lambda r: f"{r['bytes_per_token'] / 1e6:.2f}"),
+    ("of them\ncheap", lambda r: f"{r['cheap_bytes_per_token'] / 1e6:.2f}"),
     ("ahead,\nMB", lambda r: f"{r['prefetched_bytes_per_token'] / 1e6:.2f}"),
 )
 
 
 def tables(report: dict) -> list[Table]:
-    """A table for each model and text of what every system saves and costs; and of its speed, where it was measured."""
+    """A table for each model and text of what every system saves and costs; of its speed, and of the front's
+    free-running, where they were measured."""
     made = []
     for run in report["runs"]:
         (capacity,) = run["capacities"]
@@ -46,6 +49,8 @@ def tables(report: dict) -> list[Table]:
         made.append(_table(title, QUALITY, rows, front))
         if timed:
             made.append(_table(f"{run['model']['name']}, decoded on the clock", SPEED, timed, front))
+        if "free_running" in run:
+            made.append(free_running_table(run["free_running"]))
     return made
 
 

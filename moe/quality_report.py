@@ -42,11 +42,11 @@ def quality_table(report: dict) -> list[Table]:
             table.add_row(row["strategy"].replace(",", ",\n"), *(text(row) for _, text in COLUMNS))
         made.append(table)
     if report["free_running"]:
-        made.append(_free_running_table(report))
+        made.append(free_running_table(report))
     return made
 
 
-def _free_running_table(report: dict) -> Table:
+def free_running_table(report: dict) -> Table:
     """Excess bits of each row, with the interval of its mean, and those of as much by chance."""
     run, share = report["free_running"], round(100 * report["free_running"]["interval_share"])
     title = (

@@ -67,6 +67,8 @@ def test_a_small_run(tiny_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("Once upon a time there was a router. " * 100)
     arguments = ["systems", "--model", tiny_checkpoint, "--payload", "native", "--tokens", "3", "--capacity", "75%"]
     arguments += ["--quality-tokens", "512", "--text", "text", "--text", "text"]
+    arguments += ["--free", "2"]
+    monkeypatch.setattr("cachemoe.benchmarks.systems_run.PROMPTS", 3)
     arguments += [part for system in systems for part in ("--strategy", system)]
     monkeypatch.setattr("cachemoe.benchmarks.systems_run.CONTEXT", 128)
     result = CliRunner().invoke(app, [str(each) for each in arguments])
@@ -81,6 +83,9 @@ def test_a_small_run(tiny_checkpoint, tmp_path, monkeypatch):
     assert rows["hobbit:0.4:0.7"]["cheap_per_token"] > 0 and rows["smola-lowrank:2"]["cheap_per_token"] > 0
     assert rows["moec-substitute:gate"]["swaps_per_token"] > 0
     assert rows["smola-lowrank:2"]["control_kl_nats"] is not None
+    (free,) = (run["free_running"] for run in report["runs"] if "free_running" in run)
+    assert [row["strategy"] for row in free["rows"]] == list(dict.fromkeys(["original", *front_of(timed[2:])]))
+    assert free["free_running"]["prompts"] == 3 and "Free-running" in result.output
     for row in scored:
         pages = row["misses_per_token"] * report["runs"][0]["store"]["page_bytes"]
         assert row["missed_bytes_per_token"] <= pages + 1
@@ -94,6 +99,7 @@ def test_a_small_run(tiny_checkpoint, tmp_path, monkeypatch):
         (("--model", "absent"), "absent is no checkpoint folder"),
         (("--json", "."), "it is a folder"),
         (("--payload", "best"), "unknown payload 'best'"),
+        (("--free", "5000"), "--free 5000 after a prompt of 64 tokens is more than the 2048 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(arguments, words, tmp_path, monkeypatch):
