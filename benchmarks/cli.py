@@ -87,7 +87,8 @@ def latency(
             help="Which experts are asked for ahead: none; **gate**, the next layers' routers on this layer's input, "
             "or **gate:N**, its N likeliest; **stacked**, the same up to the first layer that lacks one; **previous**, "
             "the last token's; **frequency**; **history**, what followed the two layers before in the scored text; "
-            "**oracle**, exact routing only. Repeatable: a row each."
+            "**oracle**, exact routing only; **admission**, nothing ahead, but, while the link is idle, who gave way "
+            "or ran cheaply. Repeatable: a row each."
         ),
     ] = ["none"],  # noqa: B006 (typer copies it)
     ahead: Annotated[int, typer.Option(help="Layers that prefetchers look ahead.")] = 1,

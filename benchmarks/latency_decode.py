@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, ORACLE, make_prefetcher
+from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH, ORACLE, make_prefetcher
 from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
@@ -88,7 +88,7 @@ def rows_at(
     settings: Sequence[Setting],
     prefetchers: Sequence[str],
     evaluation: Evaluation,
-    offload: Callable[[Strategy], OffloadEngine],
+    offload: Callable[[Strategy, bool], OffloadEngine],
     resident: ResidentEngine,
     driven: DeviceEngine | None,
     driven_resident: DeviceEngine | None,
@@ -96,10 +96,11 @@ def rows_at(
 ) -> list[Decode]:
     """The rows of one capacity: the references, then the settings with the caches that the quality pass left.
 
-    The oracle knows the unmodified model's choices, and so goes with exact routing alone.
+    The oracle knows the unmodified model's choices, and so goes with exact routing alone; experts are admitted where
+    some give way to others, or run at a cheaper level.
 
     Args:
-        offload: the engine whose pool is of the kind that a strategy needs.
+        offload: the engine whose pool is of the kind that a strategy needs, and that admits experts or does not.
         driven, driven_resident: of the capacity and with everything resident, for rows driven by the device; or None.
     """
     full = Residency.empty(torch.full((len(shape.layers),), shape.experts), shape.experts)
@@ -113,10 +114,11 @@ def rows_at(
     ]
     for s, q in here:
         for prefetch in [s.strategy.rule.source] if s.strategy.rule.prefetches else prefetchers:
-            if prefetch != ORACLE or s.strategy.label == EXACT:
+            rule, admits = s.strategy.rule, prefetch == ADMISSION
+            if (prefetch != ORACLE or s.strategy.label == EXACT) and (not admits or rule.swaps or rule.cheaper):
                 own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
                 name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
-                engine = offload(s.strategy)
+                engine = offload(s.strategy, admits)
                 # The state came from a batch whose largest capacity was higher.
                 state = q.state.clone().with_slots(engine.state.page_of.shape[-1])
                 rows.append(Decode(name, s, engine, state, prefetch))

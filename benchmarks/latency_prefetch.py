@@ -13,7 +13,8 @@ NO_PREFETCH = "none"
 ORACLE = "oracle"
 GATE = "gate"
 STACKED = "stacked"
-PREFETCHERS = (NO_PREFETCH, GATE, STACKED, "previous", "frequency", "history", ORACLE)
+ADMISSION = "admission"  # asks for nothing ahead: what gave way or ran cheaply is fetched when the link is idle
+PREFETCHERS = (NO_PREFETCH, GATE, STACKED, "previous", "frequency", "history", ORACLE, ADMISSION)
 
 
 def make_prefetcher(
@@ -43,6 +44,7 @@ def make_prefetcher(
     count = int(likeliest or top_k)
     makers = {
         NO_PREFETCH: lambda: None,
+        ADMISSION: lambda: None,
         GATE: lambda: NextLayerGate(routers, lambda *at: choose(*at)[:count], ahead),
         STACKED: lambda: NextLayerGate(routers, choose, ahead, engine.holds),
         "previous": lambda: PreviousToken(layers, ahead),

@@ -72,6 +72,9 @@ def _speed(row: Decode, original: Decode, resident: Decode) -> dict:
         "prefetched_bytes_per_token": counters.prefetched_bytes / len(seconds),
         "background_bytes_per_token": counters.background_bytes / len(seconds),
         "decode_miss_rate": counters.misses / counters.selections,
+        "decode_swapped": counters.swaps / counters.selections,
+        "decode_cheap": counters.cheap / counters.selections,
+        "admissions_per_token": counters.admissions / len(seconds),
         # Driven by the device, no part can be told from another.
         "us_per_layer": None
         if IN_A_GRAPH in row.name

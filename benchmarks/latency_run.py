@@ -161,13 +161,13 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
             with ExitStack() as pools:
                 engines_by_kind = {}
 
-                def offload(strategy: Strategy) -> OffloadEngine:
+                def offload(strategy: Strategy, admits: bool) -> OffloadEngine:
                     """One for all strategies whose pools are of a kind."""
                     rule, places = strategy.rule, strategy.places(shape.experts, shape.top_k)
                     rank = strategy.value if rule.resident else None
-                    if (kind := (rule.cheaper, rule.shared, rule.share, rank)) not in engines_by_kind:
+                    if (kind := (rule.cheaper, rule.shared, rule.share, rank, admits)) not in engines_by_kind:
                         full, cheaper = split_pool(counts, strategy, level_bytes, shape.experts, places)
-                        more = {"cheaper": cheaper, "surrogates": surrogates.get(rank, ())}
+                        more = {"cheaper": cheaper, "surrogates": surrogates.get(rank, ()), "admits": admits}
                         made = OffloadEngine(stores[: 1 + len(cheaper)], full, device, **more, **how)
                         engines_by_kind[kind] = pools.enter_context(made)
                     return engines_by_kind[kind]

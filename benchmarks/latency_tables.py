@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.latency_decode import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT
-from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH
+from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH
 from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.moe.quality_report import CHANCE_COLUMN, CHANGED_COLUMN, COST_COLUMNS
@@ -71,6 +71,13 @@ PREFETCH_COLUMNS = (
     ("timely\n%", lambda r: _some_percent(r.get("prefetches_timely")), False),
     ("waste, MB\na token", lambda r: f"{r['wasted_bytes_per_token'] / 1e6:.1f}" if "precision" in r else "", False),
 )
+ADMISSION_COLUMNS = (
+    ("swapped\n%", lambda r: _percent(r["decode_swapped"]), False),
+    ("cheap\n%", lambda r: _percent(r["decode_cheap"]), False),
+    ("missed\n%", lambda r: _percent(r["decode_miss_rate"]), False),
+    ("admitted\na token", lambda r: f"{r['admissions_per_token']:.1f}", False),
+    ("idle link, MB\na token", lambda r: f"{r['background_bytes_per_token'] / 1e6:.1f}", False),
+)
 WIDE = 130  # columns of terminal below which speed and quality go into two tables
 
 
@@ -92,6 +99,9 @@ def tables(report: dict, width: int) -> list[Table]:
             if (row["prefetch"] == NO_PREFETCH or row["name"] == row["strategy"]) and not row["in_a_graph"]
         ]
         predicted = [row for row in rows if "precision" in row]
+        # Each that admits experts, after the same without.
+        admitting = {row["strategy"] for row in rows if row["prefetch"] == ADMISSION}
+        beside = [row for row in rows if row["strategy"] in admitting and row["prefetch"] in (NO_PREFETCH, ADMISSION)]
         with_controls = any(row.get("control_kl_nats") is not None for row in rows)
         quality = [column for column in QUALITY_COLUMNS if with_controls or column[0] != CHANCE_COLUMN[0]]
         if width >= WIDE:
@@ -102,6 +112,7 @@ def tables(report: dict, width: int) -> list[Table]:
             *parts,
             (rows, MOVEMENT_COLUMNS),
             *([(predicted, PREFETCH_COLUMNS)] if predicted else []),
+            *([(beside, ADMISSION_COLUMNS)] if beside else []),
         ]:
             table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
             table.add_column("strategy", no_wrap=True)
@@ -217,6 +228,12 @@ def notes(report: dict) -> list[str]:
         said.append(
             "Precision and recall: of the experts predicted, and of all that were chosen. Used: of the pages asked for "
             "ahead. Of misses: those whose page was asked for ahead; timely: of these, landed before they were needed."
+        )
+    if any(row["prefetch"] == ADMISSION for row in rows):
+        said.append(
+            "Admission: an expert that gave way to another, or ran at a cheaper level, is fetched while the link is "
+            "idle and given a slot. Swapped, cheap and missed: of the selections of the tokens decoded, with and "
+            "without."
         )
     if any(row["in_a_graph"] for row in rows):
         how = "one CUDA graph a token" if settings["device"] == "cuda" else "rehearsed on a CPU, without a graph"

@@ -20,6 +20,7 @@ NEVER, FIRST = np.iinfo(np.int64).max, np.iinfo(np.int64).min
 TINY, SCALE = np.finfo(np.float32).tiny, np.float32(2.0**-24)
 PLACES = np.arange(512, dtype=np.float32)
 INT8 = np.dtype(np.int8)
+OF_WEIGHTS = frozenset(("weight", "first", "before"))
 
 
 def route_cpu(
@@ -54,7 +55,7 @@ def route_cpu(
         ids, slots, hits, *misses, asked, own = _step_pages(choose, grade, state, evict, tokens, top_k, order, policy)
 
     weights = ranked[-1].take(_places(ids, experts))
-    if grade is not None:
+    if grade is not None and slots.min() < 0:
         weights[slots < 0] = 0.0
     if scores.renormalise:
         if policy.renormalises or own is None:
@@ -183,15 +184,22 @@ def _places(ids, experts):
     return ids + np.arange(0, caches * tokens * experts, experts).reshape(caches, tokens, 1)
 
 
-def _have(state) -> Callable[[np.ndarray], np.ndarray]:
-    """From a layer's ``slot_of`` ``[..., V * E]`` the word ``have``, ``[..., E]`` int8."""
+def _have(state) -> Callable[..., np.ndarray]:
+    """From a layer's ``slot_of`` ``[..., V * E]`` the word ``have``, int8, of all experts or of some, ``[..., n]``."""
     if state.levels == 1:
-        return lambda slot_of: (slot_of >= 0).view(INT8)
-    levels, experts = state.levels, state.experts
+        return lambda slot_of, some=None: ((slot_of if some is None else _take(slot_of, some)) >= 0).view(INT8)
+    experts, worst_first = state.experts, range(state.levels - 1, -1, -1)
 
-    def have(slot_of):
-        resident = slot_of.reshape(*slot_of.shape[:-1], levels, experts) >= 0
-        return np.where(resident.any(-2), resident.argmax(-2) + 1, 0).astype(INT8)
+    def have(slot_of, some=None):
+        if some is not None and (whole := _take(slot_of, some) >= 0).all():
+            return whole.view(INT8)
+        best = 0
+        for v in worst_first:
+            pages = (
+                slot_of[..., v * experts : (v + 1) * experts] if some is None else _take(slot_of, v * experts + some)
+            )
+            best = np.where(pages >= 0, v + 1, best)
+        return best.astype(INT8)
 
     return have
 
@@ -273,30 +281,34 @@ def _grader(negated, gates, first, knobs, table, policy, k, have):
     words = policy.grade_words
     known = {"place": PLACES[:k]}
     for i, knob in enumerate(KNOBS):
-        known[knob] = knobs[0, i] if len(knobs) == 1 else knobs[:, i, None]
+        if knob in words:
+            known[knob] = knobs[0, i] if len(knobs) == 1 else knobs[:, i, None]
     seen = {}
     if "value" in words:
         seen["value"] = -negated
     if "noise" in words:
         seen["noise"] = _noise(first, knobs, gates.shape)
-    weighs = any(word in words for word in ("weight", "first", "before"))
+    weighs, sums = not OF_WEIGHTS.isdisjoint(words), "before" in words
+    looks, costs = "have" in words or "cost" in words, "cost" in words
 
     def grade(at, chosen, slot_of):
         if weighs:
             weight = _take(gates[at], chosen)
             weight = weight / np.maximum(weight.cumsum(-1)[..., -1:], TINY)
             known["weight"], known["first"] = weight, weight[..., :1]
-            if "before" in words:
-                known["before"] = np.zeros_like(weight)
-                weight[..., :-1].cumsum(-1, out=known["before"][..., 1:])
+            if sums:
+                known["before"] = before = np.zeros(weight.shape, np.float32)
+                weight[..., :-1].cumsum(-1, out=before[..., 1:])
         for word in seen:
             known[word] = _take(seen[word][at], chosen)
         if "table" in words:
             known["table"] = _take(table[0] if len(table) == 1 else table, chosen)
-        if "have" in words or "cost" in words:
-            known["have"] = _take(have(slot_of), chosen)
+        if looks:
+            known["have"] = have(slot_of, chosen)
+        if costs:
             known["cost"] = _miss_cost(knobs) * (known["have"] == 0)
-        return np.broadcast_to(policy.grade(*[known[word] for word in words]), chosen.shape)
+        levels = np.asarray(policy.grade(*[known[word] for word in words]))
+        return levels if levels.shape == chosen.shape else np.broadcast_to(levels, chosen.shape)
 
     return grade
 
@@ -355,24 +367,92 @@ def _step_pages(choose, grade, state, evict, tokens, k, order, policy):
     """
     slot_of, alone = _own_pages(state), len(order) == 1
     ids, slots, asked, own = np.empty((4, len(order), tokens, k), np.int64)
-    hits, missed = np.empty(ids.shape, np.bool_), [[] for _ in order]
-    wanted = np.zeros(k)
+    hits, missed, taken = np.empty(ids.shape, np.bool_), [[] for _ in order], [[] for _ in order]
+    whole, levels = [_stepper_at_full(state, evict, b, k) for b in range(len(order))], None
     for t in range(tokens):
         at, seen = ((0, t), slot_of[0]) if alone else ((slice(None), t), slot_of)
         own[:, t] = chosen = choose(at, seen)
-        levels = np.broadcast_to(wanted if grade is None else grade(at, chosen, seen), own[:, t].shape).tolist()
-        for b, experts in enumerate(own[:, t].tolist()):
+        if grade is not None:
+            levels = grade(at, chosen, seen).reshape(own[:, t].shape)
+        for b, experts in enumerate(own[:, t]):
+            if levels is None or not levels[b].any():  # as ``decide`` and ``settle``, without looking at each place
+                ids[b, t] = asked[b, t] = experts
+                slots[b, t], hits[b, t] = whole[b](experts, missed[b], taken[b])
+                continue
             table = None if policy.table is None else policy.table[b]
-            ran = reference_route.decide(experts, levels[b], order[b, t], state, b, policy.swaps, table)
+            ran = reference_route.decide(
+                experts.tolist(), levels[b].tolist(), order[b, t], state, b, policy.swaps, table
+            )
             placed, new = reference_route.settle(ran, state, b, evict)
-            missed[b] += new
+            for page, slot in new:
+                missed[b].append(page)
+                taken[b].append(slot)
             ids[b, t], pages, asked[b, t], hits[b, t] = zip(*ran, strict=True)
             slots[b, t] = [placed.get(page, -1) for page in pages]
-    counts = np.array([len(pairs) for pairs in missed])
-    pages, places = np.full((2, len(order), tokens * k), -1)
-    for b, pairs in enumerate(missed):
-        pages[b, : len(pairs)], places[b, : len(pairs)] = np.array(pairs, np.int64).reshape(-1, 2).T
-    return ids, slots, hits, pages, places, counts, asked, own
+    filled = [[each + [-1] * (tokens * k - len(each)) for each in lists] for lists in (missed, taken)]
+    pages, places = np.array(filled, np.int64)
+    return ids, slots, hits, pages, places, np.array([len(each) for each in missed]), asked, own
+
+
+def _stepper_at_full(state, evict, b, k):
+    """What touches and places a token's K experts of the routed layer at full precision in cache ``b``: from the
+    experts ``[K]`` their slots, and whether they were resident; the missing ones go to two lists, page and slot."""
+    memory, experts, size = state.on_host, state.experts, state.levels * state.experts
+    first, capacity = state.slots[0][0], memory.capacity.item(b)
+    slot_of, page_of = memory.slot_of[b], memory.page_of[b, first : first + capacity]
+    layer, page_0 = state.layer * experts, state.layer * size
+    keys_now = None
+
+    def step(chosen, missed, taken):
+        nonlocal keys_now
+        where = slot_of.take(chosen + page_0)
+        placed, mine, clock = where.tolist(), chosen + layer, memory.clock.item(b)
+        memory.last_use[b, mine] = np.arange(clock + k, clock, -1)
+        memory.uses[b, mine] += 1
+        if memory.heavy is not None:
+            memory.heavy[b, mine] += 1
+        if min(placed) < 0:
+            keys_now = keys_now or eviction(evict, state)
+            keys = keys_now()[b].take(page_of // size * experts + page_of % experts)
+            placed = [slot - first for slot in placed]
+            before = len(missed)
+            _give_slots(chosen.tolist(), placed, keys, page_of, slot_of, missed, taken, page_0, first)
+            taken[before:] = [slot + first for slot in taken[before:]]
+            placed = [slot + first for slot in placed]
+        memory.clock[b] = clock + k
+        return placed, where >= 0
+
+    return step
+
+
+def _give_slots(chosen, placed, keys, page_of, slot_of, missed, taken, page_0=0, first=0):
+    """Give the absent experts of a token slots: free ones, lowest first, then those whose keys are smallest.
+
+    Args:
+        chosen: K experts.
+        placed: their slots, below 0 where they have none; filled in.
+        keys: ``[C]`` of who is in each slot; changed.
+        page_of: ``[C]`` updated, as is ``slot_of``, of all pages of the cache.
+        missed, taken: lists, to which the experts that had no slot and their new ones are appended.
+        page_0: page of the layer's first expert.
+        first: what ``slot_of`` calls slot 0.
+    """
+    if page_of[page_of.argmin()] < 0:
+        free = (page_of < 0).nonzero()[0]
+        keys[free] = FIRST + free
+    for slot in placed:
+        if slot >= 0:
+            keys[slot] = NEVER
+    for i, expert in enumerate(chosen):
+        if placed[i] < 0:
+            placed[i] = slot = int(keys.argmin())
+            keys[slot] = NEVER
+            old = page_of.item(slot)
+            if old >= 0:
+                slot_of[old] = -1
+            slot_of[expert + page_0], page_of[slot] = slot + first, expert + page_0
+            missed.append(expert)
+            taken.append(slot)
 
 
 def _step_one(choose, grade, state, evict, tokens, k):
@@ -400,23 +480,7 @@ def _step_one(choose, grade, state, evict, tokens, k):
         if min(placed) < 0:
             occupants = page_of[:capacity]
             keys_now = keys_now or eviction(evict, state)
-            keys = keys_now()[0].take(occupants)
-            if occupants[occupants.argmin()] < 0:
-                free = (occupants < 0).nonzero()[0]
-                keys[free] = FIRST + free
-            for slot in placed:
-                if slot >= 0:
-                    keys[slot] = NEVER
-            for i, expert in enumerate(chosen.tolist()):
-                if placed[i] < 0:
-                    placed[i] = slot = int(keys.argmin())
-                    keys[slot] = NEVER
-                    old = page_of.item(slot)
-                    if old >= 0:
-                        slot_of[old] = -1
-                    slot_of[expert], page_of[slot] = slot, expert
-                    missed.append(expert)
-                    taken.append(slot)
+            _give_slots(chosen.tolist(), placed, keys_now()[0].take(occupants), occupants, slot_of, missed, taken)
         if grade is None:
             slots[0, t], hits[0, t] = placed, found
         else:

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "relu")
@@ -126,10 +127,16 @@ class Residency:
         ends = (0, *accumulate(self.cheaper))
         return ((ends[-1], self.page_of.shape[-1]), *pairwise(ends))
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """Of cheaper levels the first slots, then that of full precision."""
+        return np.array([0, *accumulate(self.cheaper)])
+
     def levels_of(self, slots: torch.Tensor) -> torch.Tensor:
         """int64, of each slot on the CPU the level of its pages, -1 where there is no slot."""
-        starts = torch.tensor([0, *(end for _, end in self.slots[1:])], device="cpu")
-        return (torch.bucketize(slots, starts, right=True) % self.levels).masked_fill(slots < 0, -1)
+        slots = slots.numpy()
+        level = np.searchsorted(self._starts, slots, side="right") % self.levels
+        return torch.from_numpy(np.where(slots < 0, -1, level))
 
     def of_layer(self, layer: int) -> Residency:
         """What one of the layers that share the caches sees, and updates."""

@@ -54,14 +54,15 @@ def free_running_table(report: dict) -> Table:
         f"{run['prompt_tokens']}\nUnder the unmodified model its own have {run['own_bits']:.3f} bits a token; those of "
         "others\nexceed that by so much, with the interval of the mean by bootstrap"
     )
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
+    )
     table.add_column("strategy", no_wrap=True)
     for heading in ("slots", "excess\nbits", f"{share} %", "bits by\nchance", f"{share} %"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("changed", no_wrap=True)
     for row in report["rows"]:
         costs = row["free_running"]
-        cells = (*_excess(costs), *_excess(costs and costs["control"]), CHANGED_COLUMN[1](row))
+        cells = ("exact",) if costs is None else (*_excess(costs), *_excess(costs["control"]))
         table.add_row(row["strategy"].replace(",", ",\n"), str(row["capacity"]), *cells)
     return table
 

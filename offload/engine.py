@@ -196,7 +196,7 @@ class OffloadEngine:
         busy, self._busy_s = self._busy_s, self._link.busy_s
         self.counters.link_s += self._busy_s - busy
         if routing.asked is not None:
-            self._count_levels(layer, routing)
+            self._count_levels(routing)
         self.counters.count_call(routing.ids.numel(), drops, misses, perf_counter() - start)
         if self._admits:
             self._admit(layer, routing)
@@ -425,13 +425,18 @@ class OffloadEngine:
         self._frames.of_slot[row][slot] = staged.frame
         return staged
 
-    def _count_levels(self, layer: int, routing: Routing) -> None:
+    def _count_levels(self, routing: Routing) -> None:
         """Count what ran in another form than full precision, or than the policy asked for."""
-        asked, ran = routing.asked[0], routing.slots[0] >= 0
-        levels = self.state.levels_of(routing.slots[0])
-        other = ran & (asked % self._experts != routing.ids[0])
+        ids, asked, slots = (each[0].numpy() for each in (routing.ids, routing.asked, routing.slots))
+        if (
+            slots.min() >= self.state.slots[0][0] and (asked == ids).all()
+        ):  # as every token of a policy that changes nothing
+            return
+        levels = self.state.levels_of(routing.slots[0]).numpy()
+        ran = levels >= 0
+        other = ran & (asked % self._experts != ids)
         self.counters.swaps += int(other.sum())
-        self.counters.cheap += int((ran & (levels > 0)).sum())
+        self.counters.cheap += int((levels > 0).sum())
         self.counters.better += int((ran & ~other & (levels < asked // self._experts)).sum())
 
     def _admit(self, layer: int, routing: Routing) -> None:

@@ -161,6 +161,20 @@ def test_every_way_to_move_pages(command, tmp_path):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_idle_time_admits_who_gave_way(command, tmp_path):
+    options = ("--capacity", "50%", "--tokens", "60", "--store", "pinned", "--strategy", "random-cheap:0.9")
+    result = command(*options, "--prefetch", "none", "--prefetch", "admission")
+    assert result.exit_code == 0, result.output
+    (capacity,) = json.loads((tmp_path / "results" / "latency.json").read_text())["capacities"]
+    rows = {row["name"]: row for row in capacity["rows"]}
+    assert "original + admission" not in rows  # nobody gives way there
+    cheap, admitted = rows["random-cheap:0.9"], rows["random-cheap:0.9 + admission"]
+    assert cheap["admissions_per_token"] == cheap["background_bytes_per_token"] == 0
+    assert 0 < admitted["decode_cheap"] < cheap["decode_cheap"] <= 1
+    assert admitted["admissions_per_token"] > 0 and admitted["background_bytes_per_token"] > 0
+    assert "admitted" in result.output and "Admission: an expert" in " ".join(result.output.split())
+
+
 @pytest.mark.gpu
 @pytest.mark.gpu_only("interpreted, minutes: the engines' own tests stand for it there")
 def test_on_a_gpu_both_drives_choose_and_miss_alike(command, tmp_path):

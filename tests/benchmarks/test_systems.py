@@ -38,6 +38,7 @@ def test_who_diverges_more_than_chance_loses():
         {"name": "a", "kl_nats": 0.2, "control_kl_nats": 0.1},
         {"name": "b", "kl_nats": 0.1, "control_kl_nats": 0.2},
         {"name": "c", "kl_nats": 0.0, "control_kl_nats": None},
+        {"name": "d", "kl_nats": 0.2, "control_kl_nats": 0.19999},
         {"name": "resident"},
     ]
     assert losers(rows) == ["a"]
