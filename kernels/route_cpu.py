@@ -409,7 +409,7 @@ def _stepper_at_full(state, evict, b, k):
         placed, mine, clock = where.tolist(), chosen + layer, memory.clock.item(b)
         memory.last_use[b, mine] = np.arange(clock + k, clock, -1)
         memory.uses[b, mine] += 1
-        if memory.heavy is not None:
+        if state.heavy is not None:
             memory.heavy[b, mine] += 1
         if min(placed) < 0:
             keys_now = keys_now or eviction(evict, state)
