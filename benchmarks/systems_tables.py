@@ -18,7 +18,7 @@ QUALITY = (
     ("MB", lambda r: f"{r['missed_bytes_per_token'] / 1e6:.1f}"),
     ("k\neff", lambda r: f"{r['k_eff']:.2f}"),
     ("ppl\n%", lambda r: f"{100 * r['perplexity_change']:+.1f}"),
-    ("KL\nnats", lambda r: f"{max(0.0, r['kl_nats']):.4f}"),
+    ("KL\nnats", lambda r: f"{max(r['kl_nats'], 0.0):.4f}"),
     ("by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
 )

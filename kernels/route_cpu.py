@@ -55,7 +55,7 @@ def route_cpu(
         ids, slots, hits, *misses, asked, own = _step_pages(choose, grade, state, evict, tokens, top_k, order, policy)
 
     weights = ranked[-1].take(_places(ids, experts))
-    if grade is not None and slots.min() < 0:
+    if grade is not None:
         weights[slots < 0] = 0.0
     if scores.renormalise:
         if policy.renormalises or own is None:
