@@ -95,7 +95,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     known = None if options.calibration is None else Calibration.load(options.calibration)
     strategies, capacities = _check(options, shape, known)
     evict = eviction_policy(options.eviction)
-    prefetchers = list(dict.fromkeys(options.prefetch))
+    prefetchers = list(dict.fromkeys([NO_PREFETCH, *options.prefetch]))  # what all speeds are held to
     check_prefetchers(prefetchers, options.ahead, len(shape.layers))
     device = _device(options.device)
     level = options.store or (PINNED if device == "cuda" else FILE)
