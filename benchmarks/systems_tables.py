@@ -7,8 +7,9 @@ from rich.table import Table
 
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.benchmarks.systems_run import front_of
-from cachemoe.moe.quality_report import free_running_table
+from cachemoe.moe.quality_report import CHANCE_COLUMN, COST_COLUMNS, free_running_table
 
+_COST = dict(COST_COLUMNS)  # by heading, which are narrower here
 # (heading, text of a row)
 QUALITY = (
     ("miss", lambda r: f"{r['misses_per_token']:.1f}"),
@@ -16,11 +17,11 @@ QUALITY = (
     ("swap", lambda r: f"{r['swaps_per_token']:.1f}"),
     ("cheap", lambda r: f"{r['cheap_per_token']:.1f}"),
     ("MB", lambda r: f"{r['missed_bytes_per_token'] / 1e6:.1f}"),
-    ("k\neff", lambda r: f"{r['k_eff']:.2f}"),
-    ("ppl\n%", lambda r: f"{100 * r['perplexity_change']:+.1f}"),
-    ("KL\nnats", lambda r: f"{max(r['kl_nats'], 0.0):.4f}"),
-    ("by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}"),
-    ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
+    ("k\neff", _COST["k_eff"]),
+    ("ppl\n%", _COST["change\n%"]),
+    ("KL\nnats", _COST["KL\nnats"]),
+    ("by\nchance", CHANCE_COLUMN[1]),
+    ("agree\n%", _COST["agree\n%"]),
 )
 SPEED = (
     ("ms\np50", lambda r: f"{r['ms_per_token']['p50']:.1f}"),

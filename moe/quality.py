@@ -25,7 +25,7 @@ from cachemoe.moe.swap import RouteLayer, Swap
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses
 
-STEPPED = 4  # of so many windows, one for what has to be stepped token by token, twenty times as slow
+STEPPED = 4  # what has to be stepped token by token, twenty times as slow, has one window of so many
 MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
 
@@ -145,7 +145,7 @@ def evaluate(
 ) -> Evaluation:
     """Run the text through the unmodified model and through every setting.
 
-    Settings whose layers share a cache go token by token, on the first of ``STEPPED`` windows, and so on.
+    Settings whose layers share a cache go token by token, on the first quarter of the windows (1 / ``STEPPED``).
 
     Args:
         model: the transformers model.
@@ -252,14 +252,19 @@ def _evaluate(model, shape, windows, settings, evict, rules, progress, known, le
 
 def router_of(chooser: Chooser, state: Residency, rows: int, forecast: Forecast | None = None) -> RouteLayer:
     """A route for ``Swap`` of so many sequences side by side, each with caches of its own."""
+    caches = _caches_of(state)
 
     def route(layer, logits, _=None):
         if forecast is not None:
             forecast.note(layer, logits, state)
-        caches = state.of_layer(layer) if state.shared else state[layer]
-        return chooser.route(layer, logits.unflatten(0, (rows, -1)).cpu(), caches)
+        return chooser.route(layer, logits.unflatten(0, (rows, -1)).cpu(), caches[layer])
 
     return route
+
+
+def _caches_of(state: Residency) -> list[Residency]:
+    """What each layer's routing sees, made once: each keeps what it derives from its tensors."""
+    return [state.of_layer(layer) if state.shared else state[layer] for layer in range(len(state.tokens))]
 
 
 def forecast_of(
@@ -268,10 +273,10 @@ def forecast_of(
     """What tells the caches which experts are expected, if the strategy has them told."""
     if not strategy.rule.forecasts:
         return None
-    own = Chooser(rules, shape.top_k, [Strategy("original")], least_recently_used)
+    own, caches = Chooser(rules, shape.top_k, [Strategy("original")], least_recently_used), _caches_of(state)
 
     def expected(layer, logits):
-        return own.peek(layer, logits.cpu(), state.of_layer(layer))
+        return own.peek(layer, logits.cpu(), caches[layer])
 
     return Forecast(gates, expected, int(strategy.value))
 

@@ -428,9 +428,7 @@ class OffloadEngine:
     def _count_levels(self, routing: Routing) -> None:
         """Count what ran in another form than full precision, or than the policy asked for."""
         ids, asked, slots = (each[0].numpy() for each in (routing.ids, routing.asked, routing.slots))
-        if (
-            slots.min() >= self.state.slots[0][0] and (asked == ids).all()
-        ):  # as every token of a policy that changes nothing
+        if (slots >= self.state.slots[0][0]).all() and (asked == ids).all():  # a policy that changed nothing
             return
         levels = self.state.levels_of(routing.slots[0]).numpy()
         ran = levels >= 0
