@@ -8,7 +8,7 @@ from time import perf_counter
 
 import torch
 
-from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH, ORACLE, make_prefetcher
+from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH, ORACLE, admits, make_prefetcher
 from cachemoe.kernels.state import STATE, Residency
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.decode_graph import WARM_UP, DecodeGraph
@@ -114,11 +114,11 @@ def rows_at(
     ]
     for s, q in here:
         for prefetch in [s.strategy.rule.source] if s.strategy.rule.prefetches else prefetchers:
-            rule, admits = s.strategy.rule, prefetch == ADMISSION
-            if (prefetch != ORACLE or s.strategy.label == EXACT) and (not admits or rule.swaps or rule.cheaper):
+            admitting = prefetch == ADMISSION
+            if (prefetch != ORACLE or s.strategy.label == EXACT) and (not admitting or admits(s.strategy)):
                 own = prefetch == NO_PREFETCH or s.strategy.rule.prefetches
                 name = str(s.strategy) if own else f"{s.strategy} + {prefetch}"
-                engine = offload(s.strategy, admits)
+                engine = offload(s.strategy, admitting)
                 # The state came from a batch whose largest capacity was higher.
                 state = q.state.clone().with_slots(engine.state.page_of.shape[-1])
                 rows.append(Decode(name, s, engine, state, prefetch))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from cachemoe.moe.strategies import Strategy
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.history import History
@@ -53,6 +54,11 @@ def make_prefetcher(
         ORACLE: lambda: Oracle(trace, ahead),
     }
     return makers[name]()
+
+
+def admits(strategy: Strategy) -> bool:
+    """Whether a strategy leaves anything to ``ADMISSION``: it swaps experts, or asks for cheaper levels."""
+    return strategy.rule.swaps or strategy.rule.cheaper > 0
 
 
 def check_prefetchers(names: Sequence[str], ahead: int, layers: int) -> None:

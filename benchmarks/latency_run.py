@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cachemoe.benchmarks.latency_decode import ORIGINAL, DecodePlan, decode_rows, rows_at
-from cachemoe.benchmarks.latency_prefetch import NO_PREFETCH, check_prefetchers
+from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH, admits, check_prefetchers
 from cachemoe.benchmarks.latency_report import capacity_report
 from cachemoe.benchmarks.latency_timeline import plot_timeline
 from cachemoe.benchmarks.payload import (
@@ -106,8 +106,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     settings = [Setting(strategy, capacity) for capacity in capacities for strategy in strategies]
 
     kinds, formats = [None], [checkpoint.page_format(None)]
-    # The control of whatever has a cheaper level, surrogates too, has cheaper pages.
-    if any(s.rule.cheaper and (options.controls or not s.rule.resident) for s in strategies):
+    if any(s.rule.cheaper and not s.rule.resident for s in strategies):
         formats.append(cheaper_format(checkpoint, payload_format(options.payload, checkpoint), options.cheaper))
         kinds.append(formats[1].kind)
     if known is not None:
@@ -136,8 +135,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
                 of_pages = file.page_bytes / formats[0].page_bytes  # the payload's, beside the model's
                 taken = {rank: round(size * of_pages) for rank, size in leveled.surrogate_bytes().items()}
             level_bytes = LevelBytes([each.page_bytes for each in files], taken)
-            windows_run = len(windows) * (1 + options.controls)
-            advance = computing.enter_context(progress("quality, stepped through the text", windows_run))
+            advance = computing.enter_context(progress("quality, stepped through the text", len(windows)))
             how = *(model, shape, windows, settings, evict, advance), *chooser_knows.values(), options.controls
             evaluation = evaluate(*how, leveled, level_bytes)
         model.to(device)
@@ -285,6 +283,11 @@ def _check(
     parsed = [Strategy.parse(text, shape.experts, shape.top_k, options.top_j) for text in texts]
     strategies = list(dict.fromkeys([ORIGINAL, *parsed]))
     capacities = list(dict.fromkeys(_capacity(text, shape) for text in options.capacity))
+    if ADMISSION in options.prefetch and not any(admits(strategy) for strategy in strategies):
+        raise InputError(
+            f"--prefetch {ADMISSION} fetches what gave way to another expert or ran at a cheaper level, and none of "
+            f"{', '.join(map(str, strategies))} does either: add --strategy moec-substitute:any or random-cheap:0.25"
+        )
     for strategy in strategies:
         strategy.check_calibration(calibration)
         strategy.check_slots(min(capacities), shape.experts, shape.top_k)

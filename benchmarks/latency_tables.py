@@ -101,8 +101,12 @@ def tables(report: dict, width: int) -> list[Table]:
         predicted = [row for row in rows if "precision" in row]
         # Each that admits experts, after the same without.
         admitting = {row["strategy"] for row in rows if row["prefetch"] == ADMISSION}
-        beside = [row for row in rows if row["strategy"] in admitting and row["prefetch"] in (NO_PREFETCH, ADMISSION)]
-        with_controls = any(row.get("control_kl_nats") is not None for row in rows)
+        beside = [
+            row
+            for row in rows
+            if row["strategy"] in admitting and row["prefetch"] in (NO_PREFETCH, ADMISSION) and not row["in_a_graph"]
+        ]
+        with_controls = any(row.get("control") for row in rows)
         quality = [column for column in QUALITY_COLUMNS if with_controls or column[0] != CHANCE_COLUMN[0]]
         if width >= WIDE:
             parts = [(rows, [*SPEED_COLUMNS, *quality])]
@@ -201,13 +205,15 @@ def notes(report: dict) -> list[str]:
             f"Not in a graph: {', '.join(others)}; they choose another number of experts than the captured engine has, "
             "or ask the host ahead of a layer."
         )
-    if any(row.get("control_kl_nats") is not None for row in rows):
+    if any(row.get("control") for row in rows):
         said.append(
-            "KL by chance: of the same text with as many experts dropped by chance, or the model's own K replaced by "
-            "others as often (random-drop, random-swap)."
+            "KL by chance: of the same text with as many experts dropped, swapped for others, or at a cheaper level, "
+            "chosen by chance."
         )
+    scored = sorted({row["scored_tokens"] for row in rows if "scored_tokens" in row})
+    first = "" if len(scored) == 1 else f", where layers share a cache the first {scored[0]}"
     said.append(
-        f"Misses are counted over the {unmodified['tokens']} scored tokens, from cold caches, against the "
+        f"Misses are counted over the {unmodified['tokens']} scored tokens{first}, from cold caches, against the "
         f"{report['model']['k']} experts a token and layer that the model itself selects; MB and ms over {decoded} "
         f"other tokens, warm. The clock covers all of {model}'s own forward, routing included, and the "
         "experts moved; no attention or shared expert of the payload's size is in it."

@@ -1,5 +1,6 @@
 """One run of ``cachemoe systems``: eleven systems on the same work, in pools of the same bytes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,14 +141,25 @@ def strategies_of(shape: MoeShape) -> list[str]:
 def front_of(rows: Sequence[dict]) -> list[str]:
     """The names of the rows that none beats in both bytes a token and perplexity, fewest bytes first.
 
-    Changes of perplexity are held against each other to a thousandth of a per cent: exact systems differ by rounding.
+    Two rows are compared on the windows that both were run on. Changes of perplexity are held against each other to a
+    thousandth of a per cent, since exact systems differ by rounding. A row that is not finite is not on the front.
     """
+    finite = [row for row in rows if math.isfinite(row["perplexity_change"])]
 
-    def change(row):
-        return round(row["perplexity_change"], 5)
+    def beats(a: dict, b: dict) -> bool:
+        common = min(len(row["windows"]["nats"]) for row in (a, b))
+        ours, theirs = (
+            (sum(row["windows"]["missed_bytes"][:common]), round(_change(row, common), 5)) for row in (a, b)
+        )
+        alike = ours == theirs  # of which the first stays
+        return rows.index(a) < rows.index(b) if alike else ours[0] <= theirs[0] and ours[1] <= theirs[1]
 
-    front: list[dict] = []
-    for row in sorted(rows, key=lambda row: (row["missed_bytes_per_token"], change(row))):
-        if not front or change(row) < change(front[-1]):
-            front.append(row)
-    return [row["name"] for row in front]
+    front = [row for row in finite if not any(beats(other, row) for other in finite if other is not row)]
+    return [row["name"] for row in sorted(front, key=lambda row: row["missed_bytes_per_token"])]
+
+
+def _change(row: dict, common: int) -> float:
+    """Of perplexity, on the first windows."""
+    windows = row["windows"]
+    own, same = (sum(windows[name][:common]) for name in ("nats", "unmodified_nats"))
+    return math.expm1((own - same) / (common * row["scored_tokens"] / len(windows["nats"])))

@@ -1,5 +1,6 @@
 """The table of systems in the terminal: a table a model and text, and who loses to chance."""
 
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -10,6 +11,7 @@ from cachemoe.benchmarks.systems_run import front_of
 from cachemoe.moe.quality_report import CHANCE_COLUMN, COST_COLUMNS, free_running_table
 
 _COST = dict(COST_COLUMNS)  # by heading, which are narrower here
+BETTER, UNDECIDED, WORSE = "better than chance", "not told from chance", "lose to chance"
 # (heading, text of a row)
 QUALITY = (
     ("miss", lambda r: f"{r['misses_per_token']:.1f}"),
@@ -72,25 +74,33 @@ def notes(report: dict) -> list[str]:
     """What must be said beside the tables."""
     said = [
         "Green: no other has fewer bytes a token and a lower perplexity. By chance: the divergence of as many drops, "
-        "swaps, or experts at the cheaper level, chosen by chance. Misses, drops, swaps, cheap experts and MB, the "
+        "swaps and experts at the cheaper level, chosen by chance. Misses, drops, swaps, cheap experts and MB, the "
         "missed pages', are a token's, all layers together: of the scored text, or of the tokens decoded on the clock.",
     ]
     for run in report["runs"]:
         (capacity,) = run["capacities"]
-        loses = losers(capacity["rows"])
-        if loses:
-            said.append(f"{run['model']['name']}, {run['settings']['text']}: lose to chance: {', '.join(loses)}.")
+        where = f"{run['model']['name']}, {run['settings']['text']}"
+        for verdict, names in against_chance(capacity["rows"]).items():
+            if names and verdict != BETTER:
+                said.append(f"{where}: {verdict}: {', '.join(names)}.")
         stepped = sorted({r["scored_tokens"] for r in capacity["rows"] if "miss_rate" in r})
         if len(stepped) > 1:
             said.append(
-                f"{run['model']['name']}, {run['settings']['text']}: systems whose layers share a cache were stepped "
-                f"token by token on the first {stepped[0]} of {stepped[-1]} scored tokens; their changes are against "
-                "the unmodified model on the same."
+                f"{where}: systems whose layers share a cache were stepped token by token on the first {stepped[0]} of "
+                f"{stepped[-1]} scored tokens; what is said of them is of these, and the front compares any two on the "
+                "tokens of both."
             )
     return list(dict.fromkeys(said))
 
 
-def losers(rows: Sequence[dict]) -> list[str]:
-    """Those that diverge more than as many changes by chance do, beyond what rounding does to the sums."""
-    compared = [row for row in rows if row.get("control_kl_nats") is not None]
-    return [row["name"] for row in compared if row["kl_nats"] > 1.001 * row["control_kl_nats"]]
+def against_chance(rows: Sequence[dict]) -> dict[str, list[str]]:
+    """By verdict, the systems that have a control: whether they diverge less, or more, than as many changes by chance.
+
+    What lies within two standard errors of the difference, token by token, is neither.
+    """
+    verdicts = {BETTER: [], UNDECIDED: [], WORSE: []}
+    for row in rows:
+        if (control := row.get("control")) and math.isfinite(row["kl_nats"]):
+            more, error = control["kl_difference"], control["kl_difference_standard_error"]
+            verdicts[UNDECIDED if abs(more) <= 2 * error else WORSE if more > 0 else BETTER].append(row["name"])
+    return verdicts

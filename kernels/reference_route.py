@@ -84,7 +84,7 @@ def route(
     _step(choose, state, evict, out, order.masked_fill(~allowed.gather(-1, order), -1), policy)
     ran = gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0)
     whole = ran if policy.renormalises else gates.gather(-1, torch.stack(own, 1))
-    out.weights.copy_(_weights(ran, scores, whole))
+    out.weights.copy_(gate_weights(ran, scores, whole))
     return out
 
 
@@ -102,10 +102,10 @@ def own_choice(
     else:
         ids = values.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     gates = gates.gather(-1, ids)
-    return ids, _weights(gates, scores, gates)
+    return ids, gate_weights(gates, scores, gates)
 
 
-def _weights(gates, scores, whole):
+def gate_weights(gates: torch.Tensor, scores: GateScores, whole: torch.Tensor) -> torch.Tensor:
     """Of the scores ``[..., K]`` of the experts that run, 0 where dropped, as shares of those of ``whole``."""
     if scores.renormalise:
         gates = gates / (whole.sum(-1, keepdim=True) + scores.epsilon)

@@ -16,6 +16,7 @@ import torch
 
 from cachemoe.kernels.policy import KNOBS
 from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.chance import Chance, Changes
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
@@ -122,7 +123,7 @@ def run_freely(
     prompts: torch.Tensor,
     count: int,
     settings: Sequence[Setting],
-    controls: Sequence[Setting | None],
+    controls: Sequence[Changes | None],
     evict: Callable,
     progress: Progress,
     calibration: Calibration | None = None,
@@ -137,7 +138,7 @@ def run_freely(
         prompts: ``[P, T]`` tokens.
         count: N, tokens that each is continued by; none ends one early.
         settings: strategies and capacities.
-        controls: of each setting what changes as much by chance, see ``control_of``; None for none.
+        controls: what each setting changed in a text, as much of which is changed by chance; None for no control.
         evict: eviction policy.
         progress: shows each batch of continuations.
         calibration, miss_cost: as for ``Chooser``.
@@ -146,7 +147,8 @@ def run_freely(
     Raises:
         InputError: if a strategy needs a calibration.
     """
-    wanted = list(dict.fromkeys(s for s in (*settings, *controls) if s is not None and s.strategy.label != EXACT))
+    changed = [i for i, setting in enumerate(settings) if setting.strategy.label != EXACT]
+    compared = [i for i in changed if controls[i] is not None]
     known = {"calibration": calibration, "miss_cost": miss_cost, "leveled": leveled, "level_bytes": level_bytes}
     at_once = rows_at_once(prompts.shape[1] + count, shape.vocabulary)
 
@@ -157,11 +159,13 @@ def run_freely(
     parts = prompts.split(at_once)
     with progress("decoding freely: the unmodified model", count * len(parts)) as advance:
         own = bits_of(torch.cat([decode(model, part, count, advance=advance) for part in parts]))
-    said = continuations(model, shape, prompts, count, wanted, evict, progress, **known)
-    excess = {setting: bits_of(each) - own for setting, each in zip(wanted, said, strict=True)}
-    return FreeRun(
-        prompts.shape[1], count, own, [excess.get(each) for each in settings], [excess.get(each) for each in controls]
-    )
+    excess, by_chance = [None] * len(settings), [None] * len(settings)
+    for into, which, changes in ((excess, changed, None), (by_chance, compared, [controls[i] for i in compared])):
+        of = [settings[i] for i in which]
+        said = continuations(model, shape, prompts, count, of, evict, progress, **known, changes=changes)
+        for i, each in zip(which, said, strict=True):
+            into[i] = bits_of(each) - own
+    return FreeRun(prompts.shape[1], count, own, excess, by_chance)
 
 
 @torch.inference_mode()
@@ -177,10 +181,12 @@ def continuations(
     miss_cost: float = 0.0,
     leveled: LeveledExperts | None = None,
     level_bytes: LevelBytes = LevelBytes(),  # noqa: B008 (frozen)
+    changes: Sequence[Changes] | None = None,
 ) -> torch.Tensor:
     """``[settings, P, N]`` what each setting makes of each prompt, all of one strategy's name side by side.
 
-    Args, Raises: as for ``run_freely``.
+    Args, Raises: as for ``run_freely``, and
+        changes: of each setting; as much is changed by chance in the setting's place. None: the settings' own.
     """
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     rows = [setting for setting in settings for _ in prompts]
@@ -189,15 +195,20 @@ def continuations(
         strategies = [rows[i].strategy for i in members]
         name, rule = strategies[0].name, strategies[0].rule
         prompt = torch.tensor([i % len(prompts) for i in members])
-        state = state_of([rows[i] for i in members], shape, level_bytes)
-        known = {"calibration": calibration, "miss_cost": miss_cost, "gates_prompts": False}
-        chooser = Chooser(rules, shape.top_k, strategies, eviction_of(rule, evict, calibration, shape), **known)
-        _draw_apart(chooser, prompt)
-        route = router_of(chooser, state, len(members))
+        if changes is not None:
+            chance = Chance(rules, shape.top_k, strategies, prompt.tolist())
+            chance.set([changes[i // len(prompts)] for i in members])
+            name, route, levels_of, decides = f"as {name}, by chance", chance.route, chance.levels_of, False
+        else:
+            state = state_of([rows[i] for i in members], shape, level_bytes)
+            known = {"calibration": calibration, "miss_cost": miss_cost, "gates_prompts": False}
+            chooser = Chooser(rules, shape.top_k, strategies, eviction_of(rule, evict, calibration, shape), **known)
+            _draw_apart(chooser, prompt)
+            route, levels_of, decides = router_of(chooser, state, len(members)), state.levels_of, rule.decides
         shown = progress(f"decoding freely: {name}, {len(members)} side by side", count)
         with gates_ahead(model, rule, calibration) as gates, shown as advance:
-            choose = Ahead(gates, route).route if rule.decides else route
-            run = leveled.of(strategies[0], state) if rule.cheaper else None
+            choose = Ahead(gates, route).route if decides else route
+            run = leveled.of(strategies[0], levels_of) if rule.cheaper else None
             said[members] = decode(model, prompts[prompt], count, choose, advance, run)
     return said.view(len(settings), len(prompts), count)
 

@@ -3,14 +3,13 @@
 A policy's quality is measured beside caches that are simulated; what computes holds whatever it needs.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 from cachemoe.kernels.formats import FLOATS, GROUPS, PageFormat
 from cachemoe.kernels.route_cpu import place
-from cachemoe.kernels.state import Residency
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.low_rank import LowRank
 from cachemoe.moe.pack import open_packed
@@ -71,12 +70,16 @@ class LeveledExperts:
                 total[tokens] += engine.forward(layer, hidden[tokens].contiguous(), routing)
         return total
 
-    def of(self, strategy: Strategy, state: Residency) -> RunExperts:
-        """What ``Swap`` runs: the levels being those of the slots in ``state``, of sequences side by side."""
+    def of(self, strategy: Strategy, levels_of: Callable[[torch.Tensor], torch.Tensor]) -> RunExperts:
+        """What ``Swap`` runs, of sequences side by side.
+
+        Args:
+            levels_of: from the slots of a ``Routing`` to the levels.
+        """
         rank = strategy.value if strategy.rule.resident else None
 
         def run(layer, hidden, routing):
-            chosen = routing.ids, routing.weights.view_as(routing.ids), state.levels_of(routing.slots)
+            chosen = routing.ids, routing.weights.view_as(routing.ids), levels_of(routing.slots)
             return self.run(layer, hidden, *(each.flatten(0, 1) for each in chosen), rank)
 
         return run

@@ -6,12 +6,12 @@ exactly as token-by-token decode would. All settings ride in one batch, each wit
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.chance import Chance, Changes, changes_of, has_control
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
@@ -28,6 +28,7 @@ from cachemoe.offload.simulate import belady_misses
 STEPPED = 4  # what has to be stepped token by token, twenty times as slow, has one window of so many
 MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
+OF_CONTROLS = ("kl_nats", "perplexity_change", "top1_agreement", "k_eff", "experts_swapped", "experts_cheap")
 
 
 @dataclass(frozen=True)
@@ -45,32 +46,38 @@ class Quality:
     Args:
         state: the caches after the text, ``[L]``.
         nats: ``[windows]`` negative log-likelihood of the scored tokens.
+        divergences: ``[windows]`` of ``[T - 1]`` float64, each scored token's divergence, in nats.
+        missed: ``[windows]`` pages that token-by-token decode would have fetched, and those at a cheaper level of them.
+        changes: what was done to the model's own selections, dropped ones among them.
         tokens: scored tokens; a window's first token is not predicted.
-        selections: what the model itself selects, K experts a token and layer, dropped or not.
-        misses: pages that token-by-token decode would have fetched.
-        cheap_misses: of these, at a cheaper level.
-        runs: experts that ran.
-        swaps: of these, such as were not among the model's own K.
-        cheap: of these, at a cheaper level than full precision.
         top_k: K of the model.
         layers: L of the model.
-        control: the same text with as many experts dropped, or swapped, by chance; None where none were.
+        control: the same text with as much changed by chance; None where nothing was.
     """
 
-    state: Residency
+    state: Residency | None
     nats: list[float] = field(default_factory=list)
+    divergences: list[torch.Tensor] = field(default_factory=list)
+    missed: list[tuple[int, int]] = field(default_factory=list)
+    changes: Changes = field(default_factory=Changes)
     tokens: int = 0
-    selections: int = 0
-    misses: int = 0
-    cheap_misses: int = 0
-    runs: int = 0
-    swaps: int = 0
-    cheap: int = 0
-    kl: float = 0.0
     agreements: int = 0
     top_k: int = 0
     layers: int = 0
     control: "Quality | None" = None
+
+    @property
+    def misses(self) -> int:
+        return sum(all_levels for all_levels, _ in self.missed)
+
+    @property
+    def cheap_misses(self) -> int:
+        return sum(cheap for _, cheap in self.missed)
+
+    @property
+    def kl(self) -> float:
+        """The divergence of all scored tokens, in nats."""
+        return float(sum(each.sum() for each in self.divergences))
 
     @property
     def nats_per_token(self) -> float:
@@ -92,24 +99,31 @@ class Quality:
     @property
     def miss_rate(self) -> float:
         """Misses a selection of the model's own: strategies that select fewer are held to the same measure."""
-        return self.misses / max(self.selections, 1)
+        return self.misses / max(self.changes.selections, 1)
 
     def costs(self, unmodified: "Quality") -> dict[str, float]:
         """What reports say of it."""
+        changes, selections = self.changes, max(self.changes.selections, 1)
         return {
             "miss_rate": self.miss_rate,
             "perplexity": self.perplexity,
             "perplexity_change": self.perplexity_change(unmodified),
             "kl_nats": self.kl / self.tokens,
             "top1_agreement": self.agreements / self.tokens,
-            "k_eff": self.top_k * self.runs / max(self.selections, 1),
-            "experts_swapped": self.swaps / max(self.selections, 1),
-            "experts_cheap": self.cheap / max(self.selections, 1),
-            "miss_rate_cheap": self.cheap_misses / max(self.selections, 1),
+            "k_eff": self.top_k * changes.runs / selections,
+            "experts_swapped": changes.swaps / selections,
+            "experts_cheap": (changes.cheap + changes.cheap_best) / selections,
+            "miss_rate_cheap": self.cheap_misses / selections,
             "scored_tokens": self.tokens,
-            "control_kl_nats": self.control and self.control.kl / self.control.tokens,
-            "control_perplexity_change": self.control and self.control.perplexity_change(unmodified),
+            "control": self.control and self._against(self.control, unmodified),
         }
+
+    def _against(self, control: "Quality", unmodified: "Quality") -> dict[str, float]:
+        """What the control costs, and by how much more the policy diverges; below 0, it is better than chance."""
+        more = torch.cat(self.divergences) - torch.cat(control.divergences)  # token by token, the text being the same
+        costs = {name: figure for name, figure in control.costs(unmodified).items() if name in OF_CONTROLS}
+        error = float(more.std() / len(more) ** 0.5)
+        return costs | {"kl_difference": float(more.mean()), "kl_difference_standard_error": error}
 
 
 @dataclass(frozen=True)
@@ -152,9 +166,10 @@ def evaluate(
         windows: ``[windows, context]`` tokens; attention starts afresh in each window, the caches live on.
         settings: strategies and capacities.
         evict: eviction policy.
-        progress: called after each window; with controls twice as often.
+        progress: called after each window.
         calibration, miss_cost: as for ``Chooser``.
-        controls: whether settings that drop, swap or cheapen experts are run once more, with as many of them by chance.
+        controls: whether windows in which a setting drops, swaps or cheapens experts are run once more, with as many of
+            them by chance.
         leveled: computes for settings that have cheaper levels.
         level_bytes: of each level.
 
@@ -163,91 +178,80 @@ def evaluate(
     """
     for setting in settings:
         setting.strategy.check_slots(setting.capacity, shape.experts, shape.top_k)
-    rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
-    known = {"calibration": calibration, "miss_cost": miss_cost}
-    how = {"evict": evict, "rules": rules, "progress": progress, "known": known}
-    run = partial(_evaluate, model, shape, windows, leveled=leveled, level_bytes=level_bytes, **how)
-    evaluation = run(settings)
-    if controls:
-        chosen = {i: c for i, s in enumerate(settings) if (c := control_of(s, evaluation.settings[i], shape))}
-        if not chosen:
-            for _ in windows:
-                progress()
-        else:
-            for i, control in zip(chosen, run(list(chosen.values())).settings, strict=True):
-                evaluation.settings[i].control = control
-    return evaluation
-
-
-def control_of(setting: Setting, quality: Quality, shape: MoeShape) -> Setting | None:
-    """What drops, or swaps, as many experts as a setting did, by chance; None where that is none."""
-    if setting.strategy.name in ("random-drop", "random-swap", "random-cheap"):
-        return None
-    k, j = shape.top_k, setting.strategy.top_j if setting.strategy.rule.key else 1 if setting.strategy.rule.swaps else 0
-    if (cheap := quality.cheap / quality.selections) > 0:
-        return Setting(Strategy("random-cheap", min(1.0, cheap)), setting.capacity)
-    dropped, swapped = 1 - quality.runs / quality.selections, quality.swaps / quality.selections
-    if swapped > 0 and j < k:
-        return Setting(Strategy("random-swap", min(1.0, swapped * k / (k - j)), j), setting.capacity)
-    if dropped > 0 and k > 1:
-        return Setting(Strategy("random-drop", min(1.0, dropped * k / (k - 1))), setting.capacity)
-    return None
-
-
-def _evaluate(model, shape, windows, settings, evict, rules, progress, known, leveled, level_bytes) -> Evaluation:
-    layers = len(shape.layers)
-    unmodified = Quality(Residency.empty(torch.full((layers,), shape.experts), shape.experts))
+    rules, layers = routing_rules(moe_layers(model), shape.top_k, "cpu"), len(shape.layers)
+    unmodified = Quality(None)
     qualities: list[Quality | None] = [None] * len(settings)
     batches = []
     for members in batches_of(settings, shape, windows.shape[1], level_bytes):
         state = state_of([settings[i] for i in members], shape, level_bytes)
-        strategy = settings[members[0]].strategy
-        rule = strategy.rule
-        leaves = eviction_of(rule, evict, known["calibration"], shape)
-        chooser = Chooser(rules, shape.top_k, [settings[i].strategy for i in members], leaves, **known)
+        strategies = [settings[i].strategy for i in members]
+        leaves = eviction_of(strategies[0].rule, evict, calibration, shape)
+        chooser = Chooser(rules, shape.top_k, strategies, leaves, calibration=calibration, miss_cost=miss_cost)
         for row, i in enumerate(members):
-            qualities[i] = Quality(state if rule.shared else state[:, row], top_k=shape.top_k, layers=layers)
-        batches.append(([qualities[i] for i in members], state, chooser, strategy))
+            strategy = settings[i].strategy
+            about = {"top_k": shape.top_k, "layers": layers}
+            control = Quality(None, **about) if controls and has_control(strategy) else None
+            qualities[i] = Quality(state if strategy.rule.shared else state[:, row], **about, control=control)
+        chance = Chance(rules, shape.top_k, strategies, [0] * len(members))
+        batches.append(([qualities[i] for i in members], state, chooser, chance, strategies[0]))
 
     original_ids = []
     for number, window in enumerate(windows):
         with recorded_routers(model) as answers:
             reference = log_probabilities(model(window[None]).logits[0, :-1])
         original_ids.append(torch.stack([answer.ids.cpu() for (answer,) in answers]))
-        _score([unmodified], reference[None], reference, window[1:])
-        for rows, state, chooser, strategy in batches:
+        _score(unmodified, reference, reference, window[1:])
+        for rows, state, chooser, chance, strategy in batches:
             rule = strategy.rule
             if rule.shared and STEPPED * number >= len(windows):
                 continue
-            counts = torch.zeros(5, len(rows), dtype=torch.int64)
 
-            def route_layer(layer, logits, hidden, rows=rows, choose=None, counts=counts, state=state):
-                routing = choose(layer, logits, hidden)
-                levels = state.levels_of(routing.slots)
-                ran, cheap = levels >= 0, levels > 0
-                own = own_choice(rules[layer], logits.cpu(), shape.top_k)[0].unflatten(0, (len(rows), -1))
-                others = (routing.ids[..., None] != own[..., None, :]).all(-1)
-                missed = routing.misses.count, (routing.misses.pages >= shape.experts).sum(1)
-                counts.add_(torch.stack((*missed, *(each.sum((1, 2)) for each in (ran, ran & others, cheap)))))
-                return routing
+            def run(route, levels_of, forward, rows, window=window, reference=reference, strategy=strategy):
+                counted = _Counted(route, levels_of, rules, shape, len(rows))
+                experts = leveled.of(strategy, levels_of) if strategy.rule.cheaper else None
+                with Swap(model, counted.route, experts):
+                    log_p = log_probabilities(forward(model, window, len(rows))[:, :-1])
+                for quality, row, changes, missed in zip(rows, log_p, counted.changes, counted.missed, strict=True):
+                    if quality is not None:
+                        _score(quality, row, reference, window[1:])
+                        quality.changes += changes
+                        quality.missed.append(missed)
+                return counted.changes
 
-            with gates_ahead(model, rule, known["calibration"]) as gates:
+            with gates_ahead(model, rule, calibration) as gates:
                 forecast = forecast_of(strategy, gates, rules, state, shape)
                 route = router_of(chooser, state, len(rows), forecast)
-                choose = Ahead(gates, route).route if rule.decides else route
-                run = leveled.of(strategy, state) if rule.cheaper else None
-                with Swap(model, partial(route_layer, choose=choose), run):
-                    logits = (_token_by_token if rule.shared else _at_once)(model, window, len(rows))[:, :-1]
-            _score(rows, log_probabilities(logits), reference, window[1:])
-            for quality, (misses, cheap_misses, runs, swaps, cheap) in zip(rows, counts.T.tolist(), strict=True):
-                quality.misses += misses
-                quality.cheap_misses += cheap_misses
-                quality.runs += runs
-                quality.swaps += swaps
-                quality.cheap += cheap
-                quality.selections += layers * len(window) * shape.top_k
+                route = Ahead(gates, route).route if rule.decides else route
+                changes = run(route, state.levels_of, _token_by_token if rule.shared else _at_once, rows)
+            if any(quality.control for quality in rows):
+                chance.set(changes)
+                run(chance.route, chance.levels_of, _at_once, [quality.control for quality in rows])
         progress()
+    for quality in qualities:
+        if quality.changes.nothing:
+            quality.control = None
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
+
+
+class _Counted:
+    """A route for ``Swap`` of B rows of tokens, which counts what it changes and misses."""
+
+    def __init__(
+        self, route: RouteLayer, levels_of: Callable, rules: Sequence[RoutingRule], shape: MoeShape, rows: int
+    ):
+        self._route, self._levels_of, self._rules, self._shape = route, levels_of, rules, shape
+        self.changes, self.missed = [Changes()] * rows, [(0, 0)] * rows
+
+    def route(self, layer, logits, hidden):
+        routing = self._route(layer, logits, hidden)
+        own = own_choice(self._rules[layer], logits.cpu(), self._shape.top_k)[0]
+        own = own.unflatten(0, (len(self.changes), -1))
+        now = changes_of(routing.ids, self._levels_of(routing.slots), own)
+        self.changes = [a + b for a, b in zip(self.changes, now, strict=True)]
+        cheap = (routing.misses.pages >= self._shape.experts).sum(1)
+        counts = zip(self.missed, routing.misses.count.tolist(), cheap.tolist(), strict=True)
+        self.missed = [(a + count, b + of_them) for (a, b), count, of_them in counts]
+        return routing
 
 
 def router_of(chooser: Chooser, state: Residency, rows: int, forecast: Forecast | None = None) -> RouteLayer:
@@ -357,13 +361,12 @@ def divergence(reference: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return torch.where(p == 0, 0.0, p * (reference - log_p))
 
 
-def _score(rows: Sequence[Quality], log_probabilities, reference, targets) -> None:
-    """Add one window: ``[B, T, V]`` log-probabilities against the unmodified model's ``[T, V]``."""
-    for quality, log_p in zip(rows, log_probabilities, strict=True):
-        quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
-        quality.tokens += len(targets)
-        quality.kl += float(divergence(reference, log_p).double().sum())
-        quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
+def _score(quality: Quality, log_p: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor) -> None:
+    """Add one window: ``[T, V]`` log-probabilities against the unmodified model's."""
+    quality.nats.append(float(-log_p.gather(-1, targets[:, None]).double().sum()))
+    quality.tokens += len(targets)
+    quality.divergences.append(divergence(reference, log_p).double().sum(-1))
+    quality.agreements += int((reference.argmax(-1) == log_p.argmax(-1)).sum())
 
 
 def _exp(value: float) -> float:

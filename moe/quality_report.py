@@ -11,8 +11,8 @@ COST_COLUMNS = (
     ("KL\nnats", lambda r: f"{round(r['kl_nats'], 4) + 0.0:.4f}"),
     ("agree\n%", lambda r: f"{100 * r['top1_agreement']:.1f}"),
 )
-# The divergence of as many drops, or swaps, by chance.
-CHANCE_COLUMN = ("KL by\nchance", lambda r: "" if r["control_kl_nats"] is None else f"{r['control_kl_nats']:.4f}")
+# The divergence of as many drops, swaps and cheap experts by chance.
+CHANCE_COLUMN = ("KL by\nchance", lambda r: "" if r["control"] is None else f"{r['control']['kl_nats']:.4f}")
 CHANGED_COLUMN = ("changed", lambda r: r["label"].removesuffix(" changed"))
 COLUMNS = (
     ("miss\n%", lambda r: f"{100 * r['miss_rate']:.1f}"),

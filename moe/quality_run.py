@@ -10,7 +10,7 @@ from cachemoe.moe.leveled import cheaper_format, open_leveled, ranks_of
 from cachemoe.moe.machine import describe
 from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.quality import Evaluation, Setting, control_of, evaluate
+from cachemoe.moe.quality import Evaluation, Setting, evaluate
 from cachemoe.moe.read_text import open_for_text
 from cachemoe.moe.sizes import LevelBytes, slots_of
 from cachemoe.moe.strategies import Strategy
@@ -61,7 +61,7 @@ def run_quality(
             strategy.check_calibration(known)
         own, source = pooled.engine.page_format, Checkpoint(model.name_or_path)
         formats = [own]
-        if any(strategy.rule.cheaper for strategy in parsed):  # for surrogates, their controls
+        if any(strategy.rule.cheaper and not strategy.rule.resident for strategy in parsed):
             formats.append(cheaper_format(source, own, cheaper))
         if known is not None:
             asked = any(strategy.rule.cheaper and strategy.rule.calibrated for strategy in parsed)
@@ -75,7 +75,7 @@ def run_quality(
         failed = outside(f"{path} cannot be run on the text")
         with (
             leveled as experts,
-            progress("quality, stepped through the text, and by chance", 2 * len(windows)) as advance,
+            progress("quality, stepped through the text, and by chance", len(windows)) as advance,
             failed,
         ):
             sizes = LevelBytes([each.page_bytes for each in formats], experts.surrogate_bytes())
@@ -83,7 +83,7 @@ def run_quality(
             evaluation = evaluate(*how, controls=True, leveled=experts, level_bytes=sizes)
             run = None
             if free:
-                controls = [control_of(s, q, shape) for s, q in zip(settings, evaluation.settings, strict=True)]
+                controls = [each.control and each.changes for each in evaluation.settings]
                 cases = settings, controls, evict, progress, known, miss_cost, experts, sizes
                 run = run_freely(model, shape, cut, free, *cases)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind

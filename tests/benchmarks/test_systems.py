@@ -1,6 +1,7 @@
 """The table of systems: the front, who loses to chance, and one small run of the whole."""
 
 import json
+import math
 import shutil
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from cachemoe.benchmarks.cli import app
 from cachemoe.benchmarks.systems_run import front_of, strategies_of
-from cachemoe.benchmarks.systems_tables import losers
+from cachemoe.benchmarks.systems_tables import BETTER, UNDECIDED, WORSE, against_chance
 from cachemoe.moe.checkpoint import TINYMOE
 from cachemoe.moe.policies import RULES
 from cachemoe.moe.shape import MoeShape
@@ -20,11 +21,21 @@ from cachemoe.moe.strategies import Strategy
 pytest.importorskip("transformers")
 
 
+def row_of(name, windows):
+    """A row of windows of 10 tokens: (missed bytes, nats more than the unmodified model's 7) of each."""
+    count, nats = len(windows), [7 + more for _, more in windows]
+    return {
+        "name": name,
+        "missed_bytes_per_token": sum(missed for missed, _ in windows) / count / 11,
+        "perplexity_change": math.expm1((sum(nats) - 7 * count) / count / 10),
+        "scored_tokens": 10 * count,
+        "windows": {"missed_bytes": [m for m, _ in windows], "nats": nats, "unmodified_nats": [7] * count},
+    }
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(-5, 5)), min_size=1, max_size=12))
 def test_the_front_is_of_those_that_no_other_beats(points):
-    rows = [
-        {"name": str(i), "missed_bytes_per_token": x, "perplexity_change": y / 10} for i, (x, y) in enumerate(points)
-    ]
+    rows = [row_of(str(i), [(x, y / 10)]) for i, (x, y) in enumerate(points)]
     front = [points[int(name)] for name in front_of(rows)]
     for x, y in front:
         assert not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points)
@@ -33,15 +44,32 @@ def test_the_front_is_of_those_that_no_other_beats(points):
         assert point in front or any(a <= point[0] and b <= point[1] for a, b in front)
 
 
-def test_who_diverges_more_than_chance_loses():
-    rows = [
-        {"name": "a", "kl_nats": 0.2, "control_kl_nats": 0.1},
-        {"name": "b", "kl_nats": 0.1, "control_kl_nats": 0.2},
-        {"name": "c", "kl_nats": 0.0, "control_kl_nats": None},
-        {"name": "d", "kl_nats": 0.2, "control_kl_nats": 0.19999},
-        {"name": "resident"},
-    ]
-    assert losers(rows) == ["a"]
+def test_two_rows_are_compared_on_the_windows_of_both():
+    short = row_of("short", [(5, 0.2)])
+    # Worse in the first window, though better in both together.
+    assert front_of([short, row_of("long", [(6, 0.3), (0, 0.0)])]) == ["short"]
+    # Better in the first, though worse in both together.
+    assert front_of([short, row_of("long", [(4, 0.1), (90, 9.0)])]) == ["long"]
+    assert front_of([short, row_of("long", [(4, 0.3), (90, 9.0)])]) == ["short", "long"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_is_not_on_the_front(bad):
+    row = row_of("bad", [(0, 0.0)]) | {"perplexity_change": bad}
+    row["windows"]["nats"] = [bad]
+    for rows in ([row, row_of("good", [(5, 0.2)])], [row_of("good", [(5, 0.2)]), row]):
+        assert front_of(rows) == ["good"]
+
+
+def test_what_is_said_of_a_system_beside_its_control():
+    def row(name, difference, error, kl=0.2):
+        control = {"kl_difference": difference, "kl_difference_standard_error": error}
+        return {"name": name, "kl_nats": kl, "control": control}
+
+    rows = [row("a", 0.1, 0.01), row("b", -0.1, 0.01), row("c", 0.1, 0.06), row("d", -0.1, 0.06)]
+    rows += [{"name": "exact", "kl_nats": 0.0, "control": None}, {"name": "resident"}]
+    rows += [row("nan", math.nan, math.nan, math.nan)]
+    assert against_chance(rows) == {BETTER: ["b"], UNDECIDED: ["c", "d"], WORSE: ["a"]}
 
 
 @pytest.mark.parametrize("experts, k", [(60, 4), (8, 2), (128, 8), (16, 1)])
@@ -83,7 +111,12 @@ def test_a_small_run(tiny_checkpoint, tmp_path, monkeypatch):
     assert abs(rows["original"]["kl_nats"]) < 1e-6 and abs(rows["readme-lookahead:1"]["kl_nats"]) < 1e-6
     assert rows["hobbit:0.4:0.7"]["cheap_per_token"] > 0 and rows["smola-lowrank:2"]["cheap_per_token"] > 0
     assert rows["moec-substitute:gate"]["swaps_per_token"] > 0
-    assert rows["smola-lowrank:2"]["control_kl_nats"] is not None
+    for name in ("hobbit:0.4:0.7", "smola-lowrank:2", "edgemoe:0.05"):  # as many cheap ones, and dropped ones
+        row, control = rows[name], rows[name]["control"]
+        for count in ("experts_cheap", "k_eff", "experts_swapped"):
+            assert control[count] == pytest.approx(row[count], rel=0.1, abs=0.01), (name, count)
+        assert control["kl_nats"] > 0 and row["scored_tokens"] == (508 if name[0] == "s" else 127), name
+    assert rows["readme-lookahead:1"]["control"] is None
     (free,) = (run["free_running"] for run in report["runs"] if "free_running" in run)
     assert [row["strategy"] for row in free["rows"]] == list(dict.fromkeys(["original", *front_of(timed[2:])]))
     assert free["free_running"]["prompts"] == 3 and "Free-running" in result.output

@@ -229,11 +229,11 @@ def test_every_policy_that_needs_it_runs(calibrated):
     evaluation = evaluate(model, shape, windows, settings, least_recently_used, calibration=made, controls=True)
     for setting, quality in zip(settings, evaluation.settings, strict=True):
         assert 0 < quality.kl < math.inf, setting
-        assert quality.selections == len(shape.layers) * windows.numel() * shape.top_k
+        assert quality.changes.selections == len(shape.layers) * windows.numel() * shape.top_k
         if setting.strategy.name in ("naee-skip", "adap-skip"):
-            assert quality.runs < quality.selections == quality.control.selections
+            assert quality.changes.runs < quality.changes.selections == quality.control.changes.selections
         if setting.strategy.name == "naee-prune":
-            assert quality.runs == quality.selections and quality.swaps > 0
+            assert quality.changes.runs == quality.changes.selections and quality.changes.swaps > 0
 
 
 # ------------------------------------------------------------------------------------------------------ small matters

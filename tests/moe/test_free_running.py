@@ -10,6 +10,7 @@ from cachemoe.kernels.policy import KNOBS
 from cachemoe.kernels.state import Residency
 from cachemoe.moe import quality
 from cachemoe.moe.calibration import Calibration
+from cachemoe.moe.chance import Changes
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.free_running import (
@@ -129,13 +130,17 @@ def test_an_exact_setting_says_what_the_model_says(model, shape, prompts, quiet)
 
 def test_what_is_decoded_together_changes_nothing(model, shape, prompts, quiet, monkeypatch):
     settings = [setting("cache-prior:0.4", 3), setting("cache-prior:0.4", 6), setting("random-swap:0.4")]
-    arguments = (model, shape, prompts, 4, settings, [None] * 3, least_recently_used, quiet)
+    controls = [None, Changes(selections=100, runs=80, swaps=30), None]
+    arguments = (model, shape, prompts, 4, settings, controls, least_recently_used, quiet)
     together = continuations(*arguments[:5], *arguments[6:])
     run = run_freely(*arguments)
     monkeypatch.setattr(quality, "MOST_BYTES", 1)  # one at a time
     assert torch.equal(continuations(*arguments[:5], *arguments[6:]), together)
     split = run_freely(*arguments)
-    for a, b in zip((run.own, *run.excess), (split.own, *split.excess), strict=True):
+    assert run.controls[1].abs().max() > 0
+    for a, b in zip(
+        (run.own, *run.excess, run.controls[1]), (split.own, *split.excess, split.controls[1]), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -143,7 +148,10 @@ def test_chance_draws_for_each_prompt_anew(model, shape, prompts, quiet):
     same = prompts[:1].expand(4, -1)
     settings = [setting("random-swap:0.5"), setting("cache-prior:0.4")]
     swapped, prior = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
-    assert len(set(map(tuple, swapped.tolist()))) == 4
+    arguments = model, shape, same, COUNT, settings[1:], least_recently_used, quiet
+    (by_chance,) = continuations(*arguments, changes=[Changes(selections=100, runs=100, swaps=30)])
+    for drawn in (swapped, by_chance):
+        assert len(set(map(tuple, drawn.tolist()))) == 4
     assert len(set(map(tuple, prior.tolist()))) == 1
     again, _ = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
     assert torch.equal(swapped, again)
@@ -163,15 +171,18 @@ def literal_bits(model, prompt, said):
 
 def test_excess_bits_are_the_literal_difference(model, shape, prompts, quiet):
     settings = [setting("original"), setting("cache-prior:0.4"), setting("max-rank:4")]
-    controls = [None, setting("random-swap:0.3"), None]
+    changes = Changes(selections=100, runs=90, swaps=30)
+    controls = [None, changes, None]
     run = run_freely(model, shape, prompts, COUNT, settings, controls, least_recently_used, quiet)
     assert run.excess[0] is None and run.costs(0) is None
     assert run.controls[0] is run.controls[2] is None
 
     own = [literal_bits(model, *pair) for pair in zip(prompts, decode(model, prompts, COUNT), strict=True)]
     assert run.own.tolist() == pytest.approx(own)
-    changed = [settings[1], settings[2], controls[1]]
-    said = continuations(model, shape, prompts, COUNT, changed, least_recently_used, quiet)
+    said = [*continuations(model, shape, prompts, COUNT, settings[1:], least_recently_used, quiet)]
+    arguments = model, shape, prompts, COUNT, settings[1:2], least_recently_used, quiet
+    said += [*continuations(*arguments, changes=[changes])]
+    assert len({tuple(each.flatten().tolist()) for each in said}) == 3
     for each, excess in zip(said, (run.excess[1], run.excess[2], run.controls[1]), strict=True):
         literal = [literal_bits(model, *pair) for pair in zip(prompts, each, strict=True)]
         assert excess.tolist() == pytest.approx([a - b for a, b in zip(literal, own, strict=True)], abs=1e-9)

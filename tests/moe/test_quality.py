@@ -83,7 +83,7 @@ def test_exact_strategies_cost_no_quality(evaluation):
 
 def test_selections_are_counted(shape, evaluation):
     for setting, quality in zip(evaluation[0], evaluation[1].settings, strict=True):
-        assert quality.selections == len(shape.layers) * WINDOWS.numel() * shape.top_k, setting
+        assert quality.changes.selections == len(shape.layers) * WINDOWS.numel() * shape.top_k, setting
         assert quality.tokens == 3 * (CONTEXT - 1)
 
 

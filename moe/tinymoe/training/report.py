@@ -82,7 +82,7 @@ def cache_prior_costs(model, shape, windows: torch.Tensor) -> dict[str, float]:
         "perplexity_change": quality.perplexity_change(found.unmodified),
         "kl_nats": quality.kl / quality.tokens,
         "miss_rate": quality.miss_rate,
-        "experts_swapped": quality.swaps / quality.selections,
+        "experts_swapped": quality.changes.swaps / quality.changes.selections,
     }
 
 

@@ -4,14 +4,6 @@ import pytest
 import torch
 from literal import RULES, assert_same, assert_weighs, best_first, empty, logits_of, ran, routed, rules
 
-from cachemoe.moe.calibration import Calibration
-from cachemoe.moe.checkpoint import Checkpoint
-from cachemoe.moe.models import load_model
-from cachemoe.moe.quality import Quality, Setting, control_of, evaluate
-from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.strategies import Strategy
-from cachemoe.offload.residency import least_recently_used
-
 EXPERTS, TOKENS, K = 16, 1500, 4
 each_rule = pytest.mark.parametrize("name", RULES)
 
@@ -84,62 +76,3 @@ def test_the_same_is_drawn_each_time_however_the_text_is_cut(text):
     same_logits = logits[:1].expand(60, -1)
     drawn = routed(text, rule, same_logits, K)
     assert len({tuple(ran(drawn, t)) for t in range(60)}) > 3  # another draw each token
-
-
-def quality_of(runs, swaps, selections=1000):
-    return Quality(None, selections=selections, runs=runs, swaps=swaps)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "quality", "control"),
-    [
-        # 100 of 1000 selections are swapped, by a strategy that leaves one of four alone: 100 of 750.
-        (Strategy("max-rank", 8, 1), quality_of(1000, 100), Strategy("random-swap", 100 / 750, 1)),
-        (Strategy("max-rank", 8, 0), quality_of(1000, 100), Strategy("random-swap", 0.1, 0)),
-        (Strategy("max-rank", 8, 4), quality_of(1000, 100), None),
-        (Strategy("max-rank", 8, 1), quality_of(1000, 0), None),
-        # 300 of 1000 are dropped, and of four one cannot be.
-        (Strategy("pruning", 2), quality_of(700, 0), Strategy("random-drop", 300 / 750)),
-        (Strategy("pruning", 1), quality_of(250, 0), Strategy("random-drop", 1.0)),
-        (Strategy("relu-route"), quality_of(1010, 90), Strategy("random-swap", 0.09, 0)),
-        (Strategy("pregated-exec"), quality_of(1000, 400), Strategy("random-swap", 0.4, 0)),
-        (Strategy("original"), quality_of(1000, 0), None),
-        (Strategy("random-drop", 0.5), quality_of(600, 0), None),
-        (Strategy("random-swap", 0.5), quality_of(1000, 300), None),
-    ],
-)
-def test_which_control_stands_beside_a_strategy(strategy, quality, control):
-    shape = MoeShape((0, 1), 16, 4, 32, 32, 256, None)
-    expected = control and Setting(control, 7)
-    found = control_of(Setting(strategy, 7), quality, shape)
-    assert (found is None) == (control is None)
-    if control is not None:
-        assert found.capacity == expected.capacity
-        assert (found.strategy.name, found.strategy.top_j) == (control.name, control.top_j)
-        assert found.strategy.value == pytest.approx(control.value)
-
-
-def test_controls_drop_or_swap_as_many_as_the_policy(tiny_checkpoint, tiny_calibration):
-    model, shape = load_model(tiny_checkpoint, torch.float32), Checkpoint(tiny_checkpoint).shape
-    model.set_experts_implementation("eager")  # which of so few tokens is the fastest
-    windows = torch.randint(0, 256, (8, 120), generator=torch.Generator().manual_seed(5))
-    texts = ("original", "naee-skip:0.5", "pruning:1", "cache-prior:0.5", "max-rank:6", "random-drop:0.3")
-    settings = [Setting(Strategy.parse(text, shape.experts, shape.top_k, 1), 4) for text in texts]
-    known, calls = Calibration.load(tiny_calibration), []
-    options = {"calibration": known, "controls": True, "progress": lambda: calls.append(1)}
-    evaluation = evaluate(model, shape, windows, settings, least_recently_used, **options)
-    assert len(calls) == 2 * len(windows)
-    original, skipped, pruned, prior, rank, chance = evaluation.settings
-    assert original.control is None and chance.control is None
-    for policy in (skipped, pruned):
-        assert policy.runs < policy.selections
-        assert policy.control.runs == pytest.approx(policy.runs, rel=0.03)
-        assert policy.control.swaps == pytest.approx(policy.swaps, abs=0.02 * policy.selections)
-    for policy in (prior, rank):
-        assert policy.runs == policy.selections == policy.control.runs
-        assert policy.control.swaps == pytest.approx(policy.swaps, rel=0.08)
-    for policy in (skipped, pruned, prior, rank):
-        costs = policy.costs(evaluation.unmodified)
-        assert costs["control_kl_nats"] == policy.control.kl / policy.control.tokens > 0
-    assert prior.costs(evaluation.unmodified)["experts_swapped"] == prior.swaps / prior.selections
-    assert original.costs(evaluation.unmodified)["control_kl_nats"] is None
