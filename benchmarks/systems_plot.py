@@ -1,5 +1,6 @@
 """The table of systems as a picture: bytes a token against perplexity, a panel a model and text, the front drawn."""
 
+import math
 from itertools import cycle
 from pathlib import Path
 
@@ -48,16 +49,20 @@ def _rows(run: dict) -> list[dict]:
 def _panel(axis, run: dict, marks: dict) -> None:
     rows, seen = _rows(run), set()
     front = front_of(rows)
+    changes = {row["name"]: 100 * row["perplexity_change"] for row in rows}
     places = {
-        row["name"]: (row["missed_bytes_per_token"] / 1e6, min(max(100 * row["perplexity_change"], LEAST), MOST))
+        row["name"]: (row["missed_bytes_per_token"] / 1e6, min(max(changes[row["name"]], LEAST), MOST))
         for row in rows
+        if math.isfinite(row["perplexity_change"])
     }
     for name, (x, y) in places.items():
         system = name.partition(":")[0]
         colour, mark = marks[system]
         axis.plot(x, y, mark, color=colour, markersize=8, fillstyle="full" if name in front else "none")
-        if name in front or system in seen:  # another setting of a system can be told by its name alone
-            axis.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
+        # Another setting of a system can be told by its name alone, and what is beyond the edge by its figure.
+        if name in front or system in seen or y != changes[name]:
+            told = name if y == changes[name] else f"{name} ({changes[name]:+.0f} %)"  # beyond what is drawn
+            axis.annotate(told, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
         seen.add(system)
     axis.plot(*zip(*(places[name] for name in front), strict=True), "-", color="#999999", zorder=0)
     belady = run["capacities"][0]["belady_bytes_per_token"] / 1e6

@@ -97,7 +97,7 @@ def _run_freely(run: dict, options: LatencyOptions, free: int, progress: Progres
     front = front_of([row for row in capacity["rows"] if "miss_rate" in row])
     tokens = -(-PROMPTS * PROMPT_TOKENS // CONTEXT) * CONTEXT  # whole windows
     work = options.text, options.capacity, front, options.top_j, options.eviction, tokens, CONTEXT
-    how = None, None, options.cheaper, options.calibration, free, PROMPTS, progress
+    how = None, None, options.cheaper, options.calibration, free, PROMPTS, progress, run["settings"]["miss_cost"]
     return run_quality(str(options.model), None, *work, *how)
 
 

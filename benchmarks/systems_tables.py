@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from cachemoe.benchmarks.payload import NATIVE
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.benchmarks.systems_run import front_of
 from cachemoe.moe.quality_report import CHANCE_COLUMN, COST_COLUMNS, free_running_table
@@ -77,6 +78,11 @@ def notes(report: dict) -> list[str]:
         "swaps and experts at the cheaper level, chosen by chance. Misses, drops, swaps, cheap experts and MB, the "
         "missed pages', are a token's, all layers together: of the scored text, or of the tokens decoded on the clock.",
     ]
+    if report["settings"]["payload"] != NATIVE:
+        said.append(
+            "Surrogates take of the pool's bytes the share that the model's own take beside its pages, whatever the "
+            "payload's format."
+        )
     for run in report["runs"]:
         (capacity,) = run["capacities"]
         where = f"{run['model']['name']}, {run['settings']['text']}"

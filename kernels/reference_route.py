@@ -77,13 +77,14 @@ def route(
             regret = policy.knobs[:, KNOBS.index("regret")]
             ranks = _bounded(ranks, gates[:, t].gather(1, order[:, t]), regret)
         chosen = order[:, t].gather(1, ranks)
-        own.append(chosen)
+        own[:, t] = chosen
         return chosen, _levels(policy, chosen, gates[:, t], words)
 
-    own, out = [], Routing.empty(caches, tokens, top_k, logits.device)
+    out = Routing.empty(caches, tokens, top_k, logits.device)
+    own = torch.empty_like(out.ids)
     _step(choose, state, evict, out, order.masked_fill(~allowed.gather(-1, order), -1), policy)
     ran = gates.gather(-1, out.ids).masked_fill(out.slots < 0, 0.0)
-    whole = ran if policy.renormalises else gates.gather(-1, torch.stack(own, 1))
+    whole = ran if policy.renormalises else gates.gather(-1, own)
     out.weights.copy_(gate_weights(ran, scores, whole))
     return out
 
@@ -277,7 +278,7 @@ def decide(chosen, levels, order, state, b: int, swaps: bool, table) -> list[tup
         if wanted < 0 and not (swaps and wanted <= SWAP):
             ran.append((e, -1, -1, False))
             continue
-        level = min(int(wanted), count - 1) if wanted > 0 else 0  # and of NaN
+        level = int(min(wanted, count - 1)) if wanted > 0 else 0  # and of NaN
         asked, worst = level * experts + e, count - 1 if wanted < 0 else level
         page = best(e, worst)
         if page is None and wanted < 0:

@@ -122,7 +122,9 @@ def _check(shape, state, top_k, policy, scores, correction, out):
     ):
         raise ValueError(f"the correction must be contiguous and [{experts}] or [{caches}, {experts}]")
     if out is not None:
-        if out.ids.shape != (caches, tokens, top_k) or not all(tensor.is_contiguous() for tensor in out.tensors()):
+        asked = () if out.asked is None else (out.asked,)
+        right = out.ids.shape == (caches, tokens, top_k) and all(each.shape == out.ids.shape for each in asked)
+        if not right or not all(tensor.is_contiguous() for tensor in (*out.tensors(), *asked)):
             raise ValueError(f"out must be contiguous and of {(caches, tokens, top_k)}, not {tuple(out.ids.shape)}")
 
 
@@ -167,7 +169,7 @@ def _plan(*arguments):
 
 def _op_arguments(state, evict, top_k, policy, scores, correction, out):
     """What ``_from_op`` turns back: an operator takes tensors, numbers and strings, and lists of them."""
-    if state.layers > 1:
+    if state.expected is not None:
         raise ValueError("torch.compile takes layers that have caches of their own, not one that they share")
     return (
         list(state.tensors().values()),

@@ -237,7 +237,7 @@ def _route_kernel(
     # Said not to be contiguous: each load would choose a layout of its own, and every step would change between them.
     e, c = tl.max_contiguous(tl.arange(0, E_PAD), 1), tl.max_contiguous(tl.arange(0, C_PAD), 1)
     real = e < E
-    logits = tl.load(logits_ptr + e, real, 0.0)
+    logits = tl.load(logits_ptr + e, real & (T > 0), 0.0)
     slot_of = tl.load(slot_of_ptr + cache * LEVELS * E + e, real, -1).to(tl.int32)
     if LEVELS > 1:  # the cheaper levels' slots, a row each; those of full precision come after them
         v = 1 + tl.arange(0, CHEAPER_PAD)[:, None]

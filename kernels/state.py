@@ -32,7 +32,7 @@ class Residency:
         slot_of: ``[..., V * E]`` int64, the page table: the page's slot, -1 when absent.
         page_of: ``[..., C]`` int64, its inverse: the slot's page, -1 when free. C is the largest capacity, and all
             slots of cheaper levels.
-        capacity: ``[...]`` int64, slots in use for full precision. The slots beyond are given to nobody.
+        capacity: ``[...]`` int64, slots in use for full precision. The slots beyond are free, and given to nobody.
         last_use: ``[..., E]`` int64, ``clock`` at the expert's last touch, 0 before it.
         uses: ``[..., E]`` int64, touches.
         clock: ``[...]`` int64, touches of all experts.

@@ -35,6 +35,7 @@ def run_quality(
     free: int,
     prompts: int,
     progress: Progress,
+    miss_cost: float | None = None,
 ) -> dict:
     """What each strategy costs at each capacity, stepped through a text: see ``evaluate``.
 
@@ -44,6 +45,7 @@ def run_quality(
         calibration: of the model, for strategies that need one.
         free: tokens decoded freely after each prompt, see ``run_freely``; 0: none.
         prompts: how many, cut from the text.
+        miss_cost: see ``policy_of``; None: as measured of the engine that computes.
 
     Raises:
         InputError: for a checkpoint or options that cannot be.
@@ -69,7 +71,7 @@ def run_quality(
             known.check(pooled.fingerprint, len(shape.layers), shape.experts, shape.top_k, kind)
         windows = windows_of(text, tokenizer, tokens, context, shape).to(model.device)
         cut = prompts_of(windows.flatten(), prompts, free, shape) if free else None
-        miss_cost = pooled.engine.miss_cost()
+        miss_cost = pooled.engine.miss_cost() if miss_cost is None else miss_cost
         computing = [count.slots for count in pooled.layers]
         leveled = open_leveled(source, formats, computing, progress, pooled.engine, ranks_of(parsed))
         failed = outside(f"{path} cannot be run on the text")

@@ -212,6 +212,8 @@ class OffloadEngine:
         """
         for layer in list(self._tickets):
             self._abandon(layer)
+        if self._staging is not None:
+            self._staging.drop(self.counters)  # or a page that is fetched now would be given a second slot later
         frames, slots = self._frames, {}
         try:
             for row, page, slot in frames.missing():

@@ -161,6 +161,12 @@ def test_every_way_to_move_pages(command, tmp_path):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_admission_needs_somebody_to_admit(command):
+    result = command("--strategy", "cache-prior:0.5", "--prefetch", "admission")
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "none of original, cache-prior:0.5 does either: add --strategy" in message
+
+
 def test_idle_time_admits_who_gave_way(command, tmp_path):
     options = ("--capacity", "50%", "--tokens", "60", "--store", "pinned", "--strategy", "random-cheap:0.9")
     result = command(*options, "--prefetch", "admission")  # and none, which the others are held to

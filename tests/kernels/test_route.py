@@ -263,6 +263,15 @@ def test_awkward_shapes(backend, tokens, n, k, capacity, policy):
 
 
 @every_backend
+@pytest.mark.parametrize("strategy", ["original", "random-drop", "hobbit", "moec-substitute", "weights as they were"])
+@pytest.mark.parametrize("cheaper", [(), (4,)])
+def test_no_tokens(backend, strategy, cheaper):
+    state = Residency.empty(torch.tensor([5]), 12, cheaper)
+    routing = assert_as_reference(backend, normal_logits(1, 1, 0, 12), state, LRU, 3, sized(STRATEGIES[strategy], 12))
+    assert routing.ids.shape == (1, 0, 3) and not routing.misses.count.any()
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_logits_of_each_dtype(backend, dtype):
     if backend == "interpreter" and dtype == torch.bfloat16:
@@ -407,6 +416,20 @@ def test_caches_that_layers_share(evict, strategy, cheaper):
     assert len((held // (8 * state.levels)).unique()) > 1  # of several layers
 
 
+def ever_cheaper(place):
+    """The best at full precision, all others at a level beyond any."""
+    return 1e30 * (1e30 * (place > 0))
+
+
+@every_backend
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_level_beyond_any_is_the_cheapest(backend):
+    policy = Policy(grade=ever_cheaper, knobs=torch.zeros(1, len(KNOBS)))
+    state = Residency.empty(torch.tensor([3]), 12, (3, 3))
+    routing = assert_as_reference(backend, normal_logits(72, 1, 3, 12), state, LRU, 3, policy)
+    assert (routing.asked[..., 0] < 12).all() and (routing.asked[..., 1:] >= 24).all()
+
+
 def test_a_level_without_the_slots_of_a_token_is_refused():
     with pytest.raises(ValueError, match="2 slots cannot hold the 3 experts"):
         route(normal_logits(1, 1, 1, 8), Residency.empty(torch.tensor([4]), 8, (2,)), LRU, 3)
@@ -448,7 +471,7 @@ def test_the_same_call_twice_gives_the_same_bits(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shared", [True, False], ids=["one router", "a router a cache"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("tokens, n, hidden", [(1, 5, 33), (3, 8, 1100), (FUSED_TOKENS + 1, 6, 20)])
+@pytest.mark.parametrize("tokens, n, hidden", [(0, 5, 33), (1, 5, 33), (3, 8, 1100), (FUSED_TOKENS + 1, 6, 20)])
 def test_the_fused_gate_routes_its_own_logits(backend, shared, dtype, tokens, n, hidden):
     caches, k, policy = 2, 2, policy_of(CachePrior(0.4, 1), CachePrior(0.1, 0))
     x = normal_logits(20, caches, tokens, hidden).to(dtype)
@@ -538,6 +561,11 @@ def test_what_route_refuses():
         route(logits, state, LRU, 1, correction=torch.zeros(5))
     with pytest.raises(ValueError, match="out must be"):
         route(logits, state, LRU, 2, out=Routing.empty(1, 2, 2))
+    out = Routing.empty(1, 1, 2)
+    for asked in (torch.empty(1, 1, 3, dtype=torch.int64), torch.empty(1, 1, 4, dtype=torch.int64)[..., ::2]):
+        out.asked = asked
+        with pytest.raises(ValueError, match="out must be"):
+            route(logits, state, LRU, 2, out=out)
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
     with pytest.raises(ValueError, match=r"knobs must be \(1, 6\), not \(2, 6\)"):
@@ -613,6 +641,15 @@ def test_route_compiles_into_one_graph(device):
         for a, b in zip(compiled(given_input.to(device), compiled_state), expected, strict=True):
             assert torch.equal(a, b)
         assert_same_state(compiled_state, state)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_cache_that_layers_share_does_not_compile(layers):
+    state = Residency.empty(torch.tensor([5]), 12, (), layers=layers)
+    options = {"fullgraph": True, "backend": "aot_eager"}
+    compiled = torch.compile(lambda logits: route(logits, state.of_layer(0), LRU, 3).ids, **options)
+    with pytest.raises(Exception, match="caches of their own"):
+        compiled(normal_logits(34, 1, 2, 12))
 
 
 @pytest.mark.gpu

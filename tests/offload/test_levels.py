@@ -236,6 +236,23 @@ def test_the_idle_link_brings_what_the_policy_would_have_had(stores, dense, capa
         assert c.admissions * FORMATS[0].page_bytes <= c.background_bytes <= c.bytes_read - c.cheap_bytes
 
 
+def test_a_page_that_idle_time_brought_has_one_slot_though_it_was_filled_in_meanwhile(stores, dense):
+    with OffloadEngine(stores[:1], [4, 4], staging=3, admits=True) as engine:
+        filled = 0
+        for seed in range(60):
+            step(engine, dense[:1], 0, seed, 1, SWAPS)
+            list(engine._link._ended(engine._staging._ahead.values()))
+            if staged := list(engine._staging._ahead):
+                (_, expert), state = staged[0], engine.state
+                state.slot_of[0, state.page_of[0, 2]] = -1  # as a residency that was saved may say
+                state.page_of[0, 2], state.slot_of[0, expert] = expert, 2
+                engine.fill()
+                filled += 1
+            step(engine, dense[:1], 0, seed, 1, SWAPS)
+            assert_consistent(engine)
+        assert filled > 3
+
+
 @pytest.mark.parametrize(
     "how, says",
     [
