@@ -31,7 +31,7 @@ def about():
 def latency(
     model: Annotated[
         Path | None,
-        typer.Option(help="Checkpoint folder of the routing model.", show_default="the built-in tinymoe"),
+        typer.Option(help="Checkpoint folder of the routing model.", show_default="the built-in steepmoe"),
     ] = None,
     payload: Annotated[
         str,
@@ -200,7 +200,7 @@ def systems(
             check_destination(path)
         texts = text or [None, Path(argparse.__file__)]
         options = SystemsOptions(
-            model or [TINYMOE, STEEPMOE, COARSEMOE],
+            model or [STEEPMOE, TINYMOE, COARSEMOE],
             *(texts, capacity, payload, tokens, quality_tokens, free, profile, strategy),
         )
         report = run_systems(options, show_progress)

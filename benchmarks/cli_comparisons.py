@@ -9,7 +9,7 @@ from cachemoe.moe.progress import show_progress
 from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
 Made = Annotated[Path, typer.Argument(help="A checkpoint; cachemoe synthetic makes one.")]
-BUILT_IN = "the built-in tinymoe"
+BUILT_IN = "the built-in steepmoe"
 
 
 def swap_overhead(
@@ -25,10 +25,10 @@ def swap_overhead(
     with one_sentence():
         from cachemoe.benchmarks.ratios import ratio_table
         from cachemoe.benchmarks.swap_overhead import BASELINE, measure
-        from cachemoe.moe.checkpoint import TINYMOE
+        from cachemoe.moe.checkpoint import DEFAULT_MODEL
 
         check_destination(json_path)
-        report = measure(folder or TINYMOE, rounds, tokens, show_progress)
+        report = measure(folder or DEFAULT_MODEL, rounds, tokens, show_progress)
         title = f"{report['model']}, {report['dtype']}: decode, everything resident"
         console.print(ratio_table(title, "implementation", report["rows"], BASELINE))
         save_report(report, json_path)
@@ -94,10 +94,10 @@ def verify_cost(
 
         from cachemoe.benchmarks.ratios import ratio_table
         from cachemoe.benchmarks.verify_cost import BASELINE, measure
-        from cachemoe.moe.checkpoint import TINYMOE
+        from cachemoe.moe.checkpoint import DEFAULT_MODEL
 
         check_destination(json_path)
-        report = measure(folder or TINYMOE, pool, rounds, tokens, show_progress)
+        report = measure(folder or DEFAULT_MODEL, pool, rounds, tokens, show_progress)
         title = f"{report['model']}, pool {pool}: decode, pages verified on each read, and never"
         console.print(ratio_table(title, "verify", report["rows"], BASELINE))
         table = Table.grid(padding=(0, 2))

@@ -31,7 +31,7 @@ from cachemoe.benchmarks.speeds import (
     store_bandwidths,
 )
 from cachemoe.moe.calibration import Calibration
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
+from cachemoe.moe.checkpoint import DEFAULT_MODEL, Checkpoint
 from cachemoe.moe.fingerprint import fingerprint
 from cachemoe.moe.leveled import cheaper_format, open_leveled, ranks_of
 from cachemoe.moe.machine import describe
@@ -90,7 +90,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
     Raises:
         InputError: for options that cannot be, before anything slow begins; or if a page cannot be read, or is damaged.
     """
-    checkpoint = Checkpoint(options.model or TINYMOE)
+    checkpoint = Checkpoint(options.model or DEFAULT_MODEL)
     shape = checkpoint.shape
     known = None if options.calibration is None else Calibration.load(options.calibration)
     strategies, capacities = _check(options, shape, known)

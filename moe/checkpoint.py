@@ -20,7 +20,8 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.header import TensorEntry, shown
 from cachemoe.offload.store import UNKNOWN_MODEL, StoreLayout
 
-TINYMOE, STEEPMOE, COARSEMOE = (Path(__file__).parent / name for name in ("tinymoe", "steepmoe", "coarsemoe"))
+STEEPMOE, TINYMOE, COARSEMOE = (Path(__file__).parent / name for name in ("steepmoe", "tinymoe", "coarsemoe"))
+DEFAULT_MODEL = STEEPMOE  # its gates have a real model's shape
 ADAPTER = "adapter_config.json"  # of peft's; transformers puts it onto the weights
 READABLE = ("mxfp4",)  # of quantisations that a checkpoint may have
 
