@@ -1,9 +1,10 @@
 """As much by chance: what stands beside a policy that drops experts, swaps them, or has them compute cheaply.
 
-Whoever skips what the model would hardly notice looks good even if he chose blindly. So the same text is run with as
-many selections dropped, swapped and cheapened as the policy did, each as ``random-drop``, ``random-swap`` and
-``random-cheap`` choose; what the policy never touches is spared too, and weights are made as the policy makes them. No
-cache takes part: that a resident better page serves would leave fewer cheap ones than the policy had.
+A policy that changes what the model hardly notices looks good even if it chooses blindly. So the same text is run with
+as many selections dropped, swapped and cheapened as the policy had, chosen as ``random-drop``, ``random-swap`` and
+``random-cheap`` choose. The best J places, and the best place of a policy that spares it, are spared here too, and the
+weights are made by the policy's rule. No cache takes part: a resident better page would serve some of the cheap
+selections, and the control would have fewer than the policy.
 """
 
 from collections.abc import Sequence
@@ -61,7 +62,8 @@ class Changes:
         """
         total, tokens = self.selections, self.selections / top_k
         rest = max(total - tokens, 1)  # of one expert a token there is no other place
-        swapped = self.swaps / total * top_k / (top_k - spared) if spared < top_k else 0.0
+        # Swaps are counted of those that run, and an expert that is swapped in may then be dropped.
+        swapped = self.swaps / min(self.runs, total) * top_k / (top_k - spared) if spared < top_k else 0.0
         chances = (total - self.runs) / rest, swapped, self.cheap / rest, self.cheap_best / tokens
         return tuple(min(max(each, 0.0), 1.0) for each in chances)
 
