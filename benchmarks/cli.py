@@ -106,7 +106,7 @@ def latency(
     calibration: cli_models.Calibration = None,
     controls: Annotated[
         bool,
-        typer.Option("--controls", help="Beside each policy the quality of as many drops, or swaps, by chance."),
+        typer.Option("--controls", help="Beside each policy the quality of as many changes by chance."),
     ] = False,
     cheaper: cli_models.Cheaper = None,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/latency.json"),

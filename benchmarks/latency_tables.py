@@ -211,9 +211,9 @@ def notes(report: dict) -> list[str]:
             "chosen by chance."
         )
     scored = sorted({row["scored_tokens"] for row in rows if "scored_tokens" in row})
-    first = "" if len(scored) == 1 else f", where layers share a cache the first {scored[0]}"
+    fewer = "" if len(scored) == 1 else f", where layers share a cache the first {scored[0]}"
     said.append(
-        f"Misses are counted over the {unmodified['tokens']} scored tokens{first}, from cold caches, against the "
+        f"Misses are counted over the {unmodified['tokens']} scored tokens{fewer}, from cold caches, against the "
         f"{report['model']['k']} experts a token and layer that the model itself selects; MB and ms over {decoded} "
         f"other tokens, warm. The clock covers all of {model}'s own forward, routing included, and the "
         "experts moved; no attention or shared expert of the payload's size is in it."

@@ -64,7 +64,8 @@ def _panel(axis, run: dict, marks: dict) -> None:
             told = name if y == changes[name] else f"{name} ({changes[name]:+.0f} %)"  # beyond what is drawn
             axis.annotate(told, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
         seen.add(system)
-    axis.plot(*zip(*(places[name] for name in front), strict=True), "-", color="#999999", zorder=0)
+    if front:
+        axis.plot(*zip(*(places[name] for name in front), strict=True), "-", color="#999999", zorder=0)
     belady = run["capacities"][0]["belady_bytes_per_token"] / 1e6
     axis.axvline(belady, color="#999999", linestyle=":", linewidth=1)
     axis.annotate("Belady", (belady, MOST), rotation=90, va="top", ha="right", fontsize=8, color="#999999")

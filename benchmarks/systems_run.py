@@ -147,9 +147,9 @@ def front_of(rows: Sequence[dict]) -> list[str]:
     finite = [row for row in rows if math.isfinite(row["perplexity_change"])]
 
     def beats(a: dict, b: dict) -> bool:
-        common = min(len(row["windows"]["nats"]) for row in (a, b))
+        windows = min(len(row["windows"]["nats_more"]) for row in (a, b))
         ours, theirs = (
-            (sum(row["windows"]["missed_bytes"][:common]), round(_change(row, common), 5)) for row in (a, b)
+            (sum(row["windows"]["missed_bytes"][:windows]), round(_nats_more(row, windows), 5)) for row in (a, b)
         )
         alike = ours == theirs  # of which the first stays
         return rows.index(a) < rows.index(b) if alike else ours[0] <= theirs[0] and ours[1] <= theirs[1]
@@ -158,8 +158,7 @@ def front_of(rows: Sequence[dict]) -> list[str]:
     return [row["name"] for row in sorted(front, key=lambda row: row["missed_bytes_per_token"])]
 
 
-def _change(row: dict, common: int) -> float:
-    """Of perplexity, on the first windows."""
-    windows = row["windows"]
-    own, same = (sum(windows[name][:common]) for name in ("nats", "unmodified_nats"))
-    return math.expm1((own - same) / (common * row["scored_tokens"] / len(windows["nats"])))
+def _nats_more(row: dict, windows: int) -> float:
+    """Than the unmodified model's, a token, on the first windows."""
+    more = row["windows"]["nats_more"]
+    return sum(more[:windows]) / (windows * row["scored_tokens"] / len(more))

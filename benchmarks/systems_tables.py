@@ -102,11 +102,12 @@ def notes(report: dict) -> list[str]:
 def against_chance(rows: Sequence[dict]) -> dict[str, list[str]]:
     """By verdict, the systems that have a control: whether they diverge less, or more, than as many changes by chance.
 
-    What lies within two standard errors of the difference, token by token, is neither.
+    What lies within two standard errors of the difference is neither, and so is what is not finite.
     """
     verdicts = {BETTER: [], UNDECIDED: [], WORSE: []}
     for row in rows:
-        if (control := row.get("control")) and math.isfinite(row["kl_nats"]):
+        if control := row.get("control"):
             more, error = control["kl_difference"], control["kl_difference_standard_error"]
-            verdicts[UNDECIDED if abs(more) <= 2 * error else WORSE if more > 0 else BETTER].append(row["name"])
+            told = error is not None and math.isfinite(error) and abs(more) > 2 * error
+            verdicts[UNDECIDED if not told else WORSE if more > 0 else BETTER].append(row["name"])
     return verdicts

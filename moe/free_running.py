@@ -11,12 +11,13 @@ So no prompt's figure depends on another's, and a bootstrap may draw prompts.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import add
 
 import torch
 
 from cachemoe.kernels.policy import KNOBS
 from cachemoe.moe.calibration import Calibration
-from cachemoe.moe.chance import Chance, Changes
+from cachemoe.moe.chance import Chance, Changes, Counted, has_control
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
@@ -123,7 +124,6 @@ def run_freely(
     prompts: torch.Tensor,
     count: int,
     settings: Sequence[Setting],
-    controls: Sequence[Changes | None],
     evict: Callable,
     progress: Progress,
     calibration: Calibration | None = None,
@@ -133,12 +133,13 @@ def run_freely(
 ) -> FreeRun:
     """Continue the prompts by the unmodified model and by every setting that is not exact, and score what they say.
 
+    Beside each that has a control, by as many changes by chance, in prompts and in what follows.
+
     Args:
         model: the transformers model.
         prompts: ``[P, T]`` tokens.
         count: N, tokens that each is continued by; none ends one early.
         settings: strategies and capacities.
-        controls: what each setting changed in a text, as much of which is changed by chance; None for no control.
         evict: eviction policy.
         progress: shows each batch of continuations.
         calibration, miss_cost: as for ``Chooser``.
@@ -147,8 +148,6 @@ def run_freely(
     Raises:
         InputError: if a strategy needs a calibration.
     """
-    changed = [i for i, setting in enumerate(settings) if setting.strategy.label != EXACT]
-    compared = [i for i in changed if controls[i] is not None]
     known = {"calibration": calibration, "miss_cost": miss_cost, "leveled": leveled, "level_bytes": level_bytes}
     at_once = rows_at_once(prompts.shape[1] + count, shape.vocabulary)
 
@@ -159,13 +158,20 @@ def run_freely(
     parts = prompts.split(at_once)
     with progress("decoding freely: the unmodified model", count * len(parts)) as advance:
         own = bits_of(torch.cat([decode(model, part, count, advance=advance) for part in parts]))
-    excess, by_chance = [None] * len(settings), [None] * len(settings)
-    for into, which, changes in ((excess, changed, None), (by_chance, compared, [controls[i] for i in compared])):
+    excess, controls = [None] * len(settings), [None] * len(settings)
+
+    def go_on(which: Sequence[int], into: list, changes: Sequence | None = None) -> list[tuple[Changes, Changes]]:
         of = [settings[i] for i in which]
-        said = continuations(model, shape, prompts, count, of, evict, progress, **known, changes=changes)
+        said, made = continuations(model, shape, prompts, count, of, evict, progress, **known, changes=changes)
         for i, each in zip(which, said, strict=True):
             into[i] = bits_of(each) - own
-    return FreeRun(prompts.shape[1], count, own, excess, by_chance)
+        return made
+
+    changed = [i for i, setting in enumerate(settings) if setting.strategy.label != EXACT]
+    made = dict(zip(changed, go_on(changed, excess), strict=True))
+    made = {i: of for i, of in made.items() if has_control(settings[i].strategy) and not all(e.nothing for e in of)}
+    go_on(list(made), controls, list(made.values()))
+    return FreeRun(prompts.shape[1], count, own, excess, controls)
 
 
 @torch.inference_mode()
@@ -181,23 +187,26 @@ def continuations(
     miss_cost: float = 0.0,
     leveled: LeveledExperts | None = None,
     level_bytes: LevelBytes = LevelBytes(),  # noqa: B008 (frozen)
-    changes: Sequence[Changes] | None = None,
-) -> torch.Tensor:
-    """``[settings, P, N]`` what each setting makes of each prompt, all of one strategy's name side by side.
+    changes: Sequence[tuple[Changes, Changes]] | None = None,
+) -> tuple[torch.Tensor, list[tuple[Changes, Changes]]]:
+    """What each setting makes of each prompt, all of one strategy's name side by side.
 
     Args, Raises: as for ``run_freely``, and
-        changes: of each setting; as much is changed by chance in the setting's place. None: the settings' own.
+        changes: of each setting, in prompts and in decode, what is changed by chance in its place; None: it chooses.
+
+    Returns:
+        ``[settings, P, N]`` tokens; and what each setting changed in prompts and in decode.
     """
     rules = routing_rules(moe_layers(model), shape.top_k, "cpu")
     rows = [setting for setting in settings for _ in prompts]
-    said = prompts.new_empty(len(rows), count)
+    said, made = prompts.new_empty(len(rows), count), [(Changes(), Changes())] * len(settings)
     for members in batches_of(rows, shape, prompts.shape[1] + count, level_bytes):
         strategies = [rows[i].strategy for i in members]
         name, rule = strategies[0].name, strategies[0].rule
         prompt = torch.tensor([i % len(prompts) for i in members])
         if changes is not None:
             chance = Chance(rules, shape.top_k, strategies, prompt.tolist())
-            chance.set([changes[i // len(prompts)] for i in members])
+            chance.set(*zip(*(changes[i // len(prompts)] for i in members), strict=True))
             name, route, levels_of, decides = f"as {name}, by chance", chance.route, chance.levels_of, False
         else:
             state = state_of([rows[i] for i in members], shape, level_bytes)
@@ -208,9 +217,12 @@ def continuations(
         shown = progress(f"decoding freely: {name}, {len(members)} side by side", count)
         with gates_ahead(model, rule, calibration) as gates, shown as advance:
             choose = Ahead(gates, route).route if decides else route
+            counted = Counted(choose, levels_of, rules, shape, len(members))
             run = leveled.of(strategies[0], levels_of) if rule.cheaper else None
-            said[members] = decode(model, prompts[prompt], count, choose, advance, run)
-    return said.view(len(settings), len(prompts), count)
+            said[members] = decode(model, prompts[prompt], count, counted.route, advance, run)
+        for i, *of in zip(members, counted.of_prompts, counted.of_decode, strict=True):
+            made[i // len(prompts)] = tuple(map(add, made[i // len(prompts)], of))
+    return said.view(len(settings), len(prompts), count), made
 
 
 @torch.inference_mode()

@@ -11,23 +11,24 @@ import torch
 
 from cachemoe.kernels.state import Residency
 from cachemoe.moe.calibration import Calibration
-from cachemoe.moe.chance import Chance, Changes, changes_of, has_control
+from cachemoe.moe.chance import Chance, Changes, Counted, has_control
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.layers import moe_layers, recorded_routers, routing_rules
 from cachemoe.moe.leveled import LeveledExperts
 from cachemoe.moe.policies.rule import Rule
-from cachemoe.moe.routers import RoutingRule, own_choice
+from cachemoe.moe.routers import RoutingRule
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import LevelBytes, split_pool
 from cachemoe.moe.sources import Ahead, Forecast, Gate, gates_ahead
 from cachemoe.moe.strategies import Strategy
-from cachemoe.moe.swap import RouteLayer, Swap
+from cachemoe.moe.swap import RouteLayer, RunExperts, Swap
 from cachemoe.offload.residency import least_recently_used
 from cachemoe.offload.simulate import belady_misses
 
 STEPPED = 4  # what has to be stepped token by token, twenty times as slow, has one window of so many
 MOST_BYTES = 1 << 30  # of a batch's logits in float32
 NATS_PER_BIT = 0.6931471805599453
+BLOCK = 64  # tokens
 OF_CONTROLS = ("kl_nats", "perplexity_change", "top1_agreement", "k_eff", "experts_swapped", "experts_cheap")
 
 
@@ -120,10 +121,12 @@ class Quality:
 
     def _against(self, control: "Quality", unmodified: "Quality") -> dict[str, float]:
         """What the control costs, and by how much more the policy diverges; below 0, it is better than chance."""
-        more = torch.cat(self.divergences) - torch.cat(control.divergences)  # token by token, the text being the same
+        more = [a - b for a, b in zip(self.divergences, control.divergences, strict=True)]  # the text being the same
+        # Neighbouring tokens see the same context: the error is of the means of blocks of them.
+        means = torch.stack([block.mean() for window in more for block in window.split(BLOCK)])
+        error = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
         costs = {name: figure for name, figure in control.costs(unmodified).items() if name in OF_CONTROLS}
-        error = float(more.std() / len(more) ** 0.5)
-        return costs | {"kl_difference": float(more.mean()), "kl_difference_standard_error": error}
+        return costs | {"kl_difference": float(torch.cat(more).mean()), "kl_difference_standard_error": error}
 
 
 @dataclass(frozen=True)
@@ -205,53 +208,27 @@ def evaluate(
             rule = strategy.rule
             if rule.shared and STEPPED * number >= len(windows):
                 continue
-
-            def run(route, levels_of, forward, rows, window=window, reference=reference, strategy=strategy):
-                counted = _Counted(route, levels_of, rules, shape, len(rows))
-                experts = leveled.of(strategy, levels_of) if strategy.rule.cheaper else None
-                with Swap(model, counted.route, experts):
-                    log_p = log_probabilities(forward(model, window, len(rows))[:, :-1])
-                for quality, row, changes, missed in zip(rows, log_p, counted.changes, counted.missed, strict=True):
-                    if quality is not None:
-                        _score(quality, row, reference, window[1:])
-                        quality.changes += changes
-                        quality.missed.append(missed)
-                return counted.changes
-
             with gates_ahead(model, rule, calibration) as gates:
                 forecast = forecast_of(strategy, gates, rules, state, shape)
                 route = router_of(chooser, state, len(rows), forecast)
                 route = Ahead(gates, route).route if rule.decides else route
-                changes = run(route, state.levels_of, _token_by_token if rule.shared else _at_once, rows)
-            if any(quality.control for quality in rows):
-                chance.set(changes)
-                run(chance.route, chance.levels_of, _at_once, [quality.control for quality in rows])
+                counted = Counted(route, state.levels_of, rules, shape, len(rows))
+                experts = leveled.of(strategy, state.levels_of) if rule.cheaper else None
+                forward = _token_by_token if rule.shared else _at_once
+                log_p = _run(model, window, len(rows), counted, experts, forward)
+            _add(rows, log_p, reference, window, counted)
+            by_chance = [quality.control for quality in rows]
+            if any(by_chance):
+                chance.set(counted.changes, counted.changes)
+                counted = Counted(chance.route, chance.levels_of, rules, shape, len(rows))
+                experts = leveled.of(strategy, chance.levels_of) if rule.cheaper else None
+                log_p = _run(model, window, len(rows), counted, experts, _at_once)
+                _add(by_chance, log_p, reference, window, counted)
         progress()
     for quality in qualities:
         if quality.changes.nothing:
             quality.control = None
     return Evaluation(qualities, unmodified, torch.cat(original_ids, 1))
-
-
-class _Counted:
-    """A route for ``Swap`` of B rows of tokens, which counts what it changes and misses."""
-
-    def __init__(
-        self, route: RouteLayer, levels_of: Callable, rules: Sequence[RoutingRule], shape: MoeShape, rows: int
-    ):
-        self._route, self._levels_of, self._rules, self._shape = route, levels_of, rules, shape
-        self.changes, self.missed = [Changes()] * rows, [(0, 0)] * rows
-
-    def route(self, layer, logits, hidden):
-        routing = self._route(layer, logits, hidden)
-        own = own_choice(self._rules[layer], logits.cpu(), self._shape.top_k)[0]
-        own = own.unflatten(0, (len(self.changes), -1))
-        now = changes_of(routing.ids, self._levels_of(routing.slots), own)
-        self.changes = [a + b for a, b in zip(self.changes, now, strict=True)]
-        cheap = (routing.misses.pages >= self._shape.experts).sum(1)
-        counts = zip(self.missed, routing.misses.count.tolist(), cheap.tolist(), strict=True)
-        self.missed = [(a + count, b + of_them) for (a, b), count, of_them in counts]
-        return routing
 
 
 def router_of(chooser: Chooser, state: Residency, rows: int, forecast: Forecast | None = None) -> RouteLayer:
@@ -307,6 +284,21 @@ def state_of(settings: Sequence[Setting], shape: MoeShape, level_bytes: LevelByt
 def _split(setting: Setting, shape: MoeShape, level_bytes: LevelBytes) -> tuple[list[int], list[int]]:
     places = setting.strategy.places(shape.experts, shape.top_k)
     return split_pool([setting.capacity] * len(shape.layers), setting.strategy, level_bytes, shape.experts, places)
+
+
+def _run(model, window, rows, counted: Counted, experts: RunExperts | None, forward: Callable) -> torch.Tensor:
+    """``[rows, T - 1, V]`` log-probabilities of a window's tokens but the first."""
+    with Swap(model, counted.route, experts):
+        return log_probabilities(forward(model, window, rows)[:, :-1])
+
+
+def _add(rows: Sequence[Quality | None], log_p, reference, window, counted: Counted) -> None:
+    """Add a window to each row that is wanted."""
+    for quality, row, changes, missed in zip(rows, log_p, counted.changes, counted.missed, strict=True):
+        if quality is not None:
+            _score(quality, row, reference, window[1:])
+            quality.changes += changes
+            quality.missed.append(missed)
 
 
 def _at_once(model, window: torch.Tensor, rows: int) -> torch.Tensor:

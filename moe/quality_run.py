@@ -85,8 +85,7 @@ def run_quality(
             evaluation = evaluate(*how, controls=True, leveled=experts, level_bytes=sizes)
             run = None
             if free:
-                controls = [each.control and each.changes for each in evaluation.settings]
-                cases = settings, controls, evict, progress, known, miss_cost, experts, sizes
+                cases = settings, evict, progress, known, miss_cost, experts, sizes
                 run = run_freely(model, shape, cut, free, *cases)
         name, pages = Path(model.name_or_path).resolve().name, pooled.engine.page_format.kind
     return {

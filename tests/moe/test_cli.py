@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cachemoe.benchmarks.cli import app
-from cachemoe.moe.checkpoint import TINYMOE
+from cachemoe.moe.checkpoint import DEFAULT_MODEL, TINYMOE
 from cachemoe.moe.trace import RoutingTrace
 from cachemoe.offload.store import ExpertStore
 
@@ -55,7 +55,7 @@ def test_quality_is_the_latency_tables(run, tmp_path):
     """The same model, text, caches and figures, through load and through the whole model."""
     (tmp_path / "text").write_text("Experts that are resident come first where the model would hardly notice. " * 40)
     common = ("--text", "text", "--capacity", "50%", "--strategy", "cache-prior:0.2", "--context", "128")
-    run("quality", TINYMOE, *common, "--tokens", "1024", "--json", "quality.json", "--pool", "50%")
+    run("quality", DEFAULT_MODEL, *common, "--tokens", "1024", "--json", "quality.json", "--pool", "50%")
     plain = ("--payload", "native", "--tokens", "6", "--quality-tokens", "1024", "--json", "latency.json")
     run("latency", *common, *plain, "--plot", "latency.png")
     quality = json.loads((tmp_path / "quality.json").read_text())

@@ -96,7 +96,7 @@ def alone(model, shape, one, prompt, known=None, number=0):
 
 def test_every_setting_goes_on_as_a_plain_loop_of_its_own(model, shape, prompts, known, quiet):
     settings = [*(setting(text, 2 + i % 4) for i, text in enumerate(CHANGED)), setting(CHANGED[0], 5)]
-    said = continuations(model, shape, prompts, COUNT, settings, least_recently_used, quiet, known)
+    said = continuations(model, shape, prompts, COUNT, settings, least_recently_used, quiet, known)[0]
     assert said.shape == (len(settings), len(prompts), COUNT)
     own = [alone(model, shape, None, prompt) for prompt in prompts]
     for one, rows in zip(settings, said.tolist(), strict=True):
@@ -111,7 +111,7 @@ def test_every_setting_goes_on_as_a_plain_loop_of_its_own(model, shape, prompts,
 def test_load_goes_on_alike(tiny_checkpoint, tiny_calibration, opened, shape, prompts, known, quiet, text):
     plain = load_model(tiny_checkpoint, torch.float32)
     plain.set_experts_implementation("eager")
-    said = continuations(plain, shape, prompts, COUNT, [setting(text)], least_recently_used, quiet, known)[0]
+    said = continuations(plain, shape, prompts, COUNT, [setting(text)], least_recently_used, quiet, known)[0][0]
     assert not torch.equal(said, decode(plain, prompts, COUNT))
     model = opened(routing=setting(text).strategy, calibration=tiny_calibration).float()
     options = {"max_new_tokens": COUNT, "min_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0}
@@ -124,36 +124,37 @@ def test_an_exact_setting_says_what_the_model_says(model, shape, prompts, quiet)
     ]
     own = decode(model, prompts, COUNT)
     assert own.tolist() == [alone(model, shape, None, prompt) for prompt in prompts]
-    for said in continuations(model, shape, prompts, COUNT, settings, least_recently_used, quiet):
+    for said in continuations(model, shape, prompts, COUNT, settings, least_recently_used, quiet)[0]:
         assert torch.equal(said, own)
 
 
 def test_what_is_decoded_together_changes_nothing(model, shape, prompts, quiet, monkeypatch):
     settings = [setting("cache-prior:0.4", 3), setting("cache-prior:0.4", 6), setting("random-swap:0.4")]
-    controls = [None, Changes(selections=100, runs=80, swaps=30), None]
-    arguments = (model, shape, prompts, 4, settings, controls, least_recently_used, quiet)
-    together = continuations(*arguments[:5], *arguments[6:])
+    arguments = (model, shape, prompts, 4, settings, least_recently_used, quiet)
+    together, changes = continuations(*arguments)
     run = run_freely(*arguments)
     monkeypatch.setattr(quality, "MOST_BYTES", 1)  # one at a time
-    assert torch.equal(continuations(*arguments[:5], *arguments[6:]), together)
+    alone, changes_alone = continuations(*arguments)
+    assert torch.equal(alone, together) and changes_alone == changes
     split = run_freely(*arguments)
-    assert run.controls[1].abs().max() > 0
-    for a, b in zip(
-        (run.own, *run.excess, run.controls[1]), (split.own, *split.excess, split.controls[1]), strict=True
-    ):
-        torch.testing.assert_close(a, b)
+    assert run.controls[0].abs().max() > 0 and run.controls[2] is None
+    for name in ("excess", "controls"):
+        for a, b in zip(getattr(run, name), getattr(split, name), strict=True):
+            assert (a is None) == (b is None)
+            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(run.own, split.own)
 
 
 def test_chance_draws_for_each_prompt_anew(model, shape, prompts, quiet):
     same = prompts[:1].expand(4, -1)
     settings = [setting("random-swap:0.5"), setting("cache-prior:0.4")]
-    swapped, prior = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
+    (swapped, prior), _ = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
     arguments = model, shape, same, COUNT, settings[1:], least_recently_used, quiet
-    (by_chance,) = continuations(*arguments, changes=[Changes(selections=100, runs=100, swaps=30)])
+    (by_chance,), _ = continuations(*arguments, changes=[(Changes(100, 100, 30), Changes(100, 100, 30))])
     for drawn in (swapped, by_chance):
         assert len(set(map(tuple, drawn.tolist()))) == 4
     assert len(set(map(tuple, prior.tolist()))) == 1
-    again, _ = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
+    (again, _), _ = continuations(model, shape, same, COUNT, settings, least_recently_used, quiet)
     assert torch.equal(swapped, again)
 
 
@@ -171,19 +172,20 @@ def literal_bits(model, prompt, said):
 
 def test_excess_bits_are_the_literal_difference(model, shape, prompts, quiet):
     settings = [setting("original"), setting("cache-prior:0.4"), setting("max-rank:4")]
-    changes = Changes(selections=100, runs=90, swaps=30)
-    controls = [None, changes, None]
-    run = run_freely(model, shape, prompts, COUNT, settings, controls, least_recently_used, quiet)
-    assert run.excess[0] is None and run.costs(0) is None
-    assert run.controls[0] is run.controls[2] is None
+    run = run_freely(model, shape, prompts, COUNT, settings, least_recently_used, quiet)
+    assert run.excess[0] is run.controls[0] is None and run.costs(0) is None
 
     own = [literal_bits(model, *pair) for pair in zip(prompts, decode(model, prompts, COUNT), strict=True)]
     assert run.own.tolist() == pytest.approx(own)
-    said = [*continuations(model, shape, prompts, COUNT, settings[1:], least_recently_used, quiet)]
-    arguments = model, shape, prompts, COUNT, settings[1:2], least_recently_used, quiet
-    said += [*continuations(*arguments, changes=[changes])]
-    assert len({tuple(each.flatten().tolist()) for each in said}) == 3
-    for each, excess in zip(said, (run.excess[1], run.excess[2], run.controls[1]), strict=True):
+    arguments = model, shape, prompts, COUNT, settings[1:], least_recently_used, quiet
+    said, changes = continuations(*arguments)
+    for of_prompts, of_decode in changes:
+        selections = len(shape.layers) * shape.top_k * len(prompts)
+        assert (of_prompts.selections, of_decode.selections) == (selections * 12, selections * (COUNT - 1))
+        assert of_prompts.swaps and of_decode.swaps
+    said = [*said, *continuations(*arguments, changes=changes)[0]]
+    assert len({tuple(each.flatten().tolist()) for each in said}) >= 3
+    for each, excess in zip(said, (*run.excess[1:], *run.controls[1:]), strict=True):
         literal = [literal_bits(model, *pair) for pair in zip(prompts, each, strict=True)]
         assert excess.tolist() == pytest.approx([a - b for a, b in zip(literal, own, strict=True)], abs=1e-9)
         assert excess.abs().max() > 1e-3
@@ -192,7 +194,6 @@ def test_excess_bits_are_the_literal_difference(model, shape, prompts, quiet):
     assert costs["excess_bits_of_prompts"] == run.excess[1].tolist()
     assert costs["control"]["excess_bits_of_prompts"] == run.controls[1].tolist()
     assert tuple(costs["interval"]) == bootstrap_interval(run.excess[1], 0)
-    assert run.costs(2)["control"] is None
     summary = run.summary()
     assert (summary["prompts"], summary["prompt_tokens"], summary["tokens"]) == (3, 12, COUNT)
     assert summary["own_bits"] == pytest.approx(sum(own) / 3)

@@ -1,4 +1,4 @@
-"""What drops or swaps by chance: as often as it says, never the best, the same each time, and as often as a policy."""
+"""What drops or swaps by chance: as often as it says, never the best, the same each time."""
 
 import pytest
 import torch
