@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.latency_decode import FREE_MISSES, IN_A_GRAPH, ORIGINAL, RESIDENT
@@ -10,6 +9,7 @@ from cachemoe.benchmarks.latency_prefetch import ADMISSION, NO_PREFETCH
 from cachemoe.benchmarks.payload import FILE, NATIVE
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.moe.quality_report import CHANCE_COLUMN, CHANGED_COLUMN, COST_COLUMNS
+from cachemoe.moe.terminal import table_of
 
 TARGET_PERPLEXITY_CHANGE = 0.03
 
@@ -118,10 +118,7 @@ def tables(report: dict, width: int) -> list[Table]:
             *([(predicted, PREFETCH_COLUMNS)] if predicted else []),
             *([(beside, ADMISSION_COLUMNS)] if beside else []),
         ]:
-            table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-            table.add_column("strategy", no_wrap=True)
-            for heading, _, _ in columns:
-                table.add_column(heading, justify="left" if heading == "changed" else "right", no_wrap=True)
+            table = table_of(title, "strategy", (heading for heading, _, _ in columns), CHANGED_COLUMN[:1])
             for row in shown:
                 style = (
                     "bold green" if row is best else "dim" if row["name"].startswith((RESIDENT, FREE_MISSES)) else None
@@ -136,12 +133,8 @@ def tables(report: dict, width: int) -> list[Table]:
 def summary(report: dict) -> Table:
     """The paper's claim on this run: the fewest misses that 3 % of perplexity buys, a line a capacity."""
     title = "Fewest misses at no more than 3 % higher perplexity"
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("pool", justify="right", no_wrap=True)
-    table.add_column("strategy", no_wrap=True)
     misses = ("original\nmiss %", "Belady\nmiss %", "its\nmiss %", "against\noriginal", "against\nBelady")
-    for heading in (*misses, "perplexity\nchange"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = table_of(title, "pool", ("strategy", *misses, "perplexity\nchange"), ("strategy",))
     for capacity in report["capacities"]:
         original = next(row for row in capacity["rows"] if row["name"] == str(ORIGINAL))["miss_rate"]
         belady, best = capacity["belady_miss_rate"], best_within_target(capacity["rows"])

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from cachemoe.benchmarks.payload import NATIVE
 from cachemoe.benchmarks.ratios import with_spread
 from cachemoe.benchmarks.systems_run import front_of
 from cachemoe.moe.quality_report import CHANCE_COLUMN, COST_COLUMNS, free_running_table
+from cachemoe.moe.terminal import table_of
 
 _COST = dict(COST_COLUMNS)  # by heading, which are narrower here
 BETTER, UNDECIDED, WORSE = "better than chance", "not told from chance", "lose to chance"
@@ -59,12 +59,7 @@ def tables(report: dict) -> list[Table]:
 
 
 def _table(title: str, columns: Sequence[tuple], rows: Sequence[dict], front: Sequence[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
-    )
-    table.add_column("system", no_wrap=True)
-    for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = table_of(title, "system", (heading for heading, _ in columns))
     for row in rows:
         style = "bold green" if row["name"] in front else None if "miss_rate" in row else "dim"
         table.add_row(row["name"], *(text(row) for _, text in columns), style=style)

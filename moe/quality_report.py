@@ -1,7 +1,8 @@
 """The quality report as tables, one a capacity."""
 
-from rich import box
 from rich.table import Table
+
+from cachemoe.moe.terminal import table_of
 
 # What a routing costs; the latency tables show the same.
 COST_COLUMNS = (
@@ -34,10 +35,7 @@ def quality_table(report: dict) -> list[Table]:
             f"{report['unmodified']['perplexity']:.3f}. Belady on the original routing misses "
             f"{100 * rows[0]['belady_miss_rate']:.1f} %"
         )
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-        table.add_column("strategy", no_wrap=True)
-        for heading, _ in COLUMNS:
-            table.add_column(heading, justify="left" if heading == "changed" else "right", no_wrap=True)
+        table = table_of(title, "strategy", (heading for heading, _ in COLUMNS), CHANGED_COLUMN[:1])
         for row in rows:
             table.add_row(row["strategy"].replace(",", ",\n"), *(text(row) for _, text in COLUMNS))
         made.append(table)
@@ -54,12 +52,8 @@ def free_running_table(report: dict) -> Table:
         f"{run['prompt_tokens']}\nUnder the unmodified model its own have {run['own_bits']:.3f} bits a token; those of "
         "others\nexceed that by so much, with the interval of the mean by bootstrap"
     )
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0, show_edge=False
-    )
-    table.add_column("strategy", no_wrap=True)
-    for heading in ("slots", "excess\nbits", f"{share} %", "bits by\nchance", f"{share} %"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("slots", "excess\nbits", f"{share} %", "bits by\nchance", f"{share} %")
+    table = table_of(title, "strategy", headings)
     for row in report["rows"]:
         costs = row["free_running"]
         cells = ("exact",) if costs is None else (*_excess(costs), *_excess(costs["control"]))

@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections.abc import Container, Iterable
 from contextlib import contextmanager
 from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
@@ -20,6 +23,16 @@ NOT_FINITE = {
 }
 console = Console()
 errors = Console(stderr=True)
+
+
+def table_of(title: str | None, names: str, headings: Iterable[str], left: Container[str] = ()) -> Table:
+    """An empty table: a column of names, and columns of figures, to the right but for those named in ``left``."""
+    style = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False}
+    table = Table(title=title, **style)
+    table.add_column(names, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=True)
+    return table
 
 
 @contextmanager
