@@ -285,8 +285,9 @@ def _check(
     capacities = list(dict.fromkeys(_capacity(text, shape) for text in options.capacity))
     if ADMISSION in options.prefetch and not any(admits(strategy) for strategy in strategies):
         raise InputError(
-            f"--prefetch {ADMISSION} fetches what gave way to another expert or ran at a cheaper level, and none of "
-            f"{', '.join(map(str, strategies))} does either: add --strategy moec-substitute:any or random-cheap:0.25"
+            f"--prefetch {ADMISSION} fetches experts that a strategy asked for and did not wait for, since a resident "
+            f"stood in or a cheaper page ran, and {', '.join(map(str, strategies))} wait for all that they ask for: add "
+            "--strategy random-cheap:0.25"
         )
     for strategy in strategies:
         strategy.check_calibration(calibration)

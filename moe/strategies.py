@@ -138,7 +138,9 @@ class Strategy:
             InputError: if not.
         """
         if slots < (places := self.places(experts, top_k)):
-            raise InputError(f"{self} may choose {places} experts for a token: {slots} slots of a layer are too few")
+            raise InputError(
+                f"{self} may choose {places} experts for a token: a capacity of {slots} slots of a layer is too small"
+            )
 
     @property
     def label(self) -> str:
