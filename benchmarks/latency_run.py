@@ -286,8 +286,8 @@ def _check(
     if ADMISSION in options.prefetch and not any(admits(strategy) for strategy in strategies):
         raise InputError(
             f"--prefetch {ADMISSION} fetches experts that a strategy asked for and did not wait for, since a resident "
-            f"stood in or a cheaper page ran, and {', '.join(map(str, strategies))} wait for all that they ask for: add "
-            "--strategy random-cheap:0.25"
+            f"stood in or a cheaper page ran, and {', '.join(map(str, strategies))} wait for all that they ask for: "
+            "add --strategy random-cheap:0.25"
         )
     for strategy in strategies:
         strategy.check_calibration(calibration)

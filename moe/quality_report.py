@@ -35,6 +35,11 @@ def quality_table(report: dict) -> list[Table]:
             f"{report['unmodified']['perplexity']:.3f}. Belady on the original routing misses "
             f"{100 * rows[0]['belady_miss_rate']:.1f} %"
         )
+        if fewer := [row for row in rows if row["scored_tokens"] < report["tokens"]]:
+            title += (
+                f"\nOf the first {fewer[0]['scored_tokens']} tokens alone, as are their changes: "
+                f"{', '.join(row['strategy'] for row in fewer)}"
+            )
         table = table_of(title, "strategy", (heading for heading, _ in COLUMNS), CHANGED_COLUMN[:1])
         for row in rows:
             table.add_row(row["strategy"].replace(",", ",\n"), *(text(row) for _, text in COLUMNS))
