@@ -146,9 +146,9 @@ def _quality(quality: Quality, unmodified: Quality, pages: Sequence[int]) -> dic
     windows, changed = len(quality.nats), quality.changes
     same = unmodified.nats[:windows]  # of a shorter text, where the setting was stepped on one
     more = [a - b for a, b in zip(quality.nats, same, strict=True)]
-    changes = [each / NATS_PER_BIT for each in more]
+    bits = [each / NATS_PER_BIT for each in more]
     # torch's, since statistics.stdev raises where one is not finite.
-    deviation = float(torch.tensor(changes, dtype=torch.float64).std()) if windows > 1 else None
+    deviation = float(torch.tensor(bits, dtype=torch.float64).std()) if windows > 1 else None
     routed = changed.selections / (quality.top_k * quality.layers)  # tokens, a window's first among them
     missed = [(all_levels - cheap) * pages[0] + cheap * pages[-1] for all_levels, cheap in quality.missed]
     return quality.costs(unmodified) | {
@@ -159,6 +159,6 @@ def _quality(quality: Quality, unmodified: Quality, pages: Sequence[int]) -> dic
         "missed_bytes_per_token": sum(missed) / routed,
         "windows": {"missed_bytes": missed, "nats_more": more},  # than the unmodified model's
         "bits_per_byte": quality.bits_per_byte,
-        "bits_per_byte_change": sum(changes) / quality.tokens,
+        "bits_per_byte_change": sum(bits) / quality.tokens,
         "bits_per_byte_change_standard_error": deviation and deviation * windows**0.5 / quality.tokens,
     }

@@ -141,8 +141,8 @@ def strategies_of(shape: MoeShape) -> list[str]:
 def front_of(rows: Sequence[dict]) -> list[str]:
     """The names of the rows that none beats in both bytes a token and perplexity, fewest bytes first.
 
-    Two rows are compared on the windows that both were run on. Changes of perplexity are held against each other to a
-    thousandth of a per cent, since exact systems differ by rounding. A row that is not finite is not on the front.
+    Two rows are compared on the windows that both were run on, and by nats a token to five places, since exact systems
+    differ by rounding. A row that is not finite is not on the front.
     """
     finite = [row for row in rows if math.isfinite(row["perplexity_change"])]
 
