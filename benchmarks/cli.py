@@ -50,7 +50,7 @@ def latency(
             show_default="a few of each",
         ),
     ] = None,
-    top_j: Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")] = 2,
+    top_j: cli_models.TopJ = None,
     eviction: Annotated[str, typer.Option(help="Which resident expert leaves: lru or lfu.")] = "lru",
     tokens: Annotated[
         int, typer.Option(min=6, help="Tokens decoded on the clock for each row, in three segments.")

@@ -40,7 +40,7 @@ from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Setting, evaluate
 from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import LevelBytes, layer_slots, split_pool
-from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.strategies import Strategy, kept
 from cachemoe.moe.text import HELD_OUT, load_tokens
 from cachemoe.offload.device_engine import DeviceEngine
 from cachemoe.offload.engine import OffloadEngine
@@ -66,7 +66,7 @@ class LatencyOptions:
     payload: str
     capacity: list[str]
     strategy: list[str] | None
-    top_j: int
+    top_j: int | None
     eviction: str
     tokens: int
     quality_tokens: int
@@ -187,6 +187,7 @@ def run_latency(options: LatencyOptions, progress: Progress) -> dict:
         "model": checkpoint.path.name,
         "text": options.text.name if options.text else HELD_OUT,
         "strategy": [str(strategy) for strategy in strategies],
+        "top_j": kept(options.top_j, shape.top_k),
         "device": device,
         "prefetch": prefetchers,
         "timeline": options.timeline and options.timeline.name,
@@ -277,8 +278,6 @@ def _speeds(file: ExpertStore, store: Store, resident: ResidentEngine, shape: Mo
 def _check(
     options: LatencyOptions, shape: MoeShape, calibration: Calibration | None
 ) -> tuple[list[Strategy], list[int]]:
-    if not 0 <= options.top_j <= shape.top_k:
-        raise InputError(f"--top-j must lie between 0 and the {shape.top_k} experts that a token uses")
     texts = options.strategy or _default_strategies(shape)
     parsed = [Strategy.parse(text, shape.experts, shape.top_k, options.top_j) for text in texts]
     strategies = list(dict.fromkeys([ORIGINAL, *parsed]))

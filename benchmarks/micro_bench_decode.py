@@ -44,7 +44,10 @@ def engines(tmp_path_factory):
             engine.state.page_of[:] = engine.state.slot_of[:] = torch.arange(EXPERTS)
             engine.fill()
         routers = torch.randn(LAYERS, EXPERTS, PAGE_FORMAT.hidden, generator=torch.Generator().manual_seed(0))
-        states, policy = [full.state[layer : layer + 1] for layer in range(LAYERS)], policy_of(CachePrior(0.2))
+        states, policy = (
+            [full.state[layer : layer + 1] for layer in range(LAYERS)],
+            policy_of(CachePrior(0.2), top_k=TOP_K),
+        )
         full.prefetcher = NextLayerGate(routers, lambda layer, logits: peek(logits, states[layer], TOP_K, policy))
         yield {"cachemoe": plain, "cachemoe, everything on": full}
 

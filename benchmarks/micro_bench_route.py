@@ -66,7 +66,7 @@ def test_route(measure, device, compiled, name, strategy, repetition, implementa
     logits = torch.randn(TOKENS, 1, 1, geometry.experts, generator=generator, device=device)
     if implementation == "cachemoe":
         state = half_resident(geometry, device)
-        policy = policy_of(Strategy.parse(strategy, geometry.experts, k, TOP_J)).to(device)
+        policy = policy_of(Strategy.parse(strategy, geometry.experts, k, TOP_J), top_k=k).to(device)
         calls = [partial(route, token, state, least_recently_used, k, policy) for token in logits]
     else:
         select = compiled if implementation.endswith("compiled") else eager_selection

@@ -94,7 +94,7 @@ class Steps:
 
     def _make(self, engine: DeviceEngine, misses: int) -> tuple[Round, list[Routing]]:
         k, hidden = self.geometry.top_k, self.geometry.hidden
-        policy = policy_of(STRATEGY).to(self.device)
+        policy = policy_of(STRATEGY, top_k=k).to(self.device)
         x = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0)).bfloat16().to(self.device)
         tokens = logits_of(wanted(self.geometry.experts, k, misses), self.geometry.experts).to(self.device)
         turns = [

@@ -63,7 +63,7 @@ def run_systems(options: SystemsOptions, progress: Progress) -> dict:
                 payload=options.payload,
                 capacity=[options.capacity],
                 strategy=options.strategy or strategies_of(checkpoint.shape),
-                top_j=min(2, checkpoint.shape.top_k - 1),
+                top_j=None,
                 eviction="lru",
                 tokens=options.tokens if number == 0 else 0,
                 quality_tokens=options.quality_tokens,

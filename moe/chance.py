@@ -20,7 +20,7 @@ from cachemoe.moe.policies import random_cheap, random_drop, random_swap
 from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.routers import RoutingRule, own_choice
 from cachemoe.moe.shape import MoeShape
-from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.strategies import Strategy, kept
 from cachemoe.moe.swap import RouteLayer
 
 CONTROLS = (random_drop.RULE, random_swap.RULE, random_cheap.RULE)
@@ -138,7 +138,7 @@ class Chance:
     def __init__(self, rules: Sequence[RoutingRule], top_k: int, strategies: Sequence[Strategy], seeds: Sequence[int]):
         rule = strategies[0].rule
         self._rules, self._top_k, self._renormalises = rules, top_k, rule.renormalises
-        self._spared = [min(s.top_j, top_k) if rule.key else 1 if rule.swaps else 0 for s in strategies]
+        self._spared = [kept(s.top_j, top_k) if rule.key else 1 if rule.swaps else 0 for s in strategies]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def set(self, of_prompts: Sequence[Changes], of_decode: Sequence[Changes]) -> None:

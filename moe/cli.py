@@ -50,7 +50,13 @@ Pool = Annotated[
         show_default="50%, or what a token uses where that is more",
     ),
 ]
-TopJ = Annotated[int, typer.Option(help="J, the best-ranked experts that every strategy keeps.")]
+TopJ = Annotated[
+    int | None,
+    typer.Option(
+        help="J, the best-ranked experts that every strategy keeps.",
+        show_default="2, or of 2 experts a token the best",
+    ),
+]
 Calibration = Annotated[
     Path | None, typer.Option(help="Made by cachemoe calibrate, for strategies that need one.", show_default=False)
 ]
@@ -166,7 +172,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens at most.")] = 100,
     pool: Pool = None,
     routing: Annotated[str, typer.Option(help=f"{ROUTINGS}; original is exact.")] = "original",
-    top_j: TopJ = 2,
+    top_j: TopJ = None,
     calibration: Calibration = None,
     capacity: Annotated[
         str, typer.Option(help="How layers share the pool: even, or adaptive, as a calibration's misses say.")
@@ -232,7 +238,7 @@ def quality(
             show_default="cache-prior:0.1, 0.2 and 0.5",
         ),
     ] = None,
-    top_j: TopJ = 2,
+    top_j: TopJ = None,
     calibration: Calibration = None,
     eviction: Eviction = "lru",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text, at most.")] = 4096,

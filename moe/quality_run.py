@@ -12,8 +12,9 @@ from cachemoe.moe.models import outside
 from cachemoe.moe.progress import Progress
 from cachemoe.moe.quality import Evaluation, Setting, evaluate
 from cachemoe.moe.read_text import open_for_text
+from cachemoe.moe.shape import MoeShape
 from cachemoe.moe.sizes import LevelBytes, slots_of
-from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.strategies import Strategy, kept
 from cachemoe.moe.text import HELD_OUT, windows_of
 from cachemoe.offload.residency import eviction_policy
 
@@ -24,7 +25,7 @@ def run_quality(
     text: Path | None,
     capacities: Sequence[str],
     strategies: Sequence[str],
-    top_j: int,
+    top_j: int | None,
     eviction: str,
     tokens: int,
     context: int,
@@ -110,19 +111,19 @@ def run_quality(
             "perplexity": evaluation.unmodified.perplexity,
         },
         "free_running": run and run.summary(),
-        "rows": _rows(settings, evaluation, shape.experts, run),
+        "rows": _rows(settings, evaluation, shape, run),
     }
 
 
-def _rows(settings: Sequence[Setting], evaluation: Evaluation, experts: int, run: FreeRun | None) -> list[dict]:
+def _rows(settings: Sequence[Setting], evaluation: Evaluation, shape: MoeShape, run: FreeRun | None) -> list[dict]:
     belady = {count: evaluation.belady_miss_rate(count) for count in {setting.capacity for setting in settings}}
     return [
         {
             "capacity": setting.capacity,
-            "capacity_fraction": setting.capacity / experts,
+            "capacity_fraction": setting.capacity / shape.experts,
             "strategy": str(setting.strategy),
             "label": setting.strategy.label,
-            "top_j": setting.strategy.top_j,
+            "top_j": kept(setting.strategy.top_j, shape.top_k),
             "belady_miss_rate": belady[setting.capacity],
             "nats_per_token": quality.nats_per_token,
         }

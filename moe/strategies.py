@@ -18,7 +18,7 @@ from cachemoe.moe.policies.rule import EXACT, Rule
 from cachemoe.offload.errors import InputError
 
 REGRET = "max-regret"
-TOP_J = 2  # the paper's choice for models of many small experts
+TOP_J = 2  # the paper's choice for models of many small experts; of fewer than three used, all but one
 UNBOUNDED = math.inf
 
 
@@ -30,19 +30,19 @@ class Strategy:
         name: one of ``RULES``.
         value: of the rule's parameter; None where it has none.
         second: of its second parameter.
-        top_j: J, the best-ranked experts that are always kept.
+        top_j: J, the best-ranked experts that are always kept, fewer than K; None: two, or K - 1 where that is fewer.
         max_regret: a swap, of one of the model's own K experts for another, stays only where the score of the first
             exceeds that of the second by less: 0 is the model's own choice, infinity no bound.
     """
 
     name: str
     value: float | str | None = None
-    top_j: int = TOP_J
+    top_j: int | None = None
     max_regret: float = UNBOUNDED
     second: float | None = None
 
     @classmethod
-    def parse(cls, text: str, experts: int, top_k: int, top_j: int = TOP_J) -> "Strategy":
+    def parse(cls, text: str, experts: int, top_k: int, top_j: int | None = None) -> "Strategy":
         """Read ``name``, ``name:value`` or ``name:value,max-regret=bound`` for a model of E experts, K of them used.
 
         Raises:
@@ -80,7 +80,7 @@ class Strategy:
                 raise InputError(
                     f"after a comma comes {REGRET}=bound, as in {text},{REGRET}=0.01, not {given!r}"
                 ) from error
-        strategy = cls(name, value, top_j if rule.key else TOP_J, bound, second)
+        strategy = cls(name, value, top_j if rule.key else None, bound, second)
         strategy.check(experts, top_k)
         return strategy
 
@@ -103,8 +103,11 @@ class Strategy:
                     raise InputError(f"{symbols}: {self.value} and {self.second}")
         elif self.value is not None:
             raise InputError(f"{self.name} takes no value, and {self.value!r} is one")
-        if not isinstance(self.top_j, Integral) or self.top_j < 0:
-            raise InputError(f"J must be a whole number, 0 or more, not {self.top_j!r}")
+        j = kept(self.top_j, top_k)
+        if not isinstance(j, Integral) or j < 0:
+            raise InputError(f"J must be a whole number, 0 or more, not {j!r}")
+        if j >= top_k:
+            raise InputError(f"J must be less than the {top_k} experts of a token, not {j}: none could be another")
         if not isinstance(self.max_regret, Real) or not self.max_regret >= 0:
             raise InputError(f"{REGRET} must be a number, 0 or more, not {self.max_regret!r}")
         if self.max_regret != UNBOUNDED and self.rule.key is None:
@@ -149,6 +152,11 @@ class Strategy:
         return EXACT if exact or self.rule.is_exact(self.value) else self.rule.changes
 
 
+def kept(top_j: int | None, top_k: int) -> int:
+    """J as given or, of none, what it is for a model of which a token uses K experts."""
+    return min(TOP_J, top_k - 1) if top_j is None else top_j
+
+
 def Original() -> Strategy:
     """The model's own top-K, whatever is resident."""
     return Strategy("original")
@@ -159,17 +167,17 @@ def Pruning(keep: int) -> Strategy:
     return Strategy("pruning", keep)
 
 
-def MaxRank(window: int, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
+def MaxRank(window: int, top_j: int | None = None, max_regret: float = UNBOUNDED) -> Strategy:
     """Residents among the M = ``window`` best-ranked come first (the paper's algorithm 1)."""
     return Strategy("max-rank", window, top_j, max_regret)
 
 
-def CumSum(mass: float, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
+def CumSum(mass: float, top_j: int | None = None, max_regret: float = UNBOUNDED) -> Strategy:
     """As max-rank, the window being the fewest experts whose probabilities sum to p = ``mass`` (its algorithm 2)."""
     return Strategy("cumsum", mass, top_j, max_regret)
 
 
-def CachePrior(lam: float, top_j: int = TOP_J, max_regret: float = UNBOUNDED) -> Strategy:
+def CachePrior(lam: float, top_j: int | None = None, max_regret: float = UNBOUNDED) -> Strategy:
     """Rank by logit + lambda * (mean range of logits) for residents: what the paper proposes."""
     return Strategy("cache-prior", lam, top_j, max_regret)
 
@@ -194,7 +202,7 @@ def checked(routing: Strategy | str | None, experts: int, top_k: int) -> Strateg
 
 def policy_of(
     *strategies: Strategy,
-    top_k: int = 0,
+    top_k: int | None = None,
     layer: int = 0,
     miss_cost: float = 0.0,
     calibration: Calibration | None = None,
@@ -203,7 +211,7 @@ def policy_of(
     """The policy of a layer's B caches, one strategy each; all of one name, each with its own numbers.
 
     Args:
-        top_k: K of the model, for rules that need it.
+        top_k: K of the model, for rules, and strategies without a J of their own, that need it.
         layer: for rules that differ between layers.
         miss_cost: the logarithm of how many times as long as a resident's an absent expert's output takes.
         calibration: of the model, for rules that need it.
@@ -223,7 +231,7 @@ def policy_of(
     for s in strategies:
         a = rule.knob_a(s.value) if rule.thresholds is None else float(rule.thresholds(calibration, s.value)[layer])
         b = rule.knob_b(s.second if rule.second else s.value, top_k)
-        rows.append((s.top_j, a, b, miss_cost, s.max_regret, layer))
+        rows.append((kept(s.top_j, top_k) if rule.key else 0, a, b, miss_cost, s.max_regret, layer))
     bounded, table = any(s.max_regret != UNBOUNDED for s in strategies), None
     if rule.table is not None:
         tables = [rule.table(calibration, s.value, experts) for s in strategies]

@@ -109,7 +109,7 @@ def test_no_partial_file_is_left(report):
         (("--capacity", "9"), ("--capacity 9", "the 8 there are")),
         (("--capacity", "half"), ("'half'", "50%")),
         (("--capacity", "nan%"), ("'nan%'", "50%")),
-        (("--top-j", "3"), ("--top-j", "2 experts")),
+        (("--top-j", "3"), ("J must", "2 experts")),
         (("--eviction", "fifo"), ("'fifo'", "lru")),
         (("--context", "4096"), ("--context 4096", "128")),
         (("--quality-tokens", "8"), ("--quality-tokens 8", "--context of 32")),

@@ -569,7 +569,7 @@ def test_what_route_refuses():
     with pytest.raises(ValueError, match="must be contiguous"):
         route_hidden(torch.zeros(1, 1, 3), torch.zeros(3, 4).mT, state, LRU, 2)
     with pytest.raises(ValueError, match=r"knobs must be \(1, 6\), not \(2, 6\)"):
-        route(logits, state, LRU, 2, policy_of(CachePrior(0.1), CachePrior(0.2)))
+        route(logits, state, LRU, 2, policy_of(CachePrior(0.1, 1), CachePrior(0.2, 1)))
     with pytest.raises(ValueError, match="must be contiguous"):
         route(logits.expand(3, 1, 4), Residency.empty(torch.full((3, 2), 2), 4)[:, 0], LRU, 2)
     with pytest.raises(ValueError, match="cannot be split"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, VOCABULARY, save_mxfp4, save_random
 
-from cachemoe.moe.checkpoint import TINYMOE, Checkpoint
+from cachemoe.moe.checkpoint import COARSEMOE, TINYMOE, Checkpoint
 from cachemoe.moe.layers import moe_layers
 from cachemoe.moe.load import load, swap
 from cachemoe.moe.models import load_model, load_without_experts
@@ -347,6 +347,15 @@ def test_an_adapter_beside_the_weights_is_refused(checkpoints, tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="has an adapter beside its weights"):
         load(folder, progress=quiet)
+
+
+def test_a_strategy_without_a_j_changes_what_a_model_of_two_experts_a_token_does(cache):
+    model, tokenizer = load(COARSEMOE, pool="50%", routing="cache-prior:1", device="cpu")
+    own, _ = load(COARSEMOE, pool="50%", device="cpu")
+    inputs = tokenizer("The assignment statement is an", return_tensors="pt")
+    assert not torch.equal(model(**inputs).logits, own(**inputs).logits)
+    model.cachemoe.close()
+    own.cachemoe.close()
 
 
 def test_tinymoe_and_its_tokenizer(cache):

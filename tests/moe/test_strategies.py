@@ -95,7 +95,7 @@ def test_a_bad_form_is_answered_with_a_sentence(text, message):
         (CachePrior("0.5"), "lambda of cache-prior must be a number, not '0.5'"),
         (CachePrior(None), "lambda of cache-prior must be a number, not None"),
         (CachePrior(0.5, top_j=1.5), "J must be a whole number, 0 or more, not 1.5"),
-        (CachePrior(0.5, top_j=None), "J must be a whole number, 0 or more, not None"),
+        (CachePrior(0.5, top_j=TOP_K), f"J must be less than the {TOP_K} experts of a token, not {TOP_K}"),
         (MaxRank(2.5), "M of max-rank must be a whole number, not 2.5"),
         (MaxRank(float("nan")), "M of max-rank must be a whole number, not nan"),
         (Pruning(float("inf")), "K' of pruning must be a whole number, not inf"),
@@ -138,6 +138,15 @@ def test_what_is_printed_can_be_read_again_to_the_last_digit():
     assert parse(str(strategy)) == strategy
 
 
+@pytest.mark.parametrize(("top_k", "j"), [(1, 0), (2, 1), (3, 2), (8, 2)])
+def test_without_a_j_some_place_is_left_to_choose(top_k, j):
+    """J = K would keep the model's own choice, whatever the strategy says."""
+    knobs = policy_of(Strategy.parse("cache-prior:1", EXPERTS, top_k), top_k=top_k).knobs[0]
+    assert knobs[KNOBS.index("j")] == j
+    with pytest.raises(InputError, match=f"J must be less than the {top_k} experts"):
+        Strategy.parse("cache-prior:1", EXPERTS, top_k, top_k)
+
+
 def test_a_bound_is_printed_and_read_again():
     strategy = parse("cache-prior:0.5,max-regret=0.007")
     assert (strategy.value, strategy.max_regret) == (0.5, 0.007)
@@ -146,12 +155,12 @@ def test_a_bound_is_printed_and_read_again():
 
 
 def test_the_policy_of_caches_has_a_row_of_knobs_for_each():
-    policy = policy_of(parse("cache-prior:0.25"), CachePrior(1.0, 0, 0.5), layer=3, miss_cost=2.0)
+    policy = policy_of(parse("cache-prior:0.25"), CachePrior(1.0, 0, 0.5), top_k=TOP_K, layer=3, miss_cost=2.0)
     assert [dict(zip(KNOBS, row, strict=True)) for row in policy.knobs.tolist()] == [
         {"j": 2, "a": 0.25, "b": 0, "miss": 2, "regret": math.inf, "seed": 3},
         {"j": 0, "a": 1, "b": 0, "miss": 2, "regret": 0.5, "seed": 3},
     ]
-    assert policy.bounded and not policy_of(parse("cache-prior:0.25")).bounded
+    assert policy.bounded and not policy_of(parse("cache-prior:0.25"), top_k=TOP_K).bounded
     assert policy_of(parse("original")) is ORIGINAL
     with pytest.raises(ValueError, match="one policy routes all caches, not cache-prior, max-rank"):
         policy_of(parse("max-rank:8"), parse("cache-prior:1"))

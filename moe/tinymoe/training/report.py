@@ -22,7 +22,7 @@ from cachemoe.moe.machine import describe
 from cachemoe.moe.models import load_model
 from cachemoe.moe.quality import NATS_PER_BIT, Setting, evaluate
 from cachemoe.moe.routers import choose
-from cachemoe.moe.strategies import Strategy
+from cachemoe.moe.strategies import Strategy, kept
 from cachemoe.moe.swap import Swap
 from cachemoe.moe.text import HELD_OUT, held_out_text, load_tokens
 from cachemoe.offload.residency import least_recently_used
@@ -72,12 +72,17 @@ def replace_rank(generator: torch.Generator, experts: int, rank: int, ids: torch
 
 
 def cache_prior_costs(model, shape, windows: torch.Tensor) -> dict[str, float]:
-    """Of cache-prior at half of the experts, which keeps the best of few large experts and the best two of many."""
-    strategy = Strategy("cache-prior", LAMBDA, 1 if shape.top_k == 2 else 2)
+    """Of cache-prior at half of the experts."""
+    strategy = Strategy("cache-prior", LAMBDA)
     capacity = shape.experts // 2
     found = evaluate(model, shape, windows, [Setting(strategy, capacity)], least_recently_used)
     (quality,) = found.settings
-    settings = {"lambda": LAMBDA, "top_j": strategy.top_j, "capacity": capacity, "bytes": windows.numel()}
+    settings = {
+        "lambda": LAMBDA,
+        "top_j": kept(strategy.top_j, shape.top_k),
+        "capacity": capacity,
+        "bytes": windows.numel(),
+    }
     return settings | {
         "perplexity_change": quality.perplexity_change(found.unmodified),
         "kl_nats": quality.kl / quality.tokens,
