@@ -14,8 +14,8 @@ latency: $(STAMP) ## print the latency table (ARGS='...' goes to `cachemoe laten
 systems: $(STAMP) ## print the table of eleven systems (ARGS='...' goes to `cachemoe systems`)
 	$(BIN)/cachemoe systems $(ARGS)
 
-test: $(STAMP) ## run the test suite
-	$(BIN)/python -m pytest
+test: $(STAMP) ## run the test suite, a process a core (ARGS='...' goes to pytest)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 fuzz: $(STAMP) ## damaged and hostile files, for many minutes (FUZZ=20000 examples of each kind)
 	CACHEMOE_FUZZ=$(or $(FUZZ),20000) $(BIN)/python -m pytest tests/test_fuzz.py

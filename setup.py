@@ -9,7 +9,7 @@ PACKAGES = ("kernels", "moe", "moe.policies", "offload", "benchmarks")
 
 HF = ["transformers>=5.17"]
 BENCH = ["pytest-benchmark>=5", "matplotlib>=3.9"]
-TEST = [*HF, *BENCH, "pytest>=8.1", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77.0.3"]
+TEST = [*HF, *BENCH, "pytest>=8.1", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77.0.3"]
 
 README = Path(__file__).with_name("README.md")
 

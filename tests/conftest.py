@@ -8,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import numpy
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # processes side by side: none may spin on another's core
 import torch
 
 if not torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """The microbenchmarks' arithmetic: bounds, repetitions, and what the report makes of them."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -155,6 +156,7 @@ def session(tmp_path_factory):
         cwd=ROOT / "benchmarks",
         capture_output=True,
         text=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},  # a session alone
         timeout=300,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr

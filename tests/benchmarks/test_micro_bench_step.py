@@ -21,8 +21,9 @@ def test_every_token_misses_as_often_as_it_should(misses):
     ids = wanted(geometry.experts, geometry.top_k, misses)
     logits = logits_of(ids, geometry.experts).view(1, len(ids), -1)
     state = Residency.empty(torch.tensor([geometry.experts * 3 // 4]), geometry.experts)
+    policy = policy_of(STRATEGY, top_k=geometry.top_k)
     for _ in range(2):
-        routing = route(logits, state, least_recently_used, geometry.top_k, policy_of(STRATEGY), SCORES)
+        routing = route(logits, state, least_recently_used, geometry.top_k, policy, SCORES)
         assert torch.equal(routing.ids[0].sort(-1).values, ids.sort(-1).values)
     assert routing.hits[0].logical_not().sum(-1).eq(misses).all()
     used = ids.unique()

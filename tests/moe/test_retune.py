@@ -40,7 +40,7 @@ def said(model):
 
 SAME_STRATEGY = [
     (CachePrior(0.1, 0), CachePrior(1.0, 0)),
-    (CachePrior(0.7, 2), CachePrior(0.7, 0)),
+    (CachePrior(0.7, 1), CachePrior(0.7, 0)),
     (CachePrior(1.0, 0, 0.5), CachePrior(1.0, 0, 0.001)),
     (MaxRank(2, 0), MaxRank(7, 0)),
     (CumSum(0.2, 0), CumSum(0.99, 0)),
