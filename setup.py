@@ -33,7 +33,7 @@ setup(
     package_dir={"cachemoe": "moe/public", **{f"cachemoe.{name}": name.replace(".", "/") for name in PACKAGES}},
     # One level deep on purpose: tinymoe/training stays in the repository.
     package_data={
-        "cachemoe.kernels": ["*.c"],
+        "cachemoe.kernels": ["*.c", "*.h"],
         "cachemoe.moe": [
             f"{model}/*.{suffix}" for model in BUILT_IN_MODELS for suffix in ("json", "safetensors", "csv")
         ],

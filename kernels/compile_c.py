@@ -36,7 +36,8 @@ def compile_c(source: Path) -> ctypes.CDLL:
     if not compiler:
         raise OSError(f"there is no C compiler ({', '.join(COMPILERS)})")
     command = [*compiler, *FLAGS]
-    key = hashlib.sha256(b"\0".join((source.read_bytes(), os.fsencode(shlex.join(command)), _processor().encode())))
+    parts = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256(b"\0".join((*parts, os.fsencode(shlex.join(command)), _processor().encode())))
     make_folder(cache_directory())
     library = cache_directory() / f"{source.stem}-{key.hexdigest()[:16]}.so"  # asked of the folder that is there now
     if not _is_whole(library):

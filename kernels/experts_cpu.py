@@ -10,6 +10,7 @@ from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import FLOATS, PageFormat
 
 FEW_TOKENS = 8  # of quantised pages: beyond, taking a matrix apart once and a plain matmul is faster
+DTYPES = torch.bfloat16, torch.float32  # that the C knows
 _ONE_AT_A_TIME = Lock()  # what two threads save and restore in turns is lost
 
 
@@ -27,6 +28,11 @@ def side_by_side(
     Returns:
         ``[J, n, H]`` float32; an expert's bits do not depend on the others.
     """
+    if page_format.kind not in FLOATS:
+        if x.dtype == torch.float16:  # which the C does not know
+            x = x.float()
+        if len(x) <= FEW_TOKENS and quantized_cpu.has_c():
+            return quantized_cpu.experts(x, weights, slots, page_format)
     h = activate(_linear(x[None], weights, "gate_up", slots, page_format), page_format)
     return _linear(h.to(x.dtype), weights, "down", slots, page_format).float()
 
@@ -34,13 +40,9 @@ def side_by_side(
 def _linear(x, weights, name, slots, page_format):
     """``[J, n, rows]``: one matrix of each slot times x ``[1 or J, n, columns]``, with its bias."""
     weight = weights[name]
-    if page_format.kind not in FLOATS and x.dtype == torch.float16:  # which the C does not know
-        x = x.float()
     if page_format.kind in FLOATS:
         few = _one_row if x.shape[1] == 1 else F.linear
         y = torch.stack([few(rows, weight[slot].to(x.dtype)) for rows, slot in _paired(x, slots)])
-    elif x.shape[1] <= FEW_TOKENS and quantized_cpu.has_c():
-        y = quantized_cpu.linear(x.contiguous(), weight, weights[f"{name}_scales"], slots, page_format)
     else:
         pairs = ((rows, _numbers(weights, name, slot, page_format, x.dtype)) for rows, slot in _paired(x, slots))
         y = torch.stack([F.linear(rows, numbers) for rows, numbers in pairs])
@@ -56,7 +58,8 @@ def _numbers(weights, name, slot, page_format, dtype):
     """``[rows, columns]`` of a quantised page, rounded to x's dtype."""
     weight, scales = weights[name][slot], weights[f"{name}_scales"][slot]
     if quantized_cpu.has_c():
-        return quantized_cpu.unpack(weight, scales, page_format, dtype)
+        return quantized_cpu.unpack(weight, scales, page_format.bits, page_format.group, dtype)
+    quantized_cpu.warn_without_c()
     return page_format.dequantized({name: weight, f"{name}_scales": scales}, name).to(dtype)
 
 
@@ -98,9 +101,18 @@ def experts(
         out.copy_(torch.bmm(gates[:, None], pairs)[:, 0])
 
 
+def in_c(x: torch.Tensor, page_format: PageFormat) -> bool:
+    """Whether tokens like x are computed in C: on the CPU, in a dtype that it knows, of quantised pages."""
+    return x.dtype in DTYPES and not x.is_cuda and page_format.kind not in FLOATS and quantized_cpu.has_c()
+
+
 def _one_token(x, slots, gates, weights, page_format, out, pending, partial, finish):
     """Decode: nothing to gather, and so little work that every operation counts."""
-    kept = None if min(slots.tolist()) >= 0 else (slots >= 0).nonzero().flatten()
+    all_slots = slots.tolist()
+    kept = None if min(all_slots) >= 0 else (slots >= 0).nonzero().flatten()
+    if finish and pending is None and kept is None and in_c(x, page_format):
+        quantized_cpu.token(x, weights, all_slots, *gates.tolist(), page_format, out)
+        return
     if pending is None:
         pairs = side_by_side(x, weights, slots if kept is None else slots[kept], page_format)[:, 0]
         if not finish:
@@ -111,4 +123,8 @@ def _one_token(x, slots, gates, weights, page_format, out, pending, partial, fin
             partial[0, ks] = side_by_side(x, weights, slots[ks], page_format)[:, 0]
         pairs = partial[0] if kept is None else partial[0, kept]
     if finish:
-        out.copy_(torch.mm(gates if kept is None else gates[:, kept], pairs))
+        gates = gates if kept is None else gates[:, kept]
+        if x.dtype in DTYPES and quantized_cpu.has_c():  # the same sum whichever levels have computed
+            quantized_cpu.weigh(gates, pairs, out)
+        else:
+            out.copy_(torch.mm(gates, pairs))

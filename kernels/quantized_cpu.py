@@ -5,13 +5,13 @@ torch's own int4 matmul for CPUs reaches half of it, since arithmetic binds it, 
 
 import ctypes
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from cachemoe.kernels.compile_c import compile_c
-from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.formats import ACTIVATIONS, PageFormat
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -35,45 +35,162 @@ def linear(
     bits = page_format.bits
     y = torch.empty(jobs, tokens, rows, dtype=torch.float32, device="cpu")
     scratch = torch.empty(_c().scratch_bytes(bits, columns) * shared * tokens, dtype=torch.uint8, device="cpu")
+    strides = weight.stride(0), scales.stride(0) * scales.element_size()
+    matrix = Matrix(weight.data_ptr(), strides[0], scales.data_ptr(), strides[1], None, 0, rows, columns)
     _c().linear(
         *(bits, page_format.group, x.dtype == torch.bfloat16, x.data_ptr(), shared == 1),
-        *(weight.data_ptr(), weight.stride(0), scales.data_ptr(), scales.stride(0) * scales.element_size()),
-        *(slots.data_ptr(), jobs, tokens, rows, columns, scratch.data_ptr(), y.data_ptr()),
+        *(matrix, slots.data_ptr(), jobs, tokens, scratch.data_ptr(), y.data_ptr()),
     )
     return y
 
 
-def unpack(weight: torch.Tensor, scales: torch.Tensor, page_format: PageFormat, dtype: torch.dtype) -> torch.Tensor:
+def unpack(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
     """One matrix of an int8, int4 or int2 page as numbers. Needs ``has_c()``.
 
     Args:
         weight, scales: of one slot.
-        page_format: layout of the page.
+        bits, group: of the page's format.
         dtype: float32, or bfloat16 to round to.
 
     Returns:
         ``[rows, columns]`` in that dtype, exactly ``PageFormat.dequantized`` rounded.
     """
-    bits, (rows, row_bytes) = page_format.bits, weight.shape
+    rows, row_bytes = weight.shape
     out = torch.empty(rows, row_bytes * 8 // bits, dtype=dtype, device="cpu")
-    settings = bits, page_format.group, dtype == torch.bfloat16
+    settings = bits, group, dtype == torch.bfloat16
     _c().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
     return out
 
 
+def experts(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], slots: torch.Tensor, page_format: PageFormat
+) -> torch.Tensor:
+    """As ``experts_cpu.side_by_side``, of int8, int4 or int2 pages. Needs ``has_c()``.
+
+    Args:
+        x: ``[n, H]`` contiguous float32 or bfloat16.
+    """
+    (jobs,), (tokens, hidden) = slots.shape, x.shape
+    pages = _pages(page_format.encoded, tuple((each.data_ptr(), each.stride(0)) for each in weights.values()))
+    size = _c().experts_scratch_bytes(pages, jobs, tokens)
+    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+    y = torch.empty(jobs, tokens, hidden, dtype=torch.float32, device="cpu")
+    pointers = slots.data_ptr(), jobs, tokens, scratch.data_ptr(), y.data_ptr()
+    _c().experts(pages, x.dtype == torch.bfloat16, x.data_ptr(), *pointers)
+    return y
+
+
+def token(
+    x: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    slots: list[int],
+    gates: list[float],
+    page_format: PageFormat,
+    out: torch.Tensor,
+) -> None:
+    """One token's experts of int8, int4 or int2 pages, weighed and summed in their order. Needs ``has_c()``.
+
+    Args:
+        x: ``[1, H]`` contiguous float32 or bfloat16, as is ``out``.
+        slots, gates: of K experts.
+    """
+    k, library = len(slots), _c()
+    pages = _pages(page_format.encoded, tuple((each.data_ptr(), each.stride(0)) for each in weights.values()))
+    size = library.experts_scratch_bytes(pages, k, 1)
+    scratch = torch.empty(size + 4 * k * x.shape[1], dtype=torch.uint8, device="cpu")
+    at = scratch.data_ptr()
+    where, gates = (_LONG * k)(*slots), (ctypes.c_float * k)(*gates)
+    library.token(pages, x.dtype == torch.bfloat16, x.data_ptr(), where, gates, k, at, at + size, out.data_ptr())
+
+
+def weigh(gates: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` ``[1, H]`` float32 or bfloat16 as ``token`` sums: gates ``[1, K]`` times pairs ``[K, H]``, float32."""
+    k, hidden = pairs.shape
+    pointers = gates.contiguous().data_ptr(), pairs.contiguous().data_ptr()
+    _c().weigh(*pointers, k, hidden, out.dtype == torch.bfloat16, out.data_ptr())
+
+
+def matrix(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """A matrix that is no expert's, times tokens. Needs ``has_c()``.
+
+    Args:
+        x: ``[T, columns]`` contiguous float32 or bfloat16.
+        weight, scales: as of one slot of pages.
+
+    Returns:
+        ``[T, rows]`` float32.
+    """
+    (tokens, columns), rows, library = x.shape, weight.shape[0], _c()
+    y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
+    scratch = torch.empty(library.scratch_bytes(bits, columns) * tokens, dtype=torch.uint8, device="cpu")
+    of = _alone(weight.data_ptr(), scales.data_ptr(), rows, columns)
+    pointers = x.data_ptr(), 1, of, _FIRST, 1, tokens, scratch.data_ptr(), y.data_ptr()
+    library.linear(bits, group, x.dtype == torch.bfloat16, *pointers)
+    return y
+
+
+@lru_cache(maxsize=4096)
+def _alone(weight: int, scales: int, rows: int, columns: int) -> "Matrix":
+    return Matrix(weight, 0, scales, 0, None, 0, rows, columns)
+
+
+_FIRST = (_LONG * 1)(0)
+
+
+class Matrix(ctypes.Structure):
+    """One of the matrices of pages, strided by slot; strides in bytes."""
+
+    _fields_ = (
+        *(("packed", _POINTER), ("packed_stride", _LONG), ("scales", _POINTER), ("scales_stride", _LONG)),
+        *(("bias", _POINTER), ("bias_stride", _LONG), ("rows", _LONG), ("columns", _LONG)),
+    )
+
+
+class _Pages(ctypes.Structure):
+    _fields_ = (
+        *(("gate_up", Matrix), ("down", Matrix)),
+        *((name, _INT) for name in ("bits", "group", "gated", "interleaved", "activation")),
+    )
+
+
+@lru_cache(maxsize=64)
+def _pages(encoded: str, memory: tuple[tuple[int, int], ...]) -> _Pages:
+    """What the C has to know of pages whose parts lie in that memory, (address, elements from slot to slot) each."""
+    page_format = PageFormat.decode(encoded)
+    fields, sizes = {}, {}
+    for (name, _, _, dtype, shape), (address, stride) in zip(page_format.parts, memory, strict=True):
+        fields[name] = address, stride * dtype.itemsize
+        sizes[name] = shape
+    matrices = []
+    for name in ("gate_up", "down"):
+        parts = (fields.get(name + end, (None, 0)) for end in ("", "_scales", "_bias"))
+        rows, row_bytes = sizes[name]
+        matrices.append(Matrix(*(each for part in parts for each in part), rows, row_bytes * 8 // page_format.bits))
+    how = page_format.group, page_format.gated, page_format.interleaved, ACTIVATIONS.index(page_format.activation)
+    return _Pages(*matrices, page_format.bits, *how)
+
+
 @cache
 def has_c() -> bool:
-    """Whether the C could be compiled; warns once where it could not."""
+    """Whether the C could be compiled."""
     try:
         _c()
-    except (OSError, AttributeError) as error:  # the latter if $CC makes something else of the source
+    except (OSError, AttributeError):  # the latter if $CC makes something else of the source
+        return False
+    return True
+
+
+@cache
+def warn_without_c() -> None:
+    """Say once why quantised pages are slow here, where the C could not be compiled."""
+    try:
+        _c()
+    except (OSError, AttributeError) as error:
         warnings.warn(
-            f"int8, int4 and int2 pages are taken apart at every call, which is slow: {error}",
+            f"int8, int4 and int2 matrices are taken apart at every call, which is slow: {error}",
             RuntimeWarning,
             stacklevel=2,
         )
-        return False
-    return True
 
 
 @cache
@@ -81,10 +198,14 @@ def _c() -> ctypes.CDLL:
     library = compile_c(_SOURCE)
     library.linear.argtypes = (
         *(_INT, _INT, _INT, _POINTER, _INT),
-        *(_POINTER, _LONG, _POINTER, _LONG),
-        *(_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _POINTER),
+        *(ctypes.POINTER(Matrix), _POINTER, _LONG, _LONG, _POINTER, _POINTER),
     )
-    library.linear.restype = None
+    library.linear.restype = library.experts.restype = library.token.restype = library.weigh.restype = None
+    pages = ctypes.POINTER(_Pages)
+    library.token.argtypes = pages, _INT, *(_POINTER,) * 3, _LONG, *(_POINTER,) * 3
+    library.weigh.argtypes = _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER
+    library.experts.argtypes = pages, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER
+    library.experts_scratch_bytes.argtypes, library.experts_scratch_bytes.restype = (pages, _LONG, _LONG), _LONG
     library.scratch_bytes.argtypes, library.scratch_bytes.restype = (_INT, _LONG), _LONG
     library.unpack.argtypes = (_INT, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
     library.unpack.restype = None

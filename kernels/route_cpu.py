@@ -94,13 +94,13 @@ def place(
         return reference_route.place(ids, weights, state, evict, drops)
     reference_route.check_slots(state, k)
     weights = weights.detach().float().numpy()
-    order = (-weights).argsort(-1, kind="stable")
-    chosen = np.take_along_axis(ids.numpy(), order, -1)
-    levels = None if drops is None else DROP * np.take_along_axis(drops.numpy(), order, -1)
+    order = _places((-weights).argsort(-1, kind="stable"), k)
+    chosen = ids.numpy().take(order)
+    levels = None if drops is None else DROP * drops.numpy().take(order)
     step = _step_one if caches == 1 else _step
     grade = None if levels is None else lambda at, *_: levels[at]
     ids, slots, hits, *misses = step(lambda at, _: chosen[at], grade, state, evict, tokens, k)
-    results = ids, np.take_along_axis(weights, order, -1), slots, hits
+    results = ids, weights.take(order), slots, hits
     return Routing(*map(torch.from_numpy, results), Misses(*map(torch.from_numpy, misses)))
 
 

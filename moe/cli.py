@@ -188,6 +188,12 @@ def generate(
     eviction: Annotated[
         str | None, typer.Option(help="Which resident expert leaves: lru or lfu.", show_default="the routing's, or lru")
     ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="Round all other matrices too, int8 or int4: a token reads them all.", show_default="as they are"
+        ),
+    ] = None,
     revision: Revision = None,
 ):
     """Generate text with a checkpoint whose experts do not all fit: greedily, printed with the prompt as it comes."""
@@ -211,7 +217,7 @@ def generate(
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
         model, tokenizer = load(
-            folder, pool, strategy, format, store, eviction, calibration=calibration, capacity=capacity
+            folder, pool, strategy, format, store, eviction, calibration=calibration, capacity=capacity, dense=dense
         )
         with closing(model.cachemoe):
             with outside("the tokenizer fails on the prompt"):

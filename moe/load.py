@@ -11,9 +11,12 @@ from secrets import token_hex
 import torch
 
 from cachemoe.kernels.formats import PageFormat
+from cachemoe.kernels.rounded_cpu import KINDS
 from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration, missing
 from cachemoe.moe.checkpoint import Checkpoint
+from cachemoe.moe.decode_step import install_steps
+from cachemoe.moe.dense import round_dense
 from cachemoe.moe.fingerprint import Fingerprint
 from cachemoe.moe.hub import checkpoint_folder
 from cachemoe.moe.in_memory import ModelExperts
@@ -56,6 +59,7 @@ def load(
     revision: str | None = None,
     calibration: str | os.PathLike | None = None,
     capacity: str = EVEN,
+    dense: str | None = None,
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
@@ -78,6 +82,8 @@ def load(
         calibration: made by ``cachemoe calibrate`` of this checkpoint, for routings that need one.
         capacity: how the layers share the pool: ``even``, or ``adaptive``, as they would miss least together on the
             calibration's text.
+        dense: int8 or int4, on a CPU: rounds all other matrices but the routers, and lets a token through a layer's
+            attention in one call; None: they stay as they are, bit for bit.
 
     Returns:
         The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer: None if it has none,
@@ -101,6 +107,10 @@ def load(
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)
+    if dense is not None and dense not in KINDS:
+        raise InputError(f"dense is {' or '.join(KINDS)}, or left out, not {dense!r}")
+    if dense is not None and device.type != "cpu":
+        raise InputError(f"dense={dense!r} is for a CPU, and the model goes to {device}: leave it out")
     with ExitStack() as stack:
         stores, layouts = _levels(stack, checkpoint, routing, format, store, verify == "read")
         layout = layouts[0]
@@ -138,8 +148,12 @@ def load(
         staging = STAGING if routing.rule.prefetches else 0
         there = [each.to(device) for each in surrogates]
         engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress, there)
+        rounding = None
+        if dense is not None:
+            rounding = round_dense(model, dense, progress)
+            install_steps(model)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding
         PooledExperts(model, checkpoint, stores[0].layout, *how).keep(stack.pop_all())
     return model, tokenizer
 

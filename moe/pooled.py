@@ -17,6 +17,7 @@ from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
+from cachemoe.moe.dense import DenseRounding
 from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_rules
@@ -73,6 +74,7 @@ class PooledExperts:
         calibration: of the model, for routings that need one.
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
         level_bytes: of the levels; None: of full precision alone.
+        dense: how the other weights were rounded; None: they were not.
 
     Attributes:
         shape: of the MoE layers.
@@ -96,8 +98,9 @@ class PooledExperts:
         calibration: Calibration | None = None,
         adaptive: bool = False,
         level_bytes: LevelBytes | None = None,
+        dense: DenseRounding | None = None,
     ):
-        self.engine, self.shape, self.fingerprint = engine, source.shape, layout.model
+        self.engine, self.shape, self.fingerprint, self.dense = engine, source.shape, layout.model, dense
         self._owned = ExitStack()
         self._model, self._asked_evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
         self._evict = evict or least_recently_used
@@ -117,7 +120,7 @@ class PooledExperts:
         self._forecast: Forecast | None = None
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
-        self._swap = Swap(model, None, self._run, self._place, self._lock).__enter__()
+        self._swap = Swap(model, None, self._run, self._run_chosen, self._lock).__enter__()
         self._is_closed = False
         self.routing = routing
         close_doors(model, layers)
@@ -156,7 +159,7 @@ class PooledExperts:
     def label(self) -> str:
         """What differs from the model: ``exact``, or which of routing and precision changed."""
         changes = [self.routing.label] if self.routing.label != EXACT else []
-        return ", ".join(changes + [PRECISION_CHANGED] * self._rounded) or EXACT
+        return ", ".join(changes + [PRECISION_CHANGED] * (self._rounded or self.dense is not None)) or EXACT
 
     def resize(self, pool: str | int) -> None:
         """Change the pool between two tokens; see ``load``.
@@ -213,7 +216,7 @@ class PooledExperts:
         cost = f"; an absent expert takes {exp(self._chooser.miss_cost):.1f} times as long" if seen else ""
         return (
             f"pool: {slots} of {pages} experts ({slots / pages:.0%}), {size_text(slots * page_format.page_bytes)} of "
-            f"{page_format.kind} pages{self._cheaper_slots()}\n"
+            f"{page_format.kind} pages{self._cheaper_slots()}\n{self._dense_weights()}"
             f"routing: {self.routing}; {self.label}{cost}\n"
             f"selections: {c.selections}, hits {c.hits}, misses {c.misses}{rate}; in a prompt an expert misses once\n"
             f"read: {size_text(c.bytes_read)} in {c.pages_read} pages, {c.stall_s:.2f} s waited for; experts computed "
@@ -229,6 +232,14 @@ class PooledExperts:
         for rank, size in self._level_bytes.surrogates.items():
             said += f", and surrogates of rank {rank}, {size_text(size * len(self.layers))}"
         return said
+
+    def _dense_weights(self) -> str:
+        """In words, how they were rounded; nothing if they were not."""
+        if (dense := self.dense) is None:
+            return ""
+        place, worst = max(dense.errors.items(), key=lambda each: each[1])
+        sizes = f"{size_text(dense.bytes_after)} of {dense.kind} in place of {size_text(dense.bytes_before)}"
+        return f"dense weights: {sizes}; rounding error {worst:.1%} at most, of {place}\n"
 
     @property
     def counters(self) -> Counters:
@@ -301,9 +312,10 @@ class PooledExperts:
             return Routing.all_hits(ids[None], weights[None])
         ids, weights = to_host(ids, weights)
         count, slots = self.shape.experts, self.layers[layer].slots
-        if ids.shape[1] > slots or (ids.numel() and not 0 <= ids.min() <= ids.max() < count):
+        every = ids.numpy()
+        if ids.shape[1] > slots or (every.size and not 0 <= every.min() <= every.max() < count):
             raise InputError(
-                f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {int(ids.min())} to {int(ids.max())}: "
+                f"MoE layer {layer} is asked for {ids.shape[1]} experts a token, {every.min()} to {every.max()}: "
                 f"it has {count}, and {slots} slots for them"
             )
         if self._forecast is not None:
@@ -312,6 +324,16 @@ class PooledExperts:
         if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
             drops = ((weights == 0) & (weights != 0).any(1, keepdim=True))[None]
         return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict, drops)
+
+    def _run_chosen(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The output of experts that the model's own router chose, or that another's code has changed."""
+        self._check_own(layer)
+        if self._source is None and self._forecast is None and self._routing.rule.grade is None:
+            y = self.engine.hit(layer, hidden, ids, weights) if isinstance(self.engine, OffloadEngine) else None
+            if y is not None:
+                self.layers[layer].selections += ids.numel()
+                return y
+        return self._run(layer, hidden, self._place(layer, ids, weights))
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)

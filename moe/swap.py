@@ -15,7 +15,7 @@ from cachemoe.moe.routers import RouterOutput
 from cachemoe.offload.packed import to_device
 
 RouteLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
-PlaceLayer = Callable[[int, torch.Tensor, torch.Tensor], Routing]
+RunChosen = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 RunExperts = Callable[[int, torch.Tensor, Routing], torch.Tensor]
 
 
@@ -33,8 +33,8 @@ class Swap:
         route: (MoE layer, ``[S, E]`` router logits of S = B * T tokens, ``[S, H]`` what the router saw) -> ``Routing``.
             None: the model's own routers choose, bit for bit.
         experts: (MoE layer, ``[S, H]`` hidden states, the layer's ``Routing``) -> ``[S, H]``; None: the model's own.
-        place: (MoE layer, ``[S, K]`` ids, ``[S, K]`` weights) -> ``Routing``, of what has been chosen already; needed
-            by ``experts`` where there is no ``route``, and by threads.
+        chosen: (MoE layer, ``[S, H]`` hidden states, ``[S, K]`` ids, ``[S, K]`` weights) -> ``[S, H]``, as ``experts``,
+            of what has been chosen already; needed by it where there is no ``route``, and by threads.
         lock: held around all three, which may not call the model.
 
     Raises:
@@ -46,11 +46,11 @@ class Swap:
         model,
         route: RouteLayer | None,
         experts: RunExperts | None = None,
-        place: PlaceLayer | None = None,
+        chosen: RunChosen | None = None,
         lock: AbstractContextManager | None = None,
     ):
         self.layers = moe_layers(model)
-        self._route, self._experts, self._place = route, experts, place
+        self._route, self._experts, self._chosen = route, experts, chosen
         self.lock = lock or Lock()
         self._asked, self._marks = [], None
         self._probes = self._probed(route)
@@ -146,14 +146,13 @@ class Swap:
         with self.lock:
             routing, answered, before = self._routed.pop(number, (None, None, None))
             # A GPU's ids are not read, which would wait for it: the same tensor has the same ids.
-            same = routing is not None and ((ids is answered and ids.is_cuda) or torch.equal(ids, before))
-            if same:
+            if routing is not None and ((ids is answered and ids.is_cuda) or torch.equal(ids, before)):
                 routing.weights = weights[None].float()  # which the block may have changed
-            elif self._place is None:
+                y = self._experts(number, hidden_states, routing)
+            elif self._chosen is None:
                 raise RuntimeError("the experts are called with other ids than the layer's router answered")
             else:
-                routing = self._place(number, ids, weights)
-            y = self._experts(number, hidden_states, routing)
+                y = self._chosen(number, hidden_states, ids, weights)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or weights.requires_grad):
             y = NoBackward.apply(y, hidden_states, weights)
         return y

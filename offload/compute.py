@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from cachemoe.kernels import experts_cpu
+from cachemoe.kernels import experts_cpu, quantized_cpu
 from cachemoe.kernels.experts import experts
 from cachemoe.offload.packed import to_device
 from cachemoe.offload.pool import ExpertPool
@@ -55,6 +55,14 @@ class Compute:
         frames, gates, *some = to_device(x.device, frames, gates, *([] if pending is None else [pending]))
         pending = some[0] if some else None
         experts(x, frames, gates, weights, page_format, out, pending, partial, finish, self._experts, most)
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether ``token`` computes x: on the CPU, of quantised pages, where the C could be compiled."""
+        return experts_cpu.in_c(x, self._formats[0])
+
+    def token(self, x: torch.Tensor, frames: list[int], gates: list[float], out: torch.Tensor) -> None:
+        """As the kernel, of one token's experts at full precision, none dropped."""
+        quantized_cpu.token(x, self._pools[0].weights, frames, gates, self._formats[0], out)
 
     def _surrogate(self, x, frames, gates, out, pending, partial, finish) -> None:
         """As the kernel, of experts that have no pages."""

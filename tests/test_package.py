@@ -52,7 +52,8 @@ def test_top_level_is_cachemoe_alone(members):
 
 
 def test_every_source_and_data_file_is_in_and_nothing_else(members):
-    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".c")]
+    every = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
+    sources = [path for path in every if path.suffix in (".py", ".c", ".h")]
     models = (ROOT / "moe" / name for name in MODELS)
     data = [path for folder in models for path in folder.glob("*") if path.suffix in DATA_SUFFIXES]
     training = ROOT / "moe" / "tinymoe" / "training"

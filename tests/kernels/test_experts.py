@@ -436,7 +436,8 @@ def test_on_a_cpu_a_page_taken_apart_is_the_formats_own_numbers(page_format, dty
     case = Case(page_format, tokens=1, top_k=1, slots=1, dtype=dtype)
     weights = page_format.views(case.pool.cpu()[int(case.used[0])])
     for name in ("gate_up", "down"):
-        numbers = quantized_cpu.unpack(weights[name], weights[f"{name}_scales"], page_format, dtype)
+        parts = weights[name], weights[f"{name}_scales"]
+        numbers = quantized_cpu.unpack(*parts, page_format.bits, page_format.group, dtype)
         assert torch.equal(numbers, page_format.dequantized(weights, name).to(dtype))
 
 
@@ -465,6 +466,7 @@ def test_on_a_cpu_without_a_c_compiler(page_format, monkeypatch):
 
     monkeypatch.setattr(quantized_cpu, "_c", lambda: refuse(None))
     quantized_cpu.has_c.cache_clear()
+    quantized_cpu.warn_without_c.cache_clear()
     case = Case(page_format, tokens=1, top_k=2, slots=3, dtype=torch.float32)
     x, slots, gates, pool = (each.cpu() for each in (case.x, case.slots, case.gates, case.pool))
     try:

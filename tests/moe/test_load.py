@@ -358,6 +358,44 @@ def test_a_strategy_without_a_j_changes_what_a_model_of_two_experts_a_token_does
     own.cachemoe.close()
 
 
+@pytest.mark.parametrize("slots", [3, 8])
+@pytest.mark.parametrize("format", ["int4", "int8", "int2"])
+def test_a_token_of_hits_in_one_call_gives_the_same_bits_and_leaves_the_same_state(
+    checkpoints, slots, format, monkeypatch
+):
+    results = []
+    for allowed in (True, False):
+        model = opened(checkpoints("deepseek_v3"), pool=slots, format=format)
+        hit, taken = model.cachemoe.engine.hit, []
+        monkeypatch.setattr(model.cachemoe.engine, "hit", lambda *a, h=hit, t=taken: t.append(h(*a)) or t[-1])
+        if not allowed:
+            monkeypatch.setattr(model.cachemoe.engine, "hit", lambda *_: None)
+        with torch.inference_mode():
+            cache, logits = None, []
+            for part in prompt(1).split([4, *[1] * 16], 1):
+                output = model(part, past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                logits.append(output.logits)
+        counters = dataclasses.asdict(model.cachemoe.counters)
+        whole = {name: value for name, value in counters.items() if not name.endswith("_s")}
+        results.append((torch.cat(logits, 1), whole, model.cachemoe.layers, model.cachemoe.engine.state.tensors()))
+        assert any(y is not None for y in taken) == allowed
+        model.cachemoe.close()
+    (logits, counters, layers, state), (others, *expected, like) = results
+    assert torch.equal(logits, others) and [counters, layers] == expected
+    for name, tensor in state.items():
+        assert torch.equal(tensor, like[name]), name
+
+
+def test_ids_that_no_expert_has_are_refused_whatever_is_resident(checkpoints):
+    model = opened(checkpoints("qwen3_moe"), pool="100%", format="int4")
+    experts, x = moe_layers(model)[0].experts, torch.randn(1, 32)
+    for ids in ([0, 8], [-1, 0]):
+        with pytest.raises(InputError, match=f"{min(ids)} to {max(ids)}: it has 8"):
+            experts(x, torch.tensor([ids]), torch.tensor([[0.5, 0.5]]))
+    model.cachemoe.close()
+
+
 def test_tinymoe_and_its_tokenizer(cache):
     text = "The assignment statement é\n"
     model, tokenizer = load(TINYMOE, pool="50%", routing="cache-prior:0.5", device="cpu")
