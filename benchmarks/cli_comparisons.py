@@ -34,23 +34,32 @@ def swap_overhead(
         save_report(report, json_path)
 
 
-def compare_offload(
+def compare(
     folder: Made,
-    pool: Annotated[str, typer.Option(help="As load takes it; the others get the same memory.")] = "50%",
+    pool: Annotated[str, typer.Option(help="As load takes it; the ways beside it get the same memory.")] = "50%",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the pages; beside int4 llama.cpp runs too.", show_default="the checkpoint's own precision"
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Of the other matrices: int8 or int4.", show_default="as they are")
+    ] = None,
+    routing: Annotated[str, typer.Option(help="Of a way that does not route exactly.")] = "cache-prior:0.5",
     rounds: Annotated[int, typer.Option(min=3, help="How often each decodes.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens on the clock, after as many to warm up.")] = 16,
-    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/offload.json"),
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/compare.json"),
 ):
-    """Decode from disk in the same memory through cachemoe, through mmap, and through accelerate."""
+    """Decode in several ways: cachemoe, llama.cpp, mmap and accelerate, in all of the memory and in little."""
     with one_sentence():
-        from cachemoe.benchmarks.compare_offload import CACHEMOE, compare
-        from cachemoe.benchmarks.ratios import ratio_table
-        from cachemoe.moe.sizes import size_text
+        from cachemoe.benchmarks.compare import compare as run
+        from cachemoe.benchmarks.compare_tables import compare_tables
 
         check_destination(json_path)
-        report = compare(folder, pool, rounds, tokens, show_progress)
-        title = f"{report['model']}, {size_text(report['weights_bytes'])} in {size_text(report['limit_bytes'])}"
-        console.print(ratio_table(title, "way", report["rows"], CACHEMOE))
+        report = run(folder, pool, format, dense, routing, rounds, tokens, show_progress)
+        for table in compare_tables(report):
+            console.print(table)
         save_report(report, json_path)
 
 
@@ -119,4 +128,4 @@ def synthetic(
         write_synthetic(folder, gigabytes, show_progress)
 
 
-COMMANDS = (swap_overhead, compare_offload, memory_limit, verify_cost, synthetic)
+COMMANDS = (swap_overhead, compare, memory_limit, verify_cost, synthetic)

@@ -194,6 +194,10 @@ def generate(
             help="Round all other matrices too, int8 or int4: a token reads them all.", show_default="as they are"
         ),
     ] = None,
+    residency: Annotated[
+        Path | None,
+        typer.Option(help="Who is resident: read if the file is there, and written at the end.", show_default=False),
+    ] = None,
     revision: Revision = None,
 ):
     """Generate text with a checkpoint whose experts do not all fit: greedily, printed with the prompt as it comes."""
@@ -216,9 +220,11 @@ def generate(
         if not prompt:
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
-        model, tokenizer = load(
-            folder, pool, strategy, format, store, eviction, calibration=calibration, capacity=capacity, dense=dense
-        )
+        how = {"calibration": calibration, "capacity": capacity, "dense": dense}
+        if residency is not None:
+            check_destination(residency)
+            how["residency"] = residency if residency.exists() else None
+        model, tokenizer = load(folder, pool, strategy, format, store, eviction, **how)
         with closing(model.cachemoe):
             with outside("the tokenizer fails on the prompt"):
                 inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
@@ -228,6 +234,8 @@ def generate(
             model.generation_config.pad_token_id = model.generation_config.pad_token_id or 0
             with outside(f"{checkpoint} cannot go on from the prompt"), torch.inference_mode():
                 model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=text_streamer(tokenizer))
+            if residency is not None:
+                model.cachemoe.save_residency(residency)
             Console(stderr=True).print(str(model.cachemoe), style="dim", highlight=False)
 
 

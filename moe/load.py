@@ -29,6 +29,7 @@ from cachemoe.moe.policies.rule import EXACT
 from cachemoe.moe.pooled import PooledExperts
 from cachemoe.moe.progress import Progress, show_progress
 from cachemoe.moe.routers import RoutingRule
+from cachemoe.moe.saved_residency import read_residency
 from cachemoe.moe.sizes import LevelBytes, slots_of, split_pool
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.surrogates import bytes_of, open_surrogates
@@ -60,6 +61,7 @@ def load(
     calibration: str | os.PathLike | None = None,
     capacity: str = EVEN,
     dense: str | None = None,
+    residency: str | os.PathLike | None = None,
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
@@ -84,6 +86,8 @@ def load(
             calibration's text.
         dense: int8 or int4, on a CPU: rounds all other matrices but the routers, and lets a token through a layer's
             attention in one call; None: they stay as they are, bit for bit.
+        residency: made by ``model.cachemoe.save_residency``: who is in the pool from the start; None: nobody, or
+            everybody where the pool has room for all.
 
     Returns:
         The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer: None if it has none,
@@ -148,6 +152,13 @@ def load(
         staging = STAGING if routing.rule.prefetches else 0
         there = [each.to(device) for each in surrogates]
         engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress, there)
+        if residency is not None:
+            engine.state = read_residency(residency, engine.state, engine.evict, stores[0].layout.model)
+        elif len(layouts) == 1 and not engine.state.shared and min(capacities[0]) == shape.experts:
+            engine.state.slot_of[:] = engine.state.page_of[:] = torch.arange(shape.experts)
+        if residents := int((engine.state.page_of >= 0).sum()):
+            with progress(f"reading {residents} experts", residents) as advance:
+                engine.fill(advance)
         rounding = None
         if dense is not None:
             rounding = round_dense(model, dense, progress)

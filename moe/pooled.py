@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import exp
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -24,6 +25,7 @@ from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_r
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
+from cachemoe.moe.saved_residency import save_residency
 from cachemoe.moe.sizes import LevelBytes, size_text, slots_of, split_pool
 from cachemoe.moe.sources import Ahead, Forecast, Foretold, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
@@ -183,6 +185,17 @@ class PooledExperts:
                 for count, slots in zip(self.layers, self._slots(), strict=True):
                     count.slots = slots
                 self._swap.forget()
+
+    def save_residency(self, path: str | os.PathLike) -> None:
+        """Write who is resident, for ``load(..., residency=path)``: a new process then begins with them.
+
+        Raises:
+            InputError: for a pool with levels, or that layers share.
+            OSError: if it cannot be written.
+        """
+        self._check_open()
+        with self._lock:
+            save_residency(self.engine.state, Path(path), self.fingerprint, type(self._model).__name__)
 
     def reset_counters(self) -> None:
         """Count anew; what is resident stays."""

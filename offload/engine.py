@@ -248,10 +248,13 @@ class OffloadEngine:
         self.counters.count_call(k, 0, 0, end - start)
         return y
 
-    def fill(self) -> None:
+    def fill(self, advance: Callable[[], None] = lambda: None) -> None:
         """Fetch, at the machine's own speed, every page that ``state`` says is resident and the pool does not hold.
 
         Pages that the pool holds stay in their slots: which slot an expert has may change, which are resident not.
+
+        Args:
+            advance: called for each page that has come.
 
         Raises:
             Exception: as ``forward``.
@@ -269,6 +272,7 @@ class OffloadEngine:
             for transfer in self._link.landed(slots):
                 row, page, slot = slots[transfer]
                 frames.held[row][slot] = page
+                advance()
             frames.settle()
         except BaseException:
             self._recover()
