@@ -183,13 +183,13 @@ def _row(ways: list[Way], limits: list[int | None], runs: list[list[dict]], i: i
         return row | {"failed": runs[i][-1]["failed"]}
     like = next(n for n, way in enumerate(ways) if way.limited == ways[i].limited)
     times, baseline, resident = ([run["seconds"] for run in runs[n]] for n in (i, like, 0))
-    same = [a == b for a, b in zip(runs[i][0]["answers"], runs[0][0]["answers"], strict=True)]
+    same = [a == b for a, b in zip(runs[i][0]["answers"], runs[0][0]["answers"], strict=True) if a is not None]
     return row | {
         "ms_per_token": statistics.median(times) * 1e3,
         "of_first": ratios(times, baseline),
         "of_resident": ratios(times, resident),
         "prompt_tokens_per_second": statistics.median(PROMPT / run["prompt_seconds"] for run in runs[i]),
-        "same_next_token": statistics.mean(same),
+        "same_next_token": statistics.mean(same) if same else None,
     }
 
 

@@ -28,17 +28,20 @@ class LlamaCpp:
         parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
         self._server = xllamacpp.Server(parameters)
 
-    def next_token(self, tokens: list[int], anew: bool = False) -> tuple[int, float]:
+    def next_token(self, tokens: list[int], anew: bool = False) -> tuple[int | None, float]:
         """The token after these, of the highest logit, and the seconds that those took which it had not seen.
 
         Args:
             anew: whether it forgets all of them first.
+
+        Returns:
+            None in the token's place for one that is no character by itself, of which llama.cpp does not tell.
         """
         asked = {"prompt": tokens, "n_predict": 1, "cache_prompt": not anew, "temperature": 0.0, "n_probs": 1}
         answer = self._server.handle_completions(asked)
         answer = json.loads(answer) if isinstance(answer, str) else answer
-        (chosen,) = answer["choices"][0]["logprobs"]["content"]
-        return chosen["id"], answer["timings"]["prompt_ms"] / 1e3
+        told = (answer["choices"][0].get("logprobs") or {}).get("content") or [{"id": None}]
+        return told[0]["id"], answer["timings"]["prompt_ms"] / 1e3
 
     def __enter__(self):
         return self
