@@ -58,7 +58,7 @@ class Attention:
     scaling: float
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def head(self) -> int:
         """D."""
         return len(self.q[0].packed) // self.heads

@@ -20,8 +20,8 @@ DIGEST_BYTES = 32  # at the end of a library, behind what the loader reads: of a
 
 
 @cache
-def compile_c(source: Path) -> ctypes.CDLL:
-    """The source's functions, compiled by ``$CC`` or the first of ``COMPILERS``.
+def compile_c(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The source's functions, compiled by ``$CC`` or the first of ``COMPILERS``, with ``flags`` beside ``FLAGS``.
 
     A library that is kept is looked at before it is loaded, and made again if it is damaged: the system would map it,
     and fail later or end the process.
@@ -35,7 +35,7 @@ def compile_c(source: Path) -> ctypes.CDLL:
         raise OSError(f"CC is no command ({error})") from error
     if not compiler:
         raise OSError(f"there is no C compiler ({', '.join(COMPILERS)})")
-    command = [*compiler, *FLAGS]
+    command = [*compiler, *FLAGS, *flags]
     parts = [file.read_bytes() for file in (source, *sorted(source.parent.glob("*.h")))]
     key = hashlib.sha256(b"\0".join((*parts, os.fsencode(shlex.join(command)), _processor().encode())))
     make_folder(cache_directory())

@@ -1,6 +1,6 @@
 """Experts on the CPU: an expert, or a few side by side, over their pages, and the same call as the kernels make."""
 
-from threading import Lock
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from cachemoe.kernels import quantized_cpu
 from cachemoe.kernels.activations import activate
 from cachemoe.kernels.formats import FLOATS, PageFormat
+from cachemoe.kernels.one_row import ONE_ROW
 
 FEW_TOKENS = 8  # of quantised pages: beyond, taking a matrix apart once and a plain matmul is faster
 DTYPES = torch.bfloat16, torch.float32  # that the C knows
-_ONE_AT_A_TIME = Lock()  # what two threads save and restore in turns is lost
 
 
 def side_by_side(
@@ -41,8 +41,8 @@ def _linear(x, weights, name, slots, page_format):
     """``[J, n, rows]``: one matrix of each slot times x ``[1 or J, n, columns]``, with its bias."""
     weight = weights[name]
     if page_format.kind in FLOATS:
-        few = _one_row if x.shape[1] == 1 else F.linear
-        y = torch.stack([few(rows, weight[slot].to(x.dtype)) for rows, slot in _paired(x, slots)])
+        with ONE_ROW if x.shape[1] == 1 else nullcontext():
+            y = torch.stack([F.linear(rows, weight[slot].to(x.dtype)) for rows, slot in _paired(x, slots)])
     else:
         pairs = ((rows, _numbers(weights, name, slot, page_format, x.dtype)) for rows, slot in _paired(x, slots))
         y = torch.stack([F.linear(rows, numbers) for rows, numbers in pairs])
@@ -61,17 +61,6 @@ def _numbers(weights, name, slot, page_format, dtype):
         return quantized_cpu.unpack(weight, scales, page_format.bits, page_format.group, dtype)
     quantized_cpu.warn_without_c()
     return page_format.dequantized({name: weight, f"{name}_scales": scales}, name).to(dtype)
-
-
-def _one_row(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``F.linear`` of one row by torch's own kernel: oneDNN's reads bfloat16 weights at half the speed of memory."""
-    with _ONE_AT_A_TIME:
-        enabled = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = False
-        try:
-            return F.linear(x, weight)
-        finally:
-            torch.backends.mkldnn.enabled = enabled
 
 
 def experts(

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from cachemoe.kernels import reference_route
+from cachemoe.kernels import reference_route, route_c
 from cachemoe.kernels.eviction import eviction
 from cachemoe.kernels.policy import DROP, KNOBS, ORIGINAL, Policy, noise_bits
 from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
@@ -36,6 +36,10 @@ def route_cpu(
     """As :func:`cachemoe.kernels.reference_route.route`; the tensors of ``state`` and ``out`` are contiguous."""
     reference_route.check_slots(state, top_k)
     caches, tokens, experts = logits.shape
+    if caches == 1 and _is_plain(state, policy):
+        routing = route_c.route(logits, state, evict, top_k, policy, scores, correction)
+        if routing is not None:
+            return routing if out is None else _write(out, routing)
     ranked = _rank(logits, scores, correction)
     if ranked is None:
         routing = reference_route.route(logits, state, evict, top_k, policy, scores, correction)
@@ -96,6 +100,10 @@ def place(
     weights = weights.detach().float().numpy()
     order = _places((-weights).argsort(-1, kind="stable"), k)
     chosen = ids.numpy().take(order)
+    if caches == 1 and drops is None:
+        chosen_ids, given = torch.from_numpy(chosen), torch.from_numpy(weights.take(order))
+        if (routing := route_c.place(chosen_ids, given, state, evict)) is not None:
+            return routing
     levels = None if drops is None else DROP * drops.numpy().take(order)
     step = _step_one if caches == 1 else _step
     grade = None if levels is None else lambda at, *_: levels[at]
@@ -488,7 +496,7 @@ def _step_one(choose, grade, state, evict, tokens, k):
             slots[0, t, kept], hits[0, t, kept] = placed, found
         memory.clock[0] = clock = clock + k
     nothing = [-1] * (tokens * k - len(missed))
-    pages, places = np.array([[missed + nothing], [taken + nothing]])
+    pages, places = np.array([[missed + nothing], [taken + nothing]], np.int64)
     return ids, slots, hits, pages, places, np.array([len(missed)])
 
 

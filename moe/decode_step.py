@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from cachemoe.kernels import quantized_cpu
 from cachemoe.kernels.attention_cpu import Attention, Norm
+from cachemoe.kernels.one_row import ONE_ROW
 from cachemoe.moe.dense import RoundedLinear
 
 PROBED = 5  # tokens before the one that is compared
@@ -53,16 +54,18 @@ class Room:
         shape = *keys.shape[:2], max(2 * self.length, self.length + GROWTH), keys.shape[3]
         self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
         self.keys[:, :, : self.length], self.values[:, :, : self.length] = keys, values
+        self._shown = keys, values  # what the cache's layer has of them
 
     def goes_on(self, layer: DynamicLayer) -> bool:
         """Whether a cache's layer has all of these tokens and no other, and there is room for one more."""
-        keys, values = layer.keys, layer.values
-        return (
-            keys.shape[2] == self.length < self.keys.shape[2]
-            and keys.data_ptr() == self.keys.data_ptr()
-            and values.data_ptr() == self.values.data_ptr()
-            and keys.stride() == self.keys.stride()
-        )
+        keys, values = self._shown
+        return layer.keys is keys and layer.values is values and self.length < self.keys.shape[2]
+
+    def show(self, layer: DynamicLayer) -> None:
+        """Let the layer have one token more, which has been written."""
+        self.length += 1
+        self._shown = tuple(each.narrow(2, 0, self.length) for each in (self.keys, self.values))
+        layer.keys, layer.values = self._shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,52 +76,63 @@ class Step:
         attention: the layer's.
         feed: the module after it.
         number: of its keys and values in the cache.
-        parts: modules that the call stands for.
-        tensors: (module, name, parameter) that it reads.
+        width: H.
+        hooks: of the modules that the call stands for.
+        contents: what these modules have, each in its dictionary by its name.
     """
 
     attention: Attention
     feed: torch.nn.Module
     number: int
-    parts: tuple[torch.nn.Module, ...]
-    tensors: tuple[tuple[torch.nn.Module, str, torch.nn.Parameter], ...]
+    width: int
+    hooks: tuple[dict, ...]
+    contents: tuple[tuple[dict, str, torch.nn.Module | torch.nn.Parameter], ...]
 
     def takes(self, x: torch.Tensor, named: dict) -> bool:
         """Whether the call does what the layer would with these arguments: one token, nothing masked, a plain cache."""
         positions, cache = named.get("position_embeddings"), named.get("past_key_values")
-        if x.shape[:2] != (1, 1) or named.get("attention_mask") is not None or not isinstance(positions, tuple):
+        if x.numel() != self.width or x.dim() != 3 or named.get("attention_mask") is not None or cache is None:
             return False
-        if x.dtype != self.attention.dtype or (torch.is_grad_enabled() and x.requires_grad):
+        if not isinstance(positions, tuple) or (torch.is_grad_enabled() and x.requires_grad):
             return False
-        layers = getattr(cache, "layers", ())
+        attention, layers = self.attention, getattr(cache, "layers", ())
         if len(layers) <= self.number or type(layer := layers[self.number]) is not DynamicLayer:
             return False
-        if not layer.is_initialized or layer.keys.shape[:2] != (1, self.attention.kv_heads) or layer.dtype != x.dtype:
+        cosine, sine = positions
+        turned = cosine.numel()
+        if not turned == sine.numel() <= attention.head or turned % 2 or cosine.dim() != 3:
             return False
-        if layer.keys.shape[3] != self.attention.head or layer.values.shape[3] != self.attention.head:
+        if not x.dtype == cosine.dtype == sine.dtype == attention.dtype or not self._is_whole():
             return False
-        width = positions[0].shape[-1]
-        if any(each.shape != (1, 1, width) or each.dtype != x.dtype for each in positions):
-            return False
-        return 0 < width <= self.attention.head and width % 2 == 0 and self._is_whole()
+        return self._room_of(layer) is not None
+
+    def _room_of(self, layer: DynamicLayer) -> Room | None:
+        """The room that the layer's keys and values are in, or come into; None where they are of another kind."""
+        room = vars(layer).get("cachemoe_room")
+        if room is not None and room.goes_on(layer):
+            return room
+        attention, heads = self.attention, (1, self.attention.kv_heads)
+        for each in (layer.keys, layer.values) if layer.is_initialized else (None,):
+            if each is None or each.dtype != attention.dtype or each.dim() != 4:
+                return None
+            if each.shape[:2] != heads or each.shape[3] != attention.head:
+                return None
+        room = layer.cachemoe_room = Room(layer.keys, layer.values)
+        return room
 
     def __call__(self, x: torch.Tensor, cache, positions: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """``[1, 1, H]``; the token's key and value are in the cache afterwards."""
         layer = cache.layers[self.number]
-        room = getattr(layer, "cachemoe_room", None)
-        if room is None or not room.goes_on(layer):
-            room = layer.cachemoe_room = Room(layer.keys, layer.values)
+        room = layer.cachemoe_room
         cosine, sine = (each.contiguous() for each in positions)
         out, normal = self.attention.step(x.contiguous(), cosine, sine, room.keys, room.values, room.length)
-        room.length += 1
-        layer.keys, layer.values = room.keys[:, :, : room.length], room.values[:, :, : room.length]
-        return out + self.feed(normal)
+        room.show(layer)
+        with ONE_ROW:
+            return out + self.feed(normal)
 
     def _is_whole(self) -> bool:
-        """Whether nobody has put other parameters into the parts, or hooks, which the call would pass by."""
-        return all(module._parameters.get(name) is parameter for module, name, parameter in self.tensors) and not any(
-            module._forward_hooks or module._forward_pre_hooks for module in self.parts
-        )
+        """Whether nobody has put other modules or parameters into the layer, or hooks, which the call would pass by."""
+        return not any(self.hooks) and all([here.get(name) is each for here, name, each in self.contents])
 
 
 def _step_of(layer: torch.nn.Module) -> Step | None:
@@ -141,10 +155,13 @@ def _step_of(layer: torch.nn.Module) -> Step | None:
     of_q, of_k = map(_norm, inner) if len(inner) == len(NORMS) else (None, None)
     attention = Attention(*matrices, *map(_norm, norms), of_q, of_k, heads, kv_heads, scaling, dtype)
     parts = (own, *norms, *linears, *inner)
-    tensors = tuple((part, name, each) for part in parts for name, each in part._parameters.items() if each is not None)
-    if not attention.fits or any(each.dtype != dtype for _, _, each in tensors):
+    places = [each for part in parts for each in (part._parameters, part._modules)]
+    contents = tuple((here, name, each) for here in (layer._modules, *places) for name, each in here.items())
+    parameters = [each for _, _, each in contents if isinstance(each, torch.Tensor)]
+    if not attention.fits or any(each.dtype != dtype for each in parameters):
         return None
-    return Step(attention, feed, number, parts, tensors)
+    hooks = tuple(each for part in parts for each in (part._forward_hooks, part._forward_pre_hooks))
+    return Step(attention, feed, number, attention.q[0].columns, hooks, contents)
 
 
 def _norm(module: torch.nn.Module | None) -> Norm | None:

@@ -178,6 +178,11 @@ class OffloadEngine:
             RuntimeError: for a ticket that is good no more.
         """
         start = perf_counter()
+        if isinstance(routing, Routing) and routing.ids.shape[:2] == (1, 1) and routing.asked is None:
+            if self._computes_at_once(layer, x):
+                ((ids,),), ((slots,),) = routing.ids.tolist(), routing.slots.tolist()
+                if self._has(layer, ids, slots):
+                    return self._at_once(layer, x, slots, *routing.weights[0].tolist(), start)
         ticket = routing if isinstance(routing, Ticket) else self.acquire(layer, routing)
         if ticket.pages is not None and self._tickets.get(layer) is not ticket:
             raise RuntimeError("this ticket is good no more, since another call came between: route the layer again")
@@ -215,37 +220,44 @@ class OffloadEngine:
             ``[1, H]``, the same bits as theirs; None where they are to be called, and nothing is done: something is
             missing, or is to be noted or fetched beside.
         """
-        if (
-            not self._is_plain
-            or self._link.broken
-            or len(x) != 1
-            or layer in self._tickets
-            or not self._compute.takes(x)
-        ):
+        if not self._computes_at_once(layer, x):
             return None
         start = perf_counter()
-        frames, memory, (chosen,) = self._frames, self.state.on_host, ids.tolist()
-        slot_of, held, k = memory.slot_of[layer], frames.held[layer], len(chosen)
+        memory, (chosen,), (given,) = self.state.on_host, ids.tolist(), weights.tolist()
+        k = len(chosen)
         if not 0 <= min(chosen) <= max(chosen) < self._experts or len(set(chosen)) < k:
             return None
-        slots = [slot_of.item(e) for e in chosen]
-        if min(slots) < 0 or any(held[slot] != e for e, slot in zip(chosen, slots, strict=True)):
-            return None
-        (given,) = weights.tolist()
+        slot_of = memory.slot_of[layer]
         order = sorted(range(k), key=lambda i: -given[i])
+        chosen, given = [chosen[i] for i in order], [given[i] for i in order]
+        slots = [slot_of.item(e) for e in chosen]
+        if not self._has(layer, chosen, slots):
+            return None
         last_use, uses, clock = memory.last_use[layer], memory.uses[layer], memory.clock.item(layer)
-        for i, place in enumerate(order):
-            e = chosen[place]
+        for i, e in enumerate(chosen):
             last_use[e] = clock + k - i
             uses[e] += 1
         memory.clock[layer] = clock + k
-        where = [frames.of_slot[layer][slots[i]] for i in order]
-        y = torch.empty_like(x)
+        return self._at_once(layer, x, slots, given, start)
+
+    def _computes_at_once(self, layer: int, x: torch.Tensor) -> bool:
+        """Whether a token whose experts are all there is computed in one call, and nothing else is to be done."""
+        ready = self._is_plain and not self._link.broken and layer not in self._tickets
+        return ready and len(x) == 1 and self._compute.takes(x)
+
+    def _has(self, layer: int, experts: list[int], slots: list[int]) -> bool:
+        """Whether each expert is in its slot."""
+        held = self._frames.held[layer]
+        return min(slots) >= 0 and all(held[slot] == e for e, slot in zip(experts, slots, strict=True))
+
+    def _at_once(self, layer: int, x: torch.Tensor, slots: list[int], gates: list[float], start: float) -> torch.Tensor:
+        """The output of a token whose experts are in these slots."""
+        of_slot, y = self._frames.of_slot[layer], torch.empty_like(x)
         computing = perf_counter()
-        self._compute.token(x, where, [given[i] for i in order], y)
+        self._compute.token(x, [of_slot[slot] for slot in slots], gates, y)
         end = perf_counter()
         self.counters.compute_s += end - computing
-        self.counters.count_call(k, 0, 0, end - start)
+        self.counters.count_call(len(slots), 0, 0, end - start)
         return y
 
     def fill(self, advance: Callable[[], None] = lambda: None) -> None:

@@ -26,8 +26,8 @@ def test_each_has_its_help(command):
     [
         (("swap-overhead", "absent"), "absent is no checkpoint folder"),
         (("swap-overhead", "--json", "."), "it is a folder"),
-        (("compare-offload", "absent"), "absent is no checkpoint folder"),
-        (("compare-offload", TINYMOE, "--json", "."), "it is a folder"),
+        (("compare", "absent"), "absent is no checkpoint folder"),
+        (("compare", TINYMOE, "--json", "."), "it is a folder"),
         (("memory-limit", "absent"), "absent is no checkpoint folder"),
         (("memory-limit", TINYMOE, "--pool", "half"), "a pool is a share such as 50%"),
         (("memory-limit", TINYMOE, "--json", "."), "it is a folder"),

@@ -1,0 +1,160 @@
+"""``route`` and ``place`` for one plain cache on the CPU, in C: between the experts' matrices the caches are cold, and
+numpy's many small calls take three to five times as long there as by themselves."""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache, lru_cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+
+from cachemoe.kernels.compile_c import compile_c
+from cachemoe.kernels.expressions import program_of
+from cachemoe.kernels.policy import KEY_WORDS, ORIGINAL, Policy, words_of
+from cachemoe.kernels.reference_route import gate_scores
+from cachemoe.kernels.state import SOFTMAX, GateScores, Misses, Routing
+
+_SOURCE = Path(__file__).with_name("route_cpu.c")
+FLAGS = ("-ffp-contract=off",)  # a product and a sum round twice, as in numpy
+MOST = 1024  # experts, or slots
+MOST_CHOSEN = 128  # experts of a token: numpy sums more in another order
+SEEN = "last_use", "uses", "clock"  # of ``EVICT_WORDS``
+_INT, _LONG, _FLOAT, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (("code", _INT), ("place", _INT), ("number", ctypes.c_double), ("whole", _LONG))
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = tuple(
+        (name, _POINTER)
+        for name in ("slot_of", "page_of", "capacity", "last_use", "uses", "clock", "tokens", "range_sum")
+    )
+
+
+class _Rule(ctypes.Structure):
+    _fields_ = (
+        *(("key", ctypes.POINTER(_Step)), ("evict", ctypes.POINTER(_Step))),
+        *((name, _LONG) for name in ("key_steps", "evict_steps", "experts", "k")),
+        *((name, _POINTER) for name in ("knobs", "table", "correction")),
+        *(("epsilon", _FLOAT), ("scale", _FLOAT)),
+        *((name, _INT) for name in ("renormalise", "needs_rank", "needs_before", "needs_noise")),
+    )
+
+
+def route(
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    policy: Policy,
+    scores: GateScores,
+    correction: torch.Tensor | None,
+) -> Routing | None:
+    """As :func:`cachemoe.kernels.route_cpu.route_cpu`, to the bit; None where numpy is to route, and nothing is done.
+
+    Args:
+        logits: ``[1, T, E]``.
+        state: of one plain cache.
+    """
+    _, tokens, experts = logits.shape
+    rule = _rule(policy, evict, experts, top_k, scores, correction)
+    if rule is None:
+        return None
+    logits = logits.detach().float().contiguous()
+    gates = gate_scores(logits, scores)
+    routing = _empty(tokens, top_k)
+    pointers = (each.data_ptr() for each in routing.tensors())
+    finite = _c().route(rule, _cache_of(state), tokens, logits.data_ptr(), gates.data_ptr(), *pointers)
+    return routing if finite else None
+
+
+def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing | None:
+    """As :func:`cachemoe.kernels.route_cpu.place`, of ids and weights in the order of the weights, without drops.
+
+    Args:
+        ids: ``[1, T, K]`` int64 contiguous. weights: ``[1, T, K]`` float32.
+        state: of one plain cache.
+    """
+    _, tokens, k = ids.shape
+    rule = _rule(ORIGINAL, evict, state.experts, k, SOFTMAX, None)
+    if rule is None:
+        return None
+    routing = _empty(tokens, k)
+    routing.ids, routing.weights = ids, weights
+    _, _, slots, hits, *misses = (each.data_ptr() for each in routing.tensors())
+    _c().place(rule, _cache_of(state), tokens, ids.data_ptr(), slots, hits, *misses)
+    return routing
+
+
+@cache
+def has_c() -> bool:
+    """Whether the C could be compiled."""
+    try:
+        _c()
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _empty(tokens: int, k: int) -> Routing:
+    """A routing of one cache to be filled in, with no misses."""
+    ids, slots = torch.empty(2, 1, tokens, k, dtype=torch.int64, device="cpu").unbind(0)
+    pages, places = torch.full((2, 1, tokens * k), -1, dtype=torch.int64, device="cpu").unbind(0)
+    weights = torch.empty(1, tokens, k, dtype=torch.float32, device="cpu")
+    hits = torch.empty(1, tokens, k, dtype=torch.bool, device="cpu")
+    return Routing(ids, weights, slots, hits, Misses(pages, places, torch.zeros(1, dtype=torch.int64, device="cpu")))
+
+
+@lru_cache(maxsize=256)
+def _rule(
+    policy: Policy, evict: Callable, experts: int, k: int, scores: GateScores, correction: torch.Tensor | None
+) -> _Rule | None:
+    """What the C has to know of them; None where it is not to route."""
+    plain = policy.grade is None and not policy.bounded and scores.top_groups == scores.groups
+    if not plain or experts > MOST or k > MOST_CHOSEN or not has_c():
+        return None
+    if "before" in policy.words and scores.function != "softmax":  # which numpy makes shares first
+        return None
+    words = words_of(evict)
+    program = program_of(evict, SEEN, True) if set(words) <= set(SEEN) else None
+    key = None if policy.key is None else program_of(policy.key, KEY_WORDS, False)
+    if program is None or (key is None) != (policy.key is None):
+        return None
+    table, knobs = (None if each is None else each.data_ptr() for each in (policy.table, policy.knobs))
+    added = None if correction is None else correction.float().contiguous()
+    made = _Rule(
+        *(key and _steps(key), _steps(program), len(key or ()), len(program), experts, k),
+        *(knobs, table, None if added is None else added.data_ptr(), scores.epsilon, scores.scale),
+        *(scores.renormalise, not {"rank", "before"}.isdisjoint(policy.words)),
+        *("before" in policy.words, "noise" in policy.words),
+    )
+    made.kept = policy, added, key, program  # whose memory it points to
+    return made
+
+
+def _steps(program):
+    return (_Step * len(program))(*((code, int(n) if code == 0 else 0, n, int(n)) for code, n in program))
+
+
+_CACHES: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _cache_of(state) -> _Cache:
+    """Where the state's tensors are: they stay there while it lives."""
+    if (found := _CACHES.get(state)) is None:
+        found = _CACHES[state] = _Cache(*(getattr(state, name).data_ptr() for name, _ in _Cache._fields_))
+    return found
+
+
+@cache
+def _c() -> ctypes.CDLL:
+    library = compile_c(_SOURCE, FLAGS)
+    rule, where = ctypes.POINTER(_Rule), ctypes.POINTER(_Cache)
+    library.route.argtypes = rule, where, _LONG, *(_POINTER,) * 9
+    library.route.restype = ctypes.c_int
+    library.place.argtypes = rule, where, _LONG, *(_POINTER,) * 6
+    library.place.restype = None
+    return library
