@@ -9,7 +9,9 @@ PACKAGES = ("kernels", "moe", "moe.policies", "offload", "benchmarks")
 
 HF = ["transformers>=5.17"]
 BENCH = ["pytest-benchmark>=5", "matplotlib>=3.9"]
-TEST = [*HF, *BENCH, "pytest>=8.1", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77.0.3"]
+GGUF = ["gguf>=0.18"]
+COMPARE = [*GGUF, "xllamacpp>=2026.10"]  # llama.cpp beside cachemoe, in `cachemoe compare`
+TEST = [*HF, *BENCH, *GGUF, "pytest>=8.1", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12", "setuptools>=77.0.3"]
 
 README = Path(__file__).with_name("README.md")
 
@@ -47,6 +49,6 @@ setup(
         "typer>=0.12",
         "rich>=13",
     ],
-    extras_require={"hf": HF, "bench": BENCH, "test": TEST},
+    extras_require={"hf": HF, "bench": BENCH, "compare": COMPARE, "test": TEST},
     entry_points={"console_scripts": ["cachemoe = cachemoe.benchmarks.cli:main"]},
 )
