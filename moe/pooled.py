@@ -341,6 +341,7 @@ class PooledExperts:
     def _run_chosen(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The output of experts that the model's own router chose, or that another's code has changed."""
         self._check_own(layer)
+        hidden = hidden.contiguous()
         if self._source is None and self._forecast is None and self._routing.rule.grade is None:
             y = self.engine.hit(layer, hidden, ids, weights) if isinstance(self.engine, OffloadEngine) else None
             if y is not None:

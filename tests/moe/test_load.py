@@ -388,6 +388,14 @@ def test_a_token_of_hits_in_one_call_gives_the_same_bits_and_leaves_the_same_sta
         assert torch.equal(tensor, like[name]), name
 
 
+def test_hidden_states_may_be_strided(checkpoints):
+    model = opened(checkpoints("qwen3_moe"), pool="100%", format="int4")
+    experts, x = moe_layers(model)[0].experts, torch.randn(1, 64)[:, ::2]
+    chosen = torch.tensor([[2, 5]]), torch.tensor([[0.7, 0.3]])
+    assert torch.equal(experts(x, *chosen), experts(x.contiguous(), *chosen))
+    model.cachemoe.close()
+
+
 def test_ids_that_no_expert_has_are_refused_whatever_is_resident(checkpoints):
     model = opened(checkpoints("qwen3_moe"), pool="100%", format="int4")
     experts, x = moe_layers(model)[0].experts, torch.randn(1, 32)
