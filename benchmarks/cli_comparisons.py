@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cachemoe.moe.cli import Dense, Format
 from cachemoe.moe.progress import show_progress
 from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
 
@@ -37,21 +38,14 @@ def swap_overhead(
 def compare(
     folder: Made,
     pool: Annotated[str, typer.Option(help="As load takes it; the ways beside it get the same memory.")] = "50%",
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the pages; beside int4 llama.cpp runs too.", show_default="the checkpoint's own precision"
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None, typer.Option(help="Of the other matrices: int8 or int4.", show_default="as they are")
-    ] = None,
+    format: Format = None,
+    dense: Dense = None,
     routing: Annotated[str, typer.Option(help="Of a way that does not route exactly.")] = "cache-prior:0.5",
     rounds: Annotated[int, typer.Option(min=3, help="How often each decodes.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens on the clock, after as many to warm up.")] = 16,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/compare.json"),
 ):
-    """Decode in several ways: cachemoe, llama.cpp, mmap and accelerate, in all of the memory and in little."""
+    """Decode in several ways, in all of the memory and in little: cachemoe, mmap, accelerate; beside int4 llama.cpp."""
     with one_sentence():
         from cachemoe.benchmarks.compare import compare as run
         from cachemoe.benchmarks.compare_tables import compare_tables

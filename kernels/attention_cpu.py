@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.compile_c import compile_c
-from cachemoe.kernels.quantized_cpu import Matrix
+from cachemoe.kernels.compile_c import compile_c, why_not
+from cachemoe.kernels.quantized_cpu import Matrix, matrix_of
 from cachemoe.kernels.rounded_cpu import Rounded
 
 _SOURCE = Path(__file__).with_suffix(".c")
@@ -111,12 +111,14 @@ class Attention:
         sizes = self.heads, self.kv_heads, self.head, all_heads, self.scaling
         (q, _), (o, _) = self.q, self.o
         how = q.bits, q.group, o.group, self.dtype == torch.bfloat16
-        return _Attention(*(_matrix(*each) for each in (self.q, self.k, self.v, self.o)), *norms, *how, *sizes)
+        matrices = (matrix_of(m.packed, m.scales, m.bits, bias) for m, bias in (self.q, self.k, self.v, self.o))
+        return _Attention(*matrices, *norms, *how, *sizes)
 
 
-def _matrix(m: Rounded, bias: torch.Tensor | None) -> Matrix:
-    at = None if bias is None else bias.data_ptr()
-    return Matrix(m.packed.data_ptr(), 0, m.scales.data_ptr(), 0, at, 0, len(m.packed), m.columns)
+@cache
+def has_c() -> bool:
+    """Whether the C could be compiled."""
+    return why_not(_c) is None
 
 
 class _Norm(ctypes.Structure):

@@ -7,6 +7,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +53,15 @@ def compile_c(source: Path, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
                 os.fsync(file.fileno())
             os.replace(linked, library)
     return ctypes.CDLL(str(library))
+
+
+def why_not(load: Callable[[], ctypes.CDLL]) -> str | None:
+    """Why the library that ``load`` gives cannot be had, in words; None where it can."""
+    try:
+        load()
+    except (OSError, AttributeError) as error:  # the latter if $CC makes something else of the source
+        return str(error)
+    return None
 
 
 def _is_whole(library: Path) -> bool:

@@ -11,7 +11,6 @@ from cachemoe.kernels.formats import FLOATS, PageFormat
 from cachemoe.kernels.one_row import ONE_ROW
 
 FEW_TOKENS = 8  # of quantised pages: beyond, taking a matrix apart once and a plain matmul is faster
-DTYPES = torch.bfloat16, torch.float32  # that the C knows
 
 
 def side_by_side(
@@ -56,11 +55,8 @@ def _paired(x, slots):
 
 def _numbers(weights, name, slot, page_format, dtype):
     """``[rows, columns]`` of a quantised page, rounded to x's dtype."""
-    weight, scales = weights[name][slot], weights[f"{name}_scales"][slot]
-    if quantized_cpu.has_c():
-        return quantized_cpu.unpack(weight, scales, page_format.bits, page_format.group, dtype)
-    quantized_cpu.warn_without_c()
-    return page_format.dequantized({name: weight, f"{name}_scales": scales}, name).to(dtype)
+    matrix = weights[name][slot], weights[f"{name}_scales"][slot]
+    return quantized_cpu.numbers(*matrix, page_format.bits, page_format.group, dtype)
 
 
 def experts(
@@ -92,7 +88,9 @@ def experts(
 
 def in_c(x: torch.Tensor, page_format: PageFormat) -> bool:
     """Whether tokens like x are computed in C: on the CPU, in a dtype that it knows, of quantised pages."""
-    return x.dtype in DTYPES and not x.is_cuda and page_format.kind not in FLOATS and quantized_cpu.has_c()
+    return (
+        x.dtype in quantized_cpu.DTYPES and not x.is_cuda and page_format.kind not in FLOATS and quantized_cpu.has_c()
+    )
 
 
 def _one_token(x, slots, gates, weights, page_format, out, pending, partial, finish):
@@ -113,7 +111,7 @@ def _one_token(x, slots, gates, weights, page_format, out, pending, partial, fin
         pairs = partial[0] if kept is None else partial[0, kept]
     if finish:
         gates = gates if kept is None else gates[:, kept]
-        if x.dtype in DTYPES and quantized_cpu.has_c():  # the same sum whichever levels have computed
+        if x.dtype in quantized_cpu.DTYPES and quantized_cpu.has_c():  # the same sum whichever levels have computed
             quantized_cpu.weigh(gates, pairs, out)
         else:
             out.copy_(torch.mm(gates, pairs))

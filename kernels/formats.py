@@ -17,14 +17,7 @@ from functools import cache, cached_property
 
 import torch
 
-from cachemoe.kernels.quantize import (
-    dequantize_groups,
-    dequantize_int8,
-    pack_bits,
-    quantize_groups,
-    quantize_int8,
-    unpack_bits,
-)
+from cachemoe.kernels.quantize import pack_matrix, unpack_matrix
 
 PAGE_ALIGNMENT = 4096
 PART_ALIGNMENT = 16
@@ -190,11 +183,8 @@ class PageFormat:
         for name, weight, bias in (("gate_up", gate_up, gate_up_bias), ("down", down, down_bias)):
             if self.kind in FLOATS:
                 tensors[name] = weight
-            elif self.kind == "int8":
-                tensors[name], tensors[f"{name}_scales"] = quantize_int8(weight)
             else:
-                q, scale, zero = quantize_groups(weight, self.group, self.bits)
-                tensors[name], tensors[f"{name}_scales"] = pack_bits(q, self.bits), torch.stack((scale, zero), -1)
+                tensors[name], tensors[f"{name}_scales"] = pack_matrix(weight, self.bits, self.group)
             if bias is not None:
                 tensors[f"{name}_bias"] = bias
         for name, view in self.views(page).items():
@@ -205,7 +195,4 @@ class PageFormat:
         """float32 ``[..., rows, columns]`` of ``gate_up`` or ``down``, from ``views``."""
         if self.kind in FLOATS:
             return weights[name].float()
-        scales = weights[f"{name}_scales"]
-        if self.kind == "int8":
-            return dequantize_int8(weights[name], scales)
-        return dequantize_groups(unpack_bits(weights[name], self.bits), *scales.unbind(-1), self.bits)
+        return unpack_matrix(weights[name], weights[f"{name}_scales"], self.bits)

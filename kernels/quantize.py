@@ -114,3 +114,23 @@ def pack_bits(q: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_bits(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """``[..., N, K]`` uint8 below 2**bits from what ``pack_bits`` returned."""
     return torch.stack([packed >> place & 2**bits - 1 for place in range(0, 8, bits)], -1).flatten(-2)
+
+
+def pack_matrix(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix ``[N, K]`` as a page has it, and its scales: int8, or int4 and int2 with a zero beside each scale.
+
+    Args:
+        bits: 8, 4 or 2.
+        group: columns that share a scale; not looked at for int8.
+    """
+    if bits == 8:
+        return quantize_int8(weight)
+    q, scale, zero = quantize_groups(weight, group, bits)
+    return pack_bits(q, bits), torch.stack((scale, zero), -1)
+
+
+def unpack_matrix(packed: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """``[..., N, K]`` float32 weights from what ``pack_matrix`` returned."""
+    if bits == 8:
+        return dequantize_int8(packed, scales)
+    return dequantize_groups(unpack_bits(packed, bits), *scales.unbind(-1), bits)

@@ -10,14 +10,12 @@ typedef struct {
 
 int64_t scratch_bytes(int bits, int64_t columns) { return blocks_of(bits, columns) * sizeof(block); }
 
-// y[j, t, r] of one matrix of each slot. `scratch` has room for the blocks of every row of x.
-void linear(int bits, int group, int bf16, const void *x, int shared, const matrix *m, const int64_t *slots,
-            int64_t jobs, int64_t tokens, block *scratch, float *y) {
-    const int64_t blocks = blocks_of(bits, m->columns);
-    for (int64_t row = 0; row < (shared ? 1 : jobs) * tokens; row++)
-        pack_row(bits, bf16, x, row, m->columns, scratch + row * blocks);
+// y[t, r] of one matrix. `scratch` has room for the blocks of every row of x.
+void linear(int bits, int group, int bf16, const void *x, const matrix *m, int64_t tokens, block *scratch, float *y) {
+    const int64_t blocks = blocks_of(bits, m->columns), slot = 0;
+    for (int64_t t = 0; t < tokens; t++) pack_row(bits, bf16, x, t, m->columns, scratch + t * blocks);
 #pragma omp parallel
-    multiply(bits, group, bf16, m, slots, jobs, tokens, scratch, shared, y);
+    multiply(bits, group, bf16, m, &slot, 1, tokens, scratch, 1, y);
 }
 
 enum { SILU, GELU, RELU, CLAMPED_SWIGLU };  // as `activations.py` has them

@@ -10,38 +10,13 @@ from pathlib import Path
 
 import torch
 
-from cachemoe.kernels.compile_c import compile_c
+from cachemoe.kernels.compile_c import compile_c, why_not
 from cachemoe.kernels.formats import ACTIVATIONS, PageFormat
+from cachemoe.kernels.quantize import unpack_matrix
 
 _SOURCE = Path(__file__).with_suffix(".c")
+DTYPES = torch.bfloat16, torch.float32  # that the C knows, of x
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-
-
-def linear(
-    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, slots: torch.Tensor, page_format: PageFormat
-) -> torch.Tensor:
-    """Each slot's matrix times its tokens. Needs ``has_c()``.
-
-    Args:
-        x: ``[J, T, columns]`` contiguous float32 or bfloat16, or ``[1, T, columns]`` for tokens that all slots share.
-        weight, scales: one matrix of int8, int4 or int2 pages, ``[S, ...]``, strided by slot.
-        slots: ``[J]`` int64.
-        page_format: layout of the pages.
-
-    Returns:
-        ``[J, T, rows]`` float32, each reduced in an order that depends on nothing else in the call.
-    """
-    (jobs,), (shared, tokens, columns), rows = slots.shape, x.shape, weight.shape[1]
-    bits = page_format.bits
-    y = torch.empty(jobs, tokens, rows, dtype=torch.float32, device="cpu")
-    scratch = torch.empty(_c().scratch_bytes(bits, columns) * shared * tokens, dtype=torch.uint8, device="cpu")
-    strides = weight.stride(0), scales.stride(0) * scales.element_size()
-    matrix = Matrix(weight.data_ptr(), strides[0], scales.data_ptr(), strides[1], None, 0, rows, columns)
-    _c().linear(
-        *(bits, page_format.group, x.dtype == torch.bfloat16, x.data_ptr(), shared == 1),
-        *(matrix, slots.data_ptr(), jobs, tokens, scratch.data_ptr(), y.data_ptr()),
-    )
-    return y
 
 
 def unpack(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
@@ -60,6 +35,14 @@ def unpack(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int, dt
     settings = bits, group, dtype == torch.bfloat16
     _c().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
     return out
+
+
+def numbers(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """As ``unpack``, with or without C, in any floating point dtype."""
+    if has_c() and dtype in DTYPES:
+        return unpack(weight, scales, bits, group, dtype)
+    warn_without_c()
+    return unpack_matrix(weight, scales, bits).to(dtype)
 
 
 def experts(
@@ -110,31 +93,23 @@ def weigh(gates: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:
     _c().weigh(*pointers, k, hidden, out.dtype == torch.bfloat16, out.data_ptr())
 
 
-def matrix(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """A matrix that is no expert's, times tokens. Needs ``has_c()``.
+def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """One matrix times tokens. Needs ``has_c()``.
 
     Args:
         x: ``[T, columns]`` contiguous float32 or bfloat16.
-        weight, scales: as of one slot of pages.
+        weight, scales: of one slot.
+        bits, group: of the page's format.
 
     Returns:
-        ``[T, rows]`` float32.
+        ``[T, rows]`` float32, each reduced in an order that depends on nothing else in the call.
     """
     (tokens, columns), rows, library = x.shape, weight.shape[0], _c()
     y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     scratch = torch.empty(library.scratch_bytes(bits, columns) * tokens, dtype=torch.uint8, device="cpu")
-    of = _alone(weight.data_ptr(), scales.data_ptr(), rows, columns)
-    pointers = x.data_ptr(), 1, of, _FIRST, 1, tokens, scratch.data_ptr(), y.data_ptr()
+    pointers = x.data_ptr(), matrix_of(weight, scales, bits), tokens, scratch.data_ptr(), y.data_ptr()
     library.linear(bits, group, x.dtype == torch.bfloat16, *pointers)
     return y
-
-
-@lru_cache(maxsize=4096)
-def _alone(weight: int, scales: int, rows: int, columns: int) -> "Matrix":
-    return Matrix(weight, 0, scales, 0, None, 0, rows, columns)
-
-
-_FIRST = (_LONG * 1)(0)
 
 
 class Matrix(ctypes.Structure):
@@ -144,6 +119,12 @@ class Matrix(ctypes.Structure):
         *(("packed", _POINTER), ("packed_stride", _LONG), ("scales", _POINTER), ("scales_stride", _LONG)),
         *(("bias", _POINTER), ("bias_stride", _LONG), ("rows", _LONG), ("columns", _LONG)),
     )
+
+
+def matrix_of(weight: torch.Tensor, scales: torch.Tensor, bits: int, bias: torch.Tensor | None = None) -> Matrix:
+    """Of one slot: ``[rows, bytes]``, its scales and its bias."""
+    at, (rows, row_bytes) = None if bias is None else bias.data_ptr(), weight.shape
+    return Matrix(weight.data_ptr(), 0, scales.data_ptr(), 0, at, 0, rows, row_bytes * 8 // bits)
 
 
 class _Pages(ctypes.Structure):
@@ -173,21 +154,15 @@ def _pages(encoded: str, memory: tuple[tuple[int, int], ...]) -> _Pages:
 @cache
 def has_c() -> bool:
     """Whether the C could be compiled."""
-    try:
-        _c()
-    except (OSError, AttributeError):  # the latter if $CC makes something else of the source
-        return False
-    return True
+    return why_not(_c) is None
 
 
 @cache
 def warn_without_c() -> None:
     """Say once why quantised pages are slow here, where the C could not be compiled."""
-    try:
-        _c()
-    except (OSError, AttributeError) as error:
+    if (why := why_not(_c)) is not None:
         warnings.warn(
-            f"int8, int4 and int2 matrices are taken apart at every call, which is slow: {error}",
+            f"int8, int4 and int2 matrices are taken apart at every call, which is slow: {why}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -197,8 +172,8 @@ def warn_without_c() -> None:
 def _c() -> ctypes.CDLL:
     library = compile_c(_SOURCE)
     library.linear.argtypes = (
-        *(_INT, _INT, _INT, _POINTER, _INT),
-        *(ctypes.POINTER(Matrix), _POINTER, _LONG, _LONG, _POINTER, _POINTER),
+        *(_INT, _INT, _INT, _POINTER),
+        *(ctypes.POINTER(Matrix), _LONG, _POINTER, _POINTER),
     )
     library.linear.restype = library.experts.restype = library.token.restype = library.weigh.restype = None
     pages = ctypes.POINTER(_Pages)

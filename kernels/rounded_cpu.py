@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from cachemoe.kernels import quantized_cpu
 from cachemoe.kernels.experts_cpu import FEW_TOKENS
 from cachemoe.kernels.formats import GROUPS
-from cachemoe.kernels.quantize import (
-    dequantize_groups,
-    dequantize_int8,
-    pack_bits,
-    quantize_groups,
-    quantize_int8,
-    unpack_bits,
-)
+from cachemoe.kernels.quantize import pack_matrix
 
 KINDS = {"int8": 8, "int4": 4}  # bits of a value
 
@@ -39,11 +32,9 @@ class Rounded:
     @classmethod
     def of(cls, weight: torch.Tensor, kind: str) -> "Rounded":
         """Round a matrix ``[rows, columns]``, of which int4 wants columns that a group divides; see ``fits``."""
-        if kind == "int8":
-            return cls(*quantize_int8(weight), 8, 0)
-        group = next(group for group in reversed(GROUPS) if weight.shape[1] % group == 0)
-        q, *pair = quantize_groups(weight, group, KINDS[kind])
-        return cls(pack_bits(q, KINDS[kind]), torch.stack(pair, -1).contiguous(), KINDS[kind], group)
+        bits = KINDS[kind]
+        group = 0 if kind == "int8" else next(each for each in reversed(GROUPS) if weight.shape[1] % each == 0)
+        return cls(*pack_matrix(weight, bits, group), bits, group)
 
     @staticmethod
     def fits(columns: int, kind: str) -> bool:
@@ -60,12 +51,7 @@ class Rounded:
 
     def numbers(self, dtype: torch.dtype) -> torch.Tensor:
         """``[rows, columns]`` in that dtype."""
-        if dtype in (torch.float32, torch.bfloat16) and quantized_cpu.has_c():
-            return quantized_cpu.unpack(self.packed, self.scales, self.bits, self.group, dtype)
-        quantized_cpu.warn_without_c()
-        if self.bits == 8:
-            return dequantize_int8(self.packed, self.scales).to(dtype)
-        return dequantize_groups(unpack_bits(self.packed, self.bits), *self.scales.unbind(-1), self.bits).to(dtype)
+        return quantized_cpu.numbers(self.packed, self.scales, self.bits, self.group, dtype)
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, rows]``, in float32 or in x's dtype, of x ``[T, columns]`` floating point.
@@ -74,7 +60,5 @@ class Rounded:
         """
         if len(x) > FEW_TOKENS or not quantized_cpu.has_c():
             return F.linear(x, self.numbers(x.dtype))
-        return quantized_cpu.matrix(
-            (x if x.dtype == torch.bfloat16 else x.float()).contiguous(),
-            *(self.packed, self.scales, self.bits, self.group),
-        )
+        rows = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+        return quantized_cpu.linear(rows, self.packed, self.scales, self.bits, self.group)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from cachemoe.kernels.compile_c import compile_c
+from cachemoe.kernels.compile_c import compile_c, why_not
 from cachemoe.kernels.expressions import program_of
 from cachemoe.kernels.policy import KEY_WORDS, ORIGINAL, Policy, words_of
 from cachemoe.kernels.reference_route import gate_scores
@@ -92,11 +92,7 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
 @cache
 def has_c() -> bool:
     """Whether the C could be compiled."""
-    try:
-        _c()
-    except (OSError, AttributeError):
-        return False
-    return True
+    return why_not(_c) is None
 
 
 def _empty(tokens: int, k: int) -> Routing:

@@ -34,6 +34,12 @@ Formats = Annotated[
         show_default="the checkpoint's own precision",
     ),
 ]
+Dense = Annotated[
+    str | None,
+    typer.Option(
+        help="Round all other matrices too, int8 or int4: a token reads them all.", show_default="as they are"
+    ),
+]
 Cheaper = Annotated[
     str | None,
     typer.Option(
@@ -188,12 +194,7 @@ def generate(
     eviction: Annotated[
         str | None, typer.Option(help="Which resident expert leaves: lru or lfu.", show_default="the routing's, or lru")
     ] = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            help="Round all other matrices too, int8 or int4: a token reads them all.", show_default="as they are"
-        ),
-    ] = None,
+    dense: Dense = None,
     residency: Annotated[
         Path | None,
         typer.Option(help="Who is resident: read if the file is there, and written at the end.", show_default=False),

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cachemoe.kernels.rounded_cpu import KINDS, Rounded
+from cachemoe.kernels.rounded_cpu import Rounded
 from cachemoe.moe.doors import NoBackward
 from cachemoe.moe.layers import moe_layers
 from cachemoe.moe.progress import Progress
-from cachemoe.offload.errors import InputError
 
 FEWEST_ROWS = 16  # a matrix of fewer is no weight to speak of: a gate of one row, say
 
@@ -69,13 +68,8 @@ def round_dense(model, kind: str, progress: Progress) -> DenseRounding:
     """Replace every ``torch.nn.Linear`` of a model on the CPU that has weights to speak of, but the routers.
 
     Args:
-        kind: ``int8`` or ``int4``; int4 leaves matrices as they are whose columns no group divides.
-
-    Raises:
-        InputError: for another kind.
+        kind: of ``KINDS``; int4 leaves matrices as they are whose columns no group divides.
     """
-    if kind not in KINDS:
-        raise InputError(f"dense is {' or '.join(KINDS)}, or left out, not {kind!r}")
     routers = {layer.router for layer in moe_layers(model)}
     found = [
         (parent, f"{path}.{name}".lstrip("."), name, child)

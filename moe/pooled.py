@@ -347,10 +347,13 @@ class PooledExperts:
             if y is not None:
                 self.layers[layer].selections += ids.numel()
                 return y
-        return self._run(layer, hidden, self._place(layer, ids, weights))
+        return self._fetch_and_run(layer, hidden, self._place(layer, ids, weights))
 
     def _run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         self._check_own(layer)
+        return self._fetch_and_run(layer, hidden, routing)
+
+    def _fetch_and_run(self, layer: int, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
         count, before, selected = self.layers[layer], self.counters.misses, self.counters.selections
         asked = routing if self._source is None else self._source.claim(layer, routing)
         if isinstance(asked, Ticket) and not self.engine.holds_good(asked):  # another thread's call came between

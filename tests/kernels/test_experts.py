@@ -454,7 +454,7 @@ def test_on_a_cpu_a_row_is_near_the_exact_sum(kind, columns, x, dtype):
     normal = torch.randn(1, 1, columns)
     x = {"normal": normal, "positive": normal.abs(), "of many sizes": normal * torch.randn(columns).mul(2).exp()}[x]
     x = x.to(dtype)
-    y = quantized_cpu.linear(x, weights["gate_up"], scales, torch.zeros(1, dtype=torch.int64), page_format)
+    y = quantized_cpu.linear(x[0], weights["gate_up"][0], scales[0], page_format.bits, page_format.group)[None]
     exact = page_format.dequantized(weights, "gate_up")[0].double() @ x[0, 0].double()
     assert (y[0, 0] - exact).abs().max() < 2.0**-17 * x.double().abs().sum()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import MODELS, VOCABULARY, save_random
 
-from cachemoe.kernels import quantized_cpu
+from cachemoe.kernels import attention_cpu, quantized_cpu
 from cachemoe.moe import decode_step
 from cachemoe.moe.dense import RoundedLinear
 from cachemoe.moe.load import load
@@ -170,7 +170,8 @@ def test_the_label_the_print_and_the_errors_say_that_weights_are_rounded(pair):
 
 
 def test_without_a_compiler_it_is_slow_and_right(pair, monkeypatch):
-    monkeypatch.setattr(quantized_cpu, "has_c", lambda: False)
+    for library in (quantized_cpu, attention_cpu):
+        monkeypatch.setattr(library, "has_c", lambda: False)
     model, own = pair("qwen2_moe", "int4")
     assert steps_of(model) == 0
     with torch.inference_mode():
