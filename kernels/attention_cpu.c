@@ -18,12 +18,6 @@ typedef struct {
     float scaling;
 } attention;
 
-INLINE float number(const void *x, int bf16, int64_t i) {
-    return bf16 ? from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
-}
-
-INLINE float rounded(float value, int bf16) { return bf16 ? from_bf16(to_bf16(value)) : value; }
-
 INLINE float inverse_size(const float *x, int64_t count, float epsilon) {
     float squares[16] = {0}, sum = 0;
     for (int64_t i = 0; i < count; i++) squares[i % 16] += x[i] * x[i];

@@ -90,19 +90,22 @@ class Attention:
             keys, values: ``[1, kv_heads, C, D]`` contiguous, of C tokens at most; the token's are written.
             length: tokens in them before this one.
         """
-        structure, library = self._structure, _c()
-        size = library.attention_scratch_bytes(structure, length)
-        scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(self.scratch_bytes(length), dtype=torch.uint8, device="cpu")
         out, normal = torch.empty_like(x), torch.empty_like(x)
-        library.attend(
-            *(structure, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]),
+        library().attend(
+            *(self.structure, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]),
             *(keys.data_ptr(), values.data_ptr(), keys.stride(1), length),
             *(scratch.data_ptr(), out.data_ptr(), normal.data_ptr()),
         )
         return out, normal
 
+    def scratch_bytes(self, length: int) -> int:
+        """What ``attend`` needs beside, after so many tokens."""
+        return library().attention_scratch_bytes(self.structure, length)
+
     @cached_property
-    def _structure(self) -> "_Attention":
+    def structure(self) -> "_Attention":
+        """What the C has to know."""
         norms = [
             _Norm(None, 0) if norm is None else _Norm(norm.weight.data_ptr(), norm.epsilon)
             for norm in (self.before, self.after, self.of_q, self.of_k)
@@ -118,7 +121,7 @@ class Attention:
 @cache
 def has_c() -> bool:
     """Whether the C could be compiled."""
-    return why_not(_c) is None
+    return why_not(library) is None
 
 
 class _Norm(ctypes.Structure):
@@ -135,10 +138,10 @@ class _Attention(ctypes.Structure):
 
 
 @cache
-def _c() -> ctypes.CDLL:
-    library = compile_c(_SOURCE)
+def library() -> ctypes.CDLL:
+    compiled = compile_c(_SOURCE)
     attention = ctypes.POINTER(_Attention)
-    library.attend.argtypes = attention, *(_POINTER,) * 3, _INT, *(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3
-    library.attend.restype = None
-    library.attention_scratch_bytes.argtypes, library.attention_scratch_bytes.restype = (attention, _LONG), _LONG
-    return library
+    compiled.attend.argtypes = attention, *(_POINTER,) * 3, _INT, *(_POINTER,) * 2, _LONG, _LONG, *(_POINTER,) * 3
+    compiled.attend.restype = None
+    compiled.attention_scratch_bytes.argtypes, compiled.attention_scratch_bytes.restype = (attention, _LONG), _LONG
+    return compiled

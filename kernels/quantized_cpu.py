@@ -33,7 +33,7 @@ def unpack(weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int, dt
     rows, row_bytes = weight.shape
     out = torch.empty(rows, row_bytes * 8 // bits, dtype=dtype, device="cpu")
     settings = bits, group, dtype == torch.bfloat16
-    _c().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
+    library().unpack(*settings, weight.data_ptr(), scales.data_ptr(), *out.shape, out.data_ptr())
     return out
 
 
@@ -53,13 +53,12 @@ def experts(
     Args:
         x: ``[n, H]`` contiguous float32 or bfloat16.
     """
-    (jobs,), (tokens, hidden) = slots.shape, x.shape
-    pages = _pages(page_format.encoded, tuple((each.data_ptr(), each.stride(0)) for each in weights.values()))
-    size = _c().experts_scratch_bytes(pages, jobs, tokens)
+    (jobs,), (tokens, hidden), pages = slots.shape, x.shape, pages_of(weights, page_format)
+    size = library().experts_scratch_bytes(pages, jobs, tokens)
     scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     y = torch.empty(jobs, tokens, hidden, dtype=torch.float32, device="cpu")
     pointers = slots.data_ptr(), jobs, tokens, scratch.data_ptr(), y.data_ptr()
-    _c().experts(pages, x.dtype == torch.bfloat16, x.data_ptr(), *pointers)
+    library().experts(pages, x.dtype == torch.bfloat16, x.data_ptr(), *pointers)
     return y
 
 
@@ -77,20 +76,19 @@ def token(
         x: ``[1, H]`` contiguous float32 or bfloat16, as is ``out``.
         slots, gates: of K experts.
     """
-    k, library = len(slots), _c()
-    pages = _pages(page_format.encoded, tuple((each.data_ptr(), each.stride(0)) for each in weights.values()))
-    size = library.experts_scratch_bytes(pages, k, 1)
+    k, pages = len(slots), pages_of(weights, page_format)
+    size = token_scratch_bytes(pages, k)
     scratch = torch.empty(size + 4 * k * x.shape[1], dtype=torch.uint8, device="cpu")
     at = scratch.data_ptr()
     where, gates = (_LONG * k)(*slots), (ctypes.c_float * k)(*gates)
-    library.token(pages, x.dtype == torch.bfloat16, x.data_ptr(), where, gates, k, at, at + size, out.data_ptr())
+    library().token(pages, x.dtype == torch.bfloat16, x.data_ptr(), where, gates, k, at, at + size, out.data_ptr())
 
 
 def weigh(gates: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:
     """``out`` ``[1, H]`` float32 or bfloat16 as ``token`` sums: gates ``[1, K]`` times pairs ``[K, H]``, float32."""
     k, hidden = pairs.shape
     pointers = gates.contiguous().data_ptr(), pairs.contiguous().data_ptr()
-    _c().weigh(*pointers, k, hidden, out.dtype == torch.bfloat16, out.data_ptr())
+    library().weigh(*pointers, k, hidden, out.dtype == torch.bfloat16, out.data_ptr())
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bits: int, group: int) -> torch.Tensor:
@@ -104,11 +102,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bits: in
     Returns:
         ``[T, rows]`` float32, each reduced in an order that depends on nothing else in the call.
     """
-    (tokens, columns), rows, library = x.shape, weight.shape[0], _c()
+    (tokens, columns), rows = x.shape, weight.shape[0]
     y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
-    scratch = torch.empty(library.scratch_bytes(bits, columns) * tokens, dtype=torch.uint8, device="cpu")
+    scratch = torch.empty(library().scratch_bytes(bits, columns) * tokens, dtype=torch.uint8, device="cpu")
     pointers = x.data_ptr(), matrix_of(weight, scales, bits), tokens, scratch.data_ptr(), y.data_ptr()
-    library.linear(bits, group, x.dtype == torch.bfloat16, *pointers)
+    library().linear(bits, group, x.dtype == torch.bfloat16, *pointers)
     return y
 
 
@@ -134,6 +132,16 @@ class _Pages(ctypes.Structure):
     )
 
 
+def pages_of(weights: dict[str, torch.Tensor], page_format: PageFormat) -> "_Pages":
+    """What the C has to know of pages ``[F, ...]``."""
+    return _pages(page_format.encoded, tuple((each.data_ptr(), each.stride(0)) for each in weights.values()))
+
+
+def token_scratch_bytes(pages: "_Pages", k: int) -> int:
+    """What ``token`` of K experts needs beside them."""
+    return library().experts_scratch_bytes(pages, k, 1)
+
+
 @lru_cache(maxsize=64)
 def _pages(encoded: str, memory: tuple[tuple[int, int], ...]) -> _Pages:
     """What the C has to know of pages whose parts lie in that memory, (address, elements from slot to slot) each."""
@@ -154,13 +162,13 @@ def _pages(encoded: str, memory: tuple[tuple[int, int], ...]) -> _Pages:
 @cache
 def has_c() -> bool:
     """Whether the C could be compiled."""
-    return why_not(_c) is None
+    return why_not(library) is None
 
 
 @cache
 def warn_without_c() -> None:
     """Say once why quantised pages are slow here, where the C could not be compiled."""
-    if (why := why_not(_c)) is not None:
+    if (why := why_not(library)) is not None:
         warnings.warn(
             f"int8, int4 and int2 matrices are taken apart at every call, which is slow: {why}",
             RuntimeWarning,
@@ -169,19 +177,19 @@ def warn_without_c() -> None:
 
 
 @cache
-def _c() -> ctypes.CDLL:
-    library = compile_c(_SOURCE)
-    library.linear.argtypes = (
+def library() -> ctypes.CDLL:
+    compiled = compile_c(_SOURCE)
+    compiled.linear.argtypes = (
         *(_INT, _INT, _INT, _POINTER),
         *(ctypes.POINTER(Matrix), _LONG, _POINTER, _POINTER),
     )
-    library.linear.restype = library.experts.restype = library.token.restype = library.weigh.restype = None
+    compiled.linear.restype = compiled.experts.restype = compiled.token.restype = compiled.weigh.restype = None
     pages = ctypes.POINTER(_Pages)
-    library.token.argtypes = pages, _INT, *(_POINTER,) * 3, _LONG, *(_POINTER,) * 3
-    library.weigh.argtypes = _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER
-    library.experts.argtypes = pages, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER
-    library.experts_scratch_bytes.argtypes, library.experts_scratch_bytes.restype = (pages, _LONG, _LONG), _LONG
-    library.scratch_bytes.argtypes, library.scratch_bytes.restype = (_INT, _LONG), _LONG
-    library.unpack.argtypes = (_INT, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
-    library.unpack.restype = None
-    return library
+    compiled.token.argtypes = pages, _INT, *(_POINTER,) * 3, _LONG, *(_POINTER,) * 3
+    compiled.weigh.argtypes = _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER
+    compiled.experts.argtypes = pages, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER
+    compiled.experts_scratch_bytes.argtypes, compiled.experts_scratch_bytes.restype = (pages, _LONG, _LONG), _LONG
+    compiled.scratch_bytes.argtypes, compiled.scratch_bytes.restype = (_INT, _LONG), _LONG
+    compiled.unpack.argtypes = (_INT, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    compiled.unpack.restype = None
+    return compiled

@@ -60,14 +60,14 @@ def route(
         state: of one plain cache.
     """
     _, tokens, experts = logits.shape
-    rule = _rule(policy, evict, experts, top_k, scores, correction)
+    rule = rule_of(policy, evict, experts, top_k, scores, correction)
     if rule is None:
         return None
     logits = logits.detach().float().contiguous()
     gates = gate_scores(logits, scores)
     routing = _empty(tokens, top_k)
     pointers = (each.data_ptr() for each in routing.tensors())
-    finite = _c().route(rule, _cache_of(state), tokens, logits.data_ptr(), gates.data_ptr(), *pointers)
+    finite = library().route(rule, cache_of(state), tokens, logits.data_ptr(), gates.data_ptr(), *pointers)
     return routing if finite else None
 
 
@@ -79,20 +79,20 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
         state: of one plain cache.
     """
     _, tokens, k = ids.shape
-    rule = _rule(ORIGINAL, evict, state.experts, k, SOFTMAX, None)
+    rule = rule_of(ORIGINAL, evict, state.experts, k, SOFTMAX, None)
     if rule is None:
         return None
     routing = _empty(tokens, k)
     routing.ids, routing.weights = ids, weights
     _, _, slots, hits, *misses = (each.data_ptr() for each in routing.tensors())
-    _c().place(rule, _cache_of(state), tokens, ids.data_ptr(), slots, hits, *misses)
+    library().place(rule, cache_of(state), tokens, ids.data_ptr(), slots, hits, *misses)
     return routing
 
 
 @cache
 def has_c() -> bool:
     """Whether the C could be compiled."""
-    return why_not(_c) is None
+    return why_not(library) is None
 
 
 def _empty(tokens: int, k: int) -> Routing:
@@ -105,7 +105,7 @@ def _empty(tokens: int, k: int) -> Routing:
 
 
 @lru_cache(maxsize=256)
-def _rule(
+def rule_of(
     policy: Policy, evict: Callable, experts: int, k: int, scores: GateScores, correction: torch.Tensor | None
 ) -> _Rule | None:
     """What the C has to know of them; None where it is not to route."""
@@ -138,7 +138,7 @@ def _steps(program):
 _CACHES: WeakKeyDictionary = WeakKeyDictionary()
 
 
-def _cache_of(state) -> _Cache:
+def cache_of(state) -> _Cache:
     """Where the state's tensors are: they stay there while it lives."""
     if (found := _CACHES.get(state)) is None:
         found = _CACHES[state] = _Cache(*(getattr(state, name).data_ptr() for name, _ in _Cache._fields_))
@@ -146,11 +146,11 @@ def _cache_of(state) -> _Cache:
 
 
 @cache
-def _c() -> ctypes.CDLL:
-    library = compile_c(_SOURCE, FLAGS)
+def library() -> ctypes.CDLL:
+    compiled = compile_c(_SOURCE, FLAGS)
     rule, where = ctypes.POINTER(_Rule), ctypes.POINTER(_Cache)
-    library.route.argtypes = rule, where, _LONG, *(_POINTER,) * 9
-    library.route.restype = ctypes.c_int
-    library.place.argtypes = rule, where, _LONG, *(_POINTER,) * 6
-    library.place.restype = None
-    return library
+    compiled.route.argtypes = rule, where, _LONG, *(_POINTER,) * 9
+    compiled.route.restype = ctypes.c_int
+    compiled.place.argtypes = rule, where, _LONG, *(_POINTER,) * 6
+    compiled.place.restype = None
+    return compiled

@@ -290,6 +290,12 @@ static void multiply(int bits, int group, int bf16, const matrix *m, const int64
     }
 }
 
+INLINE float number(const void *x, int bf16, int64_t i) {
+    return bf16 ? from_bf16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+}
+
+INLINE float rounded(float value, int bf16) { return bf16 ? from_bf16(to_bf16(value)) : value; }
+
 INLINE void store(float value, int bf16, void *out, int64_t i) {
     if (bf16)
         ((uint16_t *)out)[i] = to_bf16(value);

@@ -98,6 +98,14 @@ class Chooser:
         else:
             self._offsets = every_layer[:, :, None]
 
+    def in_c(self, layer: int) -> dict | None:
+        """What a ``layer_cpu.Router`` needs to choose as ``route`` does for one token; None where it could not."""
+        rule = self._rules[layer]
+        if self._offsets is not None or rule.weigh is not None:
+            return None
+        how = {"policy": self._policies[layer], "evict": self._evict, "top_k": self.places}
+        return how | {"scores": rule.scores, "correction": rule.correction}
+
     def route(self, layer: int, logits: torch.Tensor, state, out: Routing | None = None) -> Routing:
         """Choose for T tokens, stepped; ``state`` is updated.
 

@@ -4,6 +4,7 @@ A layer is asked, as routers are: what the call gives of random hidden states is
 and one that differs keeps its own modules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -14,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from cachemoe.kernels import attention_cpu
 from cachemoe.kernels.attention_cpu import Attention, Norm
 from cachemoe.kernels.one_row import ONE_ROW
+from cachemoe.moe.contents import Contents
 from cachemoe.moe.dense import RoundedLinear
 
 PROBED = 5  # tokens before the one that is compared
@@ -23,16 +25,16 @@ PROJECTIONS = tuple(f"{name}_proj" for name in "qkvo")
 NORMS = "q_norm", "k_norm"
 
 
-def install_steps(model) -> int:
-    """Let the decoder layers that suit take one token at a time in their step; gives how many do."""
+def install_steps(model) -> list["Step"]:
+    """Let the decoder layers that suit take one token at a time in their step; gives these."""
     owner = next((module for module in model.modules() if hasattr(module, "rotary_emb")), None)
     if owner is None or not attention_cpu.has_c():
-        return 0
+        return []
     steps = [(layer, step) for layer in model.modules() if (step := _step_of(layer)) is not None]
     steps = [(layer, step) for layer, step in steps if _agrees(layer, step, owner.rotary_emb)]
     for layer, step in steps:
         layer.forward = MethodType(partial(_forward, step, layer.forward), layer)
-    return len(steps)
+    return [step for _, step in steps]
 
 
 def _forward(step, own, layer, hidden_states, *others, **named):
@@ -68,7 +70,7 @@ class Room:
         layer.keys, layer.values = self._shown
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """One decoder layer: x + attention(norm(x)), and to that what follows of its norm.
 
@@ -77,16 +79,17 @@ class Step:
         feed: the module after it.
         number: of its keys and values in the cache.
         width: H.
-        hooks: of the modules that the call stands for.
-        contents: what these modules have, each in its dictionary by its name.
+        contents: of the modules that the call stands for.
+        whole: takes the token through the rest of the layer too, with what ``Attention.step`` is given; gives None
+            where it does not.
     """
 
     attention: Attention
     feed: torch.nn.Module
     number: int
     width: int
-    hooks: tuple[dict, ...]
-    contents: tuple[tuple[dict, str, torch.nn.Module | torch.nn.Parameter], ...]
+    contents: Contents
+    whole: Callable[..., torch.Tensor | None] | None = None
 
     def takes(self, x: torch.Tensor, named: dict) -> bool:
         """Whether the call does what the layer would with these arguments: one token, nothing masked, a plain cache."""
@@ -102,7 +105,7 @@ class Step:
         turned = cosine.numel()
         if not turned == sine.numel() <= attention.head or turned % 2 or cosine.dim() != 3:
             return False
-        if not x.dtype == cosine.dtype == sine.dtype == attention.dtype or not self._is_whole():
+        if not x.dtype == cosine.dtype == sine.dtype == attention.dtype or not self.contents.unchanged:
             return False
         return self._room_of(layer) is not None
 
@@ -124,15 +127,14 @@ class Step:
         """``[1, 1, H]``; the token's key and value are in the cache afterwards."""
         layer = cache.layers[self.number]
         room = layer.cachemoe_room
-        cosine, sine = (each.contiguous() for each in positions)
-        out, normal = self.attention.step(x.contiguous(), cosine, sine, room.keys, room.values, room.length)
+        arguments = *(each.contiguous() for each in (x, *positions)), room.keys, room.values, room.length
+        if self.whole is not None and (out := self.whole(*arguments)) is not None:
+            room.show(layer)
+            return out
+        out, normal = self.attention.step(*arguments)
         room.show(layer)
         with ONE_ROW:
             return out + self.feed(normal)
-
-    def _is_whole(self) -> bool:
-        """Whether nobody has put other modules or parameters into the layer, or hooks, which the call would pass by."""
-        return not any(self.hooks) and all([here.get(name) is each for here, name, each in self.contents])
 
 
 def _step_of(layer: torch.nn.Module) -> Step | None:
@@ -155,13 +157,10 @@ def _step_of(layer: torch.nn.Module) -> Step | None:
     of_q, of_k = map(_norm, inner) if len(inner) == len(NORMS) else (None, None)
     attention = Attention(*matrices, *map(_norm, norms), of_q, of_k, heads, kv_heads, scaling, dtype)
     parts = (own, *norms, *linears, *inner)
-    places = [each for part in parts for each in (part._parameters, part._modules)]
-    contents = tuple((here, name, each) for here in (layer._modules, *places) for name, each in here.items())
-    parameters = [each for _, _, each in contents if isinstance(each, torch.Tensor)]
+    parameters = [each for part in parts for each in part.parameters(recurse=False)]
     if not attention.fits or any(each.dtype != dtype for each in parameters):
         return None
-    hooks = tuple(each for part in parts for each in (part._forward_hooks, part._forward_pre_hooks))
-    return Step(attention, feed, number, attention.q[0].columns, hooks, contents)
+    return Step(attention, feed, number, attention.q[0].columns, Contents.of(*parts, inside=layer))
 
 
 def _norm(module: torch.nn.Module | None) -> Norm | None:

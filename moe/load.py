@@ -159,12 +159,12 @@ def load(
         if residents := int((engine.state.page_of >= 0).sum()):
             with progress(f"reading {residents} experts", residents) as advance:
                 engine.fill(advance)
-        rounding = None
+        rounding, steps = None, []
         if dense is not None:
             rounding = round_dense(model, dense, progress)
-            install_steps(model)
+            steps = install_steps(model)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding, steps
         PooledExperts(model, checkpoint, stores[0].layout, *how).keep(stack.pop_all())
     return model, tokenizer
 

@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +13,18 @@ from threading import Lock
 import torch
 
 from cachemoe.kernels import route_cpu
+from cachemoe.kernels.layer_cpu import Router
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
+from cachemoe.moe.contents import Contents
+from cachemoe.moe.decode_step import Step
 from cachemoe.moe.dense import DenseRounding
-from cachemoe.moe.doors import PooledParameter, close_doors, uncopiable
+from cachemoe.moe.doors import PooledParameter, close_doors, refuse_transforms, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_count, moe_layers, router_marks, routing_rules
+from cachemoe.moe.layers import check_count, moe_layers, probe, router_marks, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
@@ -30,6 +33,7 @@ from cachemoe.moe.sizes import LevelBytes, size_text, slots_of, split_pool
 from cachemoe.moe.sources import Ahead, Forecast, Foretold, gates_ahead
 from cachemoe.moe.strategies import Original, Strategy, checked
 from cachemoe.moe.swap import Swap
+from cachemoe.moe.whole_layers import WholeLayer, router_of
 from cachemoe.offload.counters import Counters
 from cachemoe.offload.engine import OffloadEngine
 from cachemoe.offload.errors import InputError
@@ -77,6 +81,7 @@ class PooledExperts:
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
         level_bytes: of the levels; None: of full precision alone.
         dense: how the other weights were rounded; None: they were not.
+        steps: of decoder layers that take one token in one call.
 
     Attributes:
         shape: of the MoE layers.
@@ -101,6 +106,7 @@ class PooledExperts:
         adaptive: bool = False,
         level_bytes: LevelBytes | None = None,
         dense: DenseRounding | None = None,
+        steps: Sequence[Step] = (),
     ):
         self.engine, self.shape, self.fingerprint, self.dense = engine, source.shape, layout.model, dense
         self._owned = ExitStack()
@@ -120,12 +126,14 @@ class PooledExperts:
         self._chooser: Chooser | None = None
         self._source: Ahead | None = None
         self._forecast: Forecast | None = None
+        self._steps = {step.feed: step for step in steps}
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._run_chosen, self._lock).__enter__()
         self._is_closed = False
         self.routing = routing
         close_doors(model, layers)
+        self._join_layers()
         model.cachemoe = self
 
     def keep(self, owned: ExitStack) -> None:
@@ -155,6 +163,7 @@ class PooledExperts:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: load the model with it")
         if not self._retuned(routing):
             self._swap.reroute(partial(self._router, routing))
+            self._join_layers()
         self._routing = routing
 
     @property
@@ -290,9 +299,55 @@ class PooledExperts:
             if isinstance(self.engine, OffloadEngine) and self.engine.staging:
                 self.engine.prefetcher = prefetcher
             self._chooser, self._source, self._forecast = chooser, source, forecast
+            self._routers = self._routers_in_c(routing)
             self._gates.close()
             self._gates = asked.pop_all()
         return route
+
+    def _routers_in_c(self, routing: Strategy) -> dict[int, Router]:
+        """Of MoE layers in decoder layers that take a token in one call, the routers, where they can be part of it."""
+        layers = self._swap.layers
+        joined = {number: layer for number, layer in enumerate(layers) if layer.block in self._steps and layer.router}
+        if not joined or self._source or self._forecast or not isinstance(self.engine, OffloadEngine):
+            return {}
+        try:
+            chooser = self._chooser or Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
+        except InputError:  # a router that cachemoe does not know, and need not for exact routing
+            return {}
+        chosen = {number: chooser.in_c(number) for number in joined}
+        routers = {n: router_of(layer, probe(layer), chosen[n]) for n, layer in joined.items() if chosen[n]}
+        return {number: router for number, router in routers.items() if router is not None}
+
+    def _join_layers(self) -> None:
+        """Let decoder layers take one token in one call, with the routers that are swapped in now."""
+        for step in self._steps.values():
+            step.whole = None
+        for number, router in self._routers.items():
+            layer = self._swap.layers[number]
+            step, contents = self._steps[layer.block], Contents.of(layer.block, layer.router, layer.experts)
+            step.whole = partial(self._take, WholeLayer(number, step.attention, router, contents))
+
+    def _take(self, whole: WholeLayer, x: torch.Tensor, *arguments) -> torch.Tensor | None:
+        """One token through a decoder layer, with the arguments of ``Attention.step``; None: by its modules."""
+        refuse_transforms(x)
+        number = whole.number
+        with self._lock:
+            if not whole.contents.unchanged:
+                return None
+            self._check_own(number)
+            state = self._state(number)
+            made = whole.layer
+            if made is None or made.state is not state or not self.engine.is_current(number, made):
+                whole.layer = self.engine.layer_in_c(number, whole.attention, whole.router, state)
+            if whole.layer is None:
+                return None
+            self._swap.forget(number)
+            count, before = self.layers[number], self.counters.misses
+            y = self.engine.step(number, whole.layer, x, *arguments)
+            if y is not None:
+                count.selections += whole.router.top_k
+                count.misses += self.counters.misses - before
+            return y
 
     def _asked(self) -> list[RoutingRule]:
         """The routers' rules; routers are asked again if they have been changed since."""

@@ -92,9 +92,10 @@ class Swap:
             finally:
                 self._own_routers = self._replace_routers()
 
-    def forget(self) -> None:
-        """Slots have changed: what routers have answered is placed anew."""
-        self._routed.clear()
+    def forget(self, *layers: int) -> None:
+        """Slots of these layers, or of all, have changed: what their routers have answered is placed anew."""
+        for layer in layers or list(self._routed):
+            self._routed.pop(layer, None)
 
     def _probed(self, route: RouteLayer | None) -> list[Probe]:
         """Of each router, which is asked again only if it has been changed."""

@@ -12,7 +12,10 @@ from time import perf_counter
 
 import torch
 
+from cachemoe.kernels import layer_cpu
+from cachemoe.kernels.attention_cpu import Attention
 from cachemoe.kernels.eviction import eviction
+from cachemoe.kernels.layer_cpu import Layer, Router
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.carriers import carrier_of
 from cachemoe.offload.clock import HostClock, StreamClock
@@ -239,6 +242,53 @@ class OffloadEngine:
             uses[e] += 1
         memory.clock[layer] = clock + k
         return self._at_once(layer, x, slots, given, start)
+
+    def layer_in_c(self, layer: int, attention: Attention, router: Router, state: Residency) -> Layer | None:
+        """The decoder layer that an MoE layer is in, as ``step`` takes it while it ``is_current``.
+
+        Args:
+            attention: of the layer.
+            router: that ``fits``.
+            state: the layer's, as ``caches`` gives it.
+
+        Returns:
+            None where tokens are not computed so.
+        """
+        x = torch.empty(1, self.page_format.hidden, dtype=attention.dtype, device="cpu")
+        if not self._is_plain or not self._compute.takes(x) or not layer_cpu.has_c():
+            return None
+        frames = self._frames
+        memory = frames.held[layer], frames.of_slot[layer], self._pool.weights
+        return Layer(attention, router, state, *memory, self.page_format)
+
+    def is_current(self, layer: int, of: Layer) -> bool:
+        """Whether the pool is where it was when ``layer_in_c`` gave this."""
+        frames = self._frames
+        slots = of.held is frames.held[layer] and of.frame_of is frames.of_slot[layer]
+        return slots and of.weights is self._pool.weights
+
+    def step(self, layer: int, of: Layer, *arguments) -> torch.Tensor | None:
+        """One token's hidden state after a decoder layer: as ``route`` and ``forward``, with what is around them.
+
+        Args:
+            of: as ``layer_in_c`` gives it.
+            arguments: of ``Layer.step``.
+
+        Returns:
+            ``[1, 1, H]``; None where the layer's modules are to be called, and nothing is done but that the token's key
+            and value are written.
+        """
+        if self._link.broken or layer in self._tickets:
+            return None
+        start = perf_counter()
+        how, out, normal, seconds = of.step(*arguments)
+        if how < 0:
+            return None
+        if how == 0:
+            return out + self.forward(layer, normal[0], of.routing)
+        self.counters.compute_s += seconds
+        self.counters.count_call(of.router.top_k, 0, 0, perf_counter() - start)
+        return out
 
     def _computes_at_once(self, layer: int, x: torch.Tensor) -> bool:
         """Whether a token whose experts are all there is computed in one call, and nothing else is to be done."""

@@ -5,6 +5,7 @@ Each slot of a cache has a frame in the pool of its level, another one when a st
 failed.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -36,7 +37,7 @@ class Frames:
     Attributes:
         pools: the frames' memory, a pool a level.
         state: the ``Residency`` that routing reads and writes, ``[L, ...]``, or ``[1, ...]`` of a shared cache.
-        held: of each cache the page that is in each slot, complete and valid; -1 for none.
+        held: of each cache the page that is in each slot, complete and valid; -1 for none. Arrays, which C reads too.
         of_slot: of each cache the frame of each slot.
     """
 
@@ -63,10 +64,10 @@ class Frames:
         self._tables: dict[int, torch.Tensor] = {}  # of layers that have all experts: each one's frame, on the device
         self._resized: tuple | None = None  # what a resize is about to make of state, held and of_slot
         always = range(self._size - experts, self._size) if surrogates else ()
-        self.held = [[*[-1] * sum(cheaper), *always, *[-1] * count] for count in capacity]
+        self.held = [array("q", [*[-1] * sum(cheaper), *always, *[-1] * count]) for count in capacity]
         full = iter(range(sum(capacity)))
         self.of_slot = [
-            [*self._cheap_frames(row, levels), *(next(full) for _ in range(count))]
+            array("q", [*self._cheap_frames(row, levels), *(next(full) for _ in range(count))])
             for row, count in enumerate(capacity)
         ]
         if surrogates:
@@ -177,12 +178,15 @@ class Frames:
         state = resized(self.state, torch.tensor(capacity, device="cpu"), levels, evict)
         frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self.held, self.of_slot, strict=True)]
         begin = sum(levels)
-        held = [row[: begin + count] for row, count in zip(state.page_of.tolist(), capacity, strict=True)]
+        rows = zip(state.page_of.tolist(), capacity, strict=True)
+        held = [array("q", row[: begin + count]) for row, count in rows]
         totals = self._counts(capacity, cheaper)
         for pool, total in zip(self.pools, totals, strict=True):
             if total > len(pool.pages):
                 pool.resize(total)
-        frames = [[*self._cheap_frames(row, levels), *[0] * (len(held[row]) - begin)] for row in range(len(held))]
+        frames = [
+            array("q", [*self._cheap_frames(row, levels), *[0] * (len(held[row]) - begin)]) for row in range(len(held))
+        ]
         moves = []
         for level, (total, (first, end)) in enumerate(zip(totals, state.slots, strict=False)):  # those with pages
             places = [(row, slot) for row, pages in enumerate(held) for slot in range(first, min(end, len(pages)))]
@@ -195,7 +199,8 @@ class Frames:
                 if (row, slot) in stay and frame >= total:
                     moves.append((level, frame, frames[row][slot]))
         # From here on the pages of those that leave count for nothing, whatever happens.
-        self.held = [[page if page in row else -1 for page in now] for now, row in zip(self.held, held, strict=True)]
+        pairs = zip(self.held, held, strict=True)
+        self.held = [array("q", [page if page in row else -1 for page in now]) for now, row in pairs]
         for level, before, after in moves:
             pages = self.pools[level].pages
             pages[after] = pages[before]
