@@ -122,6 +122,11 @@ class Policy:
         there = {name: each.to(device) for name in ("knobs", "table") if (each := getattr(self, name)) is not None}
         return replace(self, **there)
 
+    def repeated(self, count: int) -> Policy:
+        """One cache's policy for so many."""
+        there = {name: each for name in ("knobs", "table") if (each := getattr(self, name)) is not None}
+        return replace(self, **{name: each.repeat(count, 1) for name, each in there.items()})
+
 
 def noise_bits(index):
     """int64 of 24 bits from int64 index: the end of MurmurHash3, in operators that torch, numpy and Triton share."""

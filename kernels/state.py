@@ -149,6 +149,10 @@ class Residency:
     def clone(self) -> Residency:
         return self._each(torch.clone)
 
+    def repeated(self, count: int) -> Residency:
+        """So many copies of one cache, ``[count, ...]`` of ``[1, ...]``."""
+        return self._each(lambda tensor: tensor.repeat(count, *[1] * (tensor.dim() - 1)))
+
     def to(self, device: torch.device | str) -> Residency:
         """The state on another device; the same tensors where they are there already."""
         return self._each(lambda tensor: tensor.to(device))

@@ -14,7 +14,9 @@ import torch
 
 from cachemoe.kernels import route_cpu
 from cachemoe.kernels.layer_cpu import Router
+from cachemoe.kernels.route_batch import place_batch
 from cachemoe.kernels.state import Residency, Routing
+from cachemoe.moe.batch_shape import BatchShape
 from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
@@ -127,6 +129,7 @@ class PooledExperts:
         self._source: Ahead | None = None
         self._forecast: Forecast | None = None
         self._steps = {step.feed: step for step in steps}
+        self._batch = BatchShape(model)
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._run_chosen, self._lock).__enter__()
@@ -225,6 +228,7 @@ class PooledExperts:
                 for layer in self._swap.layers:
                     layer.experts.forward = _closed
                 self._gates.close()
+                self._batch.close()
             self._owned.close()
 
     def __reduce_ex__(self, protocol):
@@ -373,7 +377,12 @@ class PooledExperts:
 
     def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, *_) -> Routing:
         (logits,) = to_host(logits)
-        return chooser.route(layer, logits[None], self._state(layer))
+        return chooser.route(layer, self._by_sequence(logits), self._state(layer))
+
+    def _by_sequence(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[B * T, ...]`` of the call that the model is in as ``[B, T, ...]``."""
+        sequences = self._batch.sequences
+        return rows.unflatten(0, (sequences if len(rows) % sequences == 0 else 1, -1))
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         if self.engine.holds_all(layer):
@@ -390,8 +399,11 @@ class PooledExperts:
             self._forecast.note(layer, ids, self._state(layer))
         drops = None
         if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
-            drops = ((weights == 0) & (weights != 0).any(1, keepdim=True))[None]
-        return route_cpu.place(ids[None], weights[None], self._state(layer), self._evict, drops)
+            drops = self._by_sequence((weights == 0) & (weights != 0).any(1, keepdim=True))
+        how = self._state(layer), self._evict, drops
+        if len(ids := self._by_sequence(ids)) > 1:
+            return place_batch(ids, self._by_sequence(weights), *how)
+        return route_cpu.place(ids, weights[None], *how)
 
     def _run_chosen(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The output of experts that the model's own router chose, or that another's code has changed."""

@@ -10,6 +10,7 @@ from cachemoe.kernels import reference_route
 from cachemoe.kernels.policy import ORIGINAL, Policy
 from cachemoe.kernels.reference_route import gate_scores
 from cachemoe.kernels.route import route
+from cachemoe.kernels.route_batch import route_batch
 from cachemoe.kernels.state import SOFTMAX, GateScores, Routing
 from cachemoe.offload.errors import InputError
 
@@ -120,10 +121,15 @@ def choose(
 
     Args:
         rule: for the logits' device.
-        logits: ``[B, T, E]``, where the state is.
-        state, evict, top_k, policy, out: as for ``route``.
+        logits: ``[B, T, E]``, where the state is; or of several sequences that share a state of one cache, as for
+            ``route_batch``.
+        state, evict, top_k, policy, out: as for ``route``; no ``out`` for sequences that share a cache.
     """
-    routing = route(logits, state, evict, top_k, policy, rule.scores, rule.correction, out)
+    how = evict, top_k, policy, rule.scores, rule.correction
+    if len(logits) > len(state.clock):
+        routing = route_batch(logits, state, *how)
+    else:
+        routing = route(logits, state, *how, out)
     if rule.weigh is not None:
         weights = rule.weigh(logits.float().flatten(0, 1), routing.ids.flatten(0, 1))
         routing.weights.copy_(weights.view_as(routing.weights).masked_fill(routing.slots < 0, 0.0))

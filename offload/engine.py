@@ -478,7 +478,7 @@ class OffloadEngine:
         row = self._frames.row(layer)
         held, frames = self._frames.held[row], self._frames.of_slot[row]
         pages = self._frames.pages(layer, routing.ids[0], routing.slots[0])
-        needed = [page for page in dict.fromkeys(pages.flatten().tolist()) if page >= 0]
+        needed = sorted({page for page in pages.flatten().tolist() if page >= 0})
         misses = len(set(needed).difference(held))
         # Of whom the table says that they stay: but those do not whose page never came.
         here = {page for page in self.state.page_of[row, : len(held)].tolist() if page >= 0}

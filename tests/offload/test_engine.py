@@ -87,7 +87,7 @@ def step(engine, weights, layer, seed, tokens, policy=ORIGINAL):
 def assert_consistent(engine):
     """The page table is a bijection on the held pages, and says of every slot what the engine holds there."""
     for layer, held in enumerate(engine._frames.held):
-        assert engine.state.page_of[layer, : len(held)].tolist() == held
+        assert engine.state.page_of[layer, : len(held)].tolist() == list(held)
         assert (engine.state.page_of[layer, len(held) :] == -1).all()
         table = {e: s for e, s in enumerate(engine.state.slot_of[layer].tolist()) if s >= 0}
         assert table == {e: s for s, e in enumerate(held) if e >= 0}

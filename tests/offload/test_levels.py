@@ -92,7 +92,7 @@ def assert_consistent(engine):
     """The page table says of every slot what the engine holds there, and every frame has one use."""
     frames = engine._frames
     for row, held in enumerate(frames.held):
-        assert engine.state.page_of[row, : len(held)].tolist() == held
+        assert engine.state.page_of[row, : len(held)].tolist() == list(held)
         table = {page: s for page, s in enumerate(engine.state.slot_of[row].tolist()) if s >= 0}
         assert table == {page: s for s, page in enumerate(held) if page >= 0}
     for level, (pool, (first, end)) in enumerate(zip(frames.pools, engine.state.slots, strict=True)):
