@@ -26,6 +26,8 @@ typedef struct {
     int64_t *ids, *slots, *missed, *taken, *count;  // of the routing, [K]
     float *weights;
     uint8_t *hits;
+    int64_t *tokens;    // of the cache, and its ranges: to stay as they are; or NULL
+    double *range_sum;
     int64_t experts, hidden, k;
     int bf16, router_bf16, rounds_logits, rounds_weights, sigmoid;
 } layer;
@@ -74,8 +76,14 @@ int layer_step(const layer *l, const void *x, const void *cosine, const void *si
     score(l, logits, gates);
     *l->count = 0;
     for (int64_t i = 0; i < l->k; i++) l->missed[i] = l->taken[i] = -1;
+    const int64_t tokens = l->tokens ? *l->tokens : 0;
+    const double range_sum = l->tokens ? *l->range_sum : 0;
     if (!l->route(l->rule, l->cache, 1, logits, gates, l->ids, l->weights, l->slots, l->hits, l->missed, l->taken, l->count))
         return -1;
+    if (l->tokens) {
+        *l->tokens = tokens;
+        *l->range_sum = range_sum;
+    }
     int whole = 1;
     for (int64_t i = 0; i < l->k; i++) {
         l->weights[i] = rounded(l->weights[i], l->rounds_weights);

@@ -34,6 +34,7 @@ class Router:
         weight, bias: ``[E, H]`` and ``[E]`` or None; read at each call.
         logits, weights: dtypes that the model's own router gives these in.
         policy, evict, top_k, scores, correction: as for ``route``.
+        places: whether the state changes as by ``place``, for a model that chooses itself.
     """
 
     weight: torch.Tensor
@@ -45,6 +46,7 @@ class Router:
     top_k: int
     scores: GateScores
     correction: torch.Tensor | None
+    places: bool
 
     @property
     def fits(self) -> bool:
@@ -57,8 +59,8 @@ class Router:
     @property
     def rule(self) -> ctypes.Structure | None:
         """As ``route_c.rule_of``."""
-        experts = len(self.weight)
-        return route_c.rule_of(self.policy, self.evict, experts, self.top_k, self.scores, self.correction)
+        how = self.policy, self.evict, len(self.weight), self.top_k, self.scores, self.correction
+        return route_c.rule_of(*how, by_weight=self.places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,7 @@ class Layer:
             *(None if each is None else each.data_ptr() for each in (router.weight, router.bias)),
             *(each.buffer_info()[0] for each in (self.held, self.frame_of)),
             *(each.data_ptr() for each in results),
+            *(each.data_ptr() if router.places else None for each in (self.state.tokens, self.state.range_sum)),
             *(*router.weight.shape, router.top_k),
             *(each == torch.bfloat16 for each in (dtype, router.weight.dtype, router.logits, router.weights)),
             router.scores.function == "sigmoid",
@@ -154,6 +157,7 @@ class _Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("attend", "route", "token", "attention", "rule", "cache", "pages")),
         *((name, _POINTER) for name in ("weight", "bias", "held", "frame_of")),
         *((name, _POINTER) for name in ("ids", "slots", "missed", "taken", "count", "weights", "hits")),
+        *((name, _POINTER) for name in ("tokens", "range_sum")),
         *((name, _LONG) for name in ("experts", "hidden", "k")),
         *((name, _INT) for name in ("bf16", "router_bf16", "rounds_logits", "rounds_weights", "sigmoid")),
     )

@@ -40,7 +40,7 @@ class _Rule(ctypes.Structure):
         *((name, _LONG) for name in ("key_steps", "evict_steps", "experts", "k")),
         *((name, _POINTER) for name in ("knobs", "table", "correction")),
         *(("epsilon", _FLOAT), ("scale", _FLOAT)),
-        *((name, _INT) for name in ("renormalise", "needs_rank", "needs_before", "needs_noise")),
+        *((name, _INT) for name in ("renormalise", "needs_rank", "needs_before", "needs_noise", "by_weight")),
     )
 
 
@@ -106,9 +106,19 @@ def _empty(tokens: int, k: int) -> Routing:
 
 @lru_cache(maxsize=256)
 def rule_of(
-    policy: Policy, evict: Callable, experts: int, k: int, scores: GateScores, correction: torch.Tensor | None
+    policy: Policy,
+    evict: Callable,
+    experts: int,
+    k: int,
+    scores: GateScores,
+    correction: torch.Tensor | None,
+    by_weight: bool = False,
 ) -> _Rule | None:
-    """What the C has to know of them; None where it is not to route."""
+    """What the C has to know of them; None where it is not to route.
+
+    Args:
+        by_weight: whether a token's experts are put in the order of their weights, as ``place`` does.
+    """
     plain = policy.grade is None and not policy.bounded and scores.top_groups == scores.groups
     if not plain or experts > MOST or k > MOST_CHOSEN or not has_c():
         return None
@@ -125,7 +135,7 @@ def rule_of(
         *(key and _steps(key), _steps(program), len(key or ()), len(program), experts, k),
         *(knobs, table, None if added is None else added.data_ptr(), scores.epsilon, scores.scale),
         *(scores.renormalise, not {"rank", "before"}.isdisjoint(policy.words)),
-        *("before" in policy.words, "noise" in policy.words),
+        *("before" in policy.words, "noise" in policy.words, by_weight),
     )
     made.kept = policy, added, key, program  # whose memory it points to
     return made

@@ -27,7 +27,7 @@ typedef struct {
     int64_t experts, k;
     const float *knobs, *table, *correction;  // or NULL; knobs as KNOBS has them
     float epsilon, scale;
-    int32_t renormalise, needs_rank, needs_before, needs_noise;
+    int32_t renormalise, needs_rank, needs_before, needs_noise, by_weight;
 } rule;
 
 enum { WORD, NUMBER, ADD, SUB, MULTIPLY, DIVIDE, LESS, LESS_EQUAL, MORE, MORE_EQUAL, EQUAL, OTHER, MINUS, SHIFT, AND };
@@ -238,6 +238,13 @@ int route(const rule *r, const cache *c, int64_t tokens, const float *logits, co
                     chosen[at] = a;
                 }
         }
+        if (r->by_weight)  // those of the same keep their order
+            for (int64_t i = 1; i < k; i++)
+                for (int64_t at = i; at > 0 && scores[chosen[at]] > scores[chosen[at - 1]]; at--) {
+                    const int64_t e = chosen[at];
+                    chosen[at] = chosen[at - 1];
+                    chosen[at - 1] = e;
+                }
         *c->range_sum += (double)(most - least);
         *c->tokens += 1;
         for (int64_t i = 0; i < k; i++) {

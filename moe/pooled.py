@@ -319,7 +319,8 @@ class PooledExperts:
         except InputError:  # a router that cachemoe does not know, and need not for exact routing
             return {}
         chosen = {number: chooser.in_c(number) for number in joined}
-        routers = {n: router_of(layer, probe(layer), chosen[n]) for n, layer in joined.items() if chosen[n]}
+        places = self._chooser is None
+        routers = {n: router_of(layer, probe(layer), chosen[n], places) for n, layer in joined.items() if chosen[n]}
         return {number: router for number, router in routers.items() if router is not None}
 
     def _join_layers(self) -> None:

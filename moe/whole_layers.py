@@ -33,25 +33,26 @@ class WholeLayer:
     layer: Layer | None = None
 
 
-def router_of(layer: MoeLayer, asked: Probe, chosen: dict) -> Router | None:
+def router_of(layer: MoeLayer, asked: Probe, chosen: dict, places: bool) -> Router | None:
     """A router as the C chooses in its place; None where the C cannot, or the block around it does more.
 
     Args:
         layer: with the model's own router.
         asked: what that answered.
         chosen: as ``Chooser.in_c`` gives it.
+        places: as ``Router`` has it.
     """
     if asked.logits_of is None or not _is_plain(layer):
         return None
     weight, bias = layer.router.weight, getattr(layer.router, "bias", None)
-    router = Router(weight, bias, asked.output.logits.dtype, asked.output.weights.dtype, **chosen)
+    router = Router(weight, bias, asked.output.logits.dtype, asked.output.weights.dtype, places=places, **chosen)
     return router if router.fits else None
 
 
 @torch.inference_mode()
 def _is_plain(layer: MoeLayer) -> bool:
     """Whether a block gives what its experts give of its own input and of its router's answer."""
-    experts, weight, asked = layer.experts, layer.router.weight, []
+    experts, weight, asked, answers = layer.experts, layer.router.weight, [], []
     own = vars(experts).get("forward")
 
     def run(*arguments):
@@ -59,16 +60,18 @@ def _is_plain(layer: MoeLayer) -> bool:
         return 0.5 * arguments[0]
 
     experts.forward = run
+    hook = layer.router.register_forward_hook(lambda router, given, answer: answers.append(answer))
     try:
         generator = torch.Generator().manual_seed(0)
         for x in torch.randn(PROBED, 1, weight.shape[1], generator=generator).to(weight.dtype):
-            y, answer = layer.block(x[None]), RouterOutput.of(layer.router(x), layer.count)
+            y, answer = layer.block(x[None]), RouterOutput.of(answers.pop(), layer.count)
             pairs = zip((y, *asked), (0.5 * x[None], x, answer.ids, answer.weights), strict=True)
             if not all(isinstance(a, torch.Tensor) and torch.equal(a, b) for a, b in pairs):
                 return False
     except (InputError, TypeError, ValueError, RuntimeError, LookupError, AttributeError):  # called in another way
         return False
     finally:
+        hook.remove()
         vars(experts).pop("forward", None)
         if own is not None:
             experts.forward = own
