@@ -74,7 +74,7 @@ def growth(
     format: Annotated[str, typer.Option(help="Of the pages: bf16, fp16, fp32, int8, int4 or int2.")] = "int4",
     dense: Annotated[str, typer.Option(help="How all other matrices are rounded: int8, int4 or none.")] = "int4",
     rounds: Annotated[int, typer.Option(min=3, help="How often each point decodes.")] = 5,
-    tokens: Annotated[int, typer.Option(min=1, help="Steps on the clock each time.")] = 16,
+    tokens: Annotated[int, typer.Option(min=1, help="Steps on the clock each time.")] = 12,
     json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/growth.json"),
     plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/growth.png"),
 ):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 
 from cachemoe.benchmarks.growth_decode import decode, read_prompt, step_bytes, unique_experts
-from cachemoe.benchmarks.growth_points import ALL, CONTEXT
+from cachemoe.benchmarks.growth_points import ALL, CONTEXT, WARM_UP
 from cachemoe.moe.progress import Progress
 
 SEQUENCES = range(1, 9)
@@ -25,7 +25,7 @@ def count_batches(name: str, opened: Callable[[str], object], windows: torch.Ten
     Args:
         name: of the model, for the report.
         opened: pool -> the model.
-        windows: ``[8, T]``, of which the first ``CONTEXT`` tokens of each are the prompt.
+        windows: ``[8, T]``, of which those after the first ``CONTEXT`` tokens count.
         progress: shows the decoding.
     """
     pools = []
@@ -33,22 +33,22 @@ def count_batches(name: str, opened: Callable[[str], object], windows: torch.Ten
         model, rows = opened(pool), []
         shape = model.cachemoe.shape
         with closing(model.cachemoe), progress(f"{name}, pool {pool}: counting experts", len(SEQUENCES)) as advance:
-            for sequences in SEQUENCES:
-                text = windows[:sequences]
-                steps = decode(model, read_prompt(model, text[:, :CONTEXT]), text[:, CONTEXT:])
+            past = read_prompt(model, windows[:, : CONTEXT - WARM_UP])
+            for sequences in reversed(SEQUENCES):  # one prompt for all: each B leaves the last sequence out
+                past.batch_select_indices(torch.arange(sequences))
+                steps = decode(model, past, windows[:sequences, CONTEXT - WARM_UP :])[WARM_UP:]
                 read, unique = step_bytes(model, steps), unique_experts(steps)
-                rows.append(
-                    {
-                        "sequences": sequences,
-                        "unique_experts": sum(unique) / len(unique),
-                        "unique_experts_by_layer": unique,
-                        "unique_experts_by_chance": by_chance(shape.experts, shape.top_k, sequences),
-                        "misses": sum(step.misses for step in steps) / len(steps),
-                        "bytes": asdict(read),
-                        "memory_bytes": read.memory,
-                        "disk_bytes": read.disk,
-                    }
-                )
+                row = {
+                    "sequences": sequences,
+                    "unique_experts": sum(unique) / len(unique),
+                    "unique_experts_by_layer": unique,
+                    "unique_experts_by_chance": by_chance(shape.experts, shape.top_k, sequences),
+                    "misses": sum(step.misses for step in steps) / len(steps),
+                    "bytes": asdict(read),
+                    "memory_bytes": read.memory,
+                    "disk_bytes": read.disk,
+                }
+                rows.insert(0, row)
                 advance()
             pools.append({"pool": pool, "slots": model.cachemoe.layers[0].slots, "rows": rows})
     page_format = model.cachemoe.engine.page_format

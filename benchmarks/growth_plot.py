@@ -46,7 +46,7 @@ def _growth(axis, name: str, rows: list[dict]) -> None:
     rows = sorted(rows, key=lambda row: row["slots"] if name == "pool" else row["value"])
     if name == "pool":
         places = [100 * row["slots"] / row["experts"] for row in rows]
-        labels = [f"{place:.0f} %" for place in places]
+        labels = [f"{place:g} %" for place in places]
     else:
         places, labels = [row["value"] for row in rows], [str(row["value"]) for row in rows]
         axis.set_xscale("log", base=2)
@@ -54,7 +54,7 @@ def _growth(axis, name: str, rows: list[dict]) -> None:
     spread = [[each["median"] - each["min"] for each in times], [each["max"] - each["median"] for each in times]]
     medians = [each["median"] for each in times]
     axis.errorbar(places, medians, spread, marker="o", markersize=4, capsize=3, color=MEASURED, label="measured")
-    axis.plot(places, [row["bound_ms"] for row in rows], "--", marker="_", color=BOUND, label="bound")
+    axis.plot(places, [row["bound_ms"] for row in rows], "--", color=BOUND, label="bound")
     axis.minorticks_off()
     axis.set_xticks(places, labels)
     axis.set_ylim(bottom=0)
@@ -64,7 +64,7 @@ def _growth(axis, name: str, rows: list[dict]) -> None:
 
 
 def _experts(axis, batches: list[dict]) -> None:
-    """Unique experts of each model, in experts that one token uses."""
+    """Unique experts of each model, over the K that one token uses."""
     for counts in batches:
         rows = next(each["rows"] for each in counts["pools"] if each["pool"] == ALL)
         label = f"{counts['model']} ({counts['top_k']} of {counts['experts']})"
@@ -76,5 +76,5 @@ def _experts(axis, batches: list[dict]) -> None:
     axis.set_xticks(sequences)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("sequences in a step")
-    axis.set_ylabel("unique experts, of a token's")
+    axis.set_ylabel("unique experts a layer, over K")
     axis.legend(frameon=False, fontsize=8)

@@ -44,7 +44,7 @@ def growth_tables(report: dict) -> Iterator[Table]:
 def _batches(counts: dict) -> Table:
     resident = next(each for each in counts["pools"] if each["pool"] == ALL)
     others = [each for each in counts["pools"] if each is not resident]
-    title = f"A step of {counts['model']}, {counts['format']}: {counts['top_k']} of {counts['experts']} experts a token"
+    title = f"{counts['model']}, {counts['format']}: {counts['top_k']} of {counts['experts']} experts a token"
     headings = ["experts\na layer", "by\nchance", "memory,\nMB", *(f"disk, MB,\nat {each['pool']}" for each in others)]
     table = table_of(title, "sequences", headings)
     for i, row in enumerate(resident["rows"]):
@@ -73,4 +73,7 @@ def growth_notes(report: dict) -> Iterator[str]:
         "the processor's cache keeps, and pages that come while residents are computed, cost less than that."
     )
     if report["batches"]:
-        yield "By chance: experts of a layer that as many tokens would need if each drew its own evenly."
+        yield (
+            "Experts a layer: the unique ones of a step, whose sequences read different prose. By chance: those of as "
+            "many tokens that draw theirs evenly."
+        )
