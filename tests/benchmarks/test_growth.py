@@ -17,6 +17,8 @@ from cachemoe.benchmarks.growth_points import AXES, TOP_K, WARM_UP, base_of, poi
 from cachemoe.benchmarks.growth_run import Measured, prose
 from cachemoe.benchmarks.speeds import memory_bandwidth
 from cachemoe.moe.checkpoint import STEEPMOE, TINYMOE, Checkpoint
+from cachemoe.moe.fingerprint import fingerprint, forget
+from cachemoe.moe.text import held_out_text
 from cachemoe.offload.errors import InputError
 
 pytest.importorskip("transformers")
@@ -29,6 +31,20 @@ def quiet(description, total):
     return nullcontext(lambda: None)
 
 
+def hooked(model):
+    """Of each layer a list, to which every call of its router adds the set of experts that it chose."""
+    seen = [[] for _ in model.model.layers]
+
+    def hook(chosen):
+        return lambda gate, given, answer: chosen.append(
+            set(next(part for part in answer if part.dtype == torch.int64).flatten().tolist())
+        )
+
+    for layer, chosen in zip(model.model.layers, seen, strict=True):
+        layer.mlp.gate.register_forward_hook(hook(chosen))
+    return seen
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A model of 2 layers of 8 experts in int4."""
@@ -39,7 +55,7 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, tiny_checkpoint):
     """What the command prints and writes at the smallest sizes, its folder, and the cache directory."""
     folder = tmp_path_factory.mktemp("run")
     points = {"context": (8, 12), "experts": (8, 16), "layers": (1, 2), "batch": (1, 3), "pool": (4, "50%", "100%")}
@@ -49,7 +65,7 @@ def run(tmp_path_factory):
         patch.setenv("CACHEMOE_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         patch.setattr(growth_run, "memory_bandwidth", lambda: memory_bandwidth(1 << 22))
-        patch.setattr(growth_run, "SHIPPED", (TINYMOE,))  # steepmoe takes as long again
+        patch.setattr(growth_run, "SHIPPED", (tiny_checkpoint,))  # trained ones take many seconds
         result = CliRunner(env={"COLUMNS": "80"}).invoke(app, list(map(str, ("growth", *sizes, *named))))
     assert result.exit_code == 0, result.output + result.stderr
     return result.stdout, json.loads((folder / "results" / "growth.json").read_text()), folder
@@ -101,7 +117,7 @@ def test_the_figures_agree_with_each_other(run):
 
 def test_batches_of_each_model_are_counted(run):
     _, report, _ = run
-    assert [counts["model"] for counts in report["batches"]] == ["synthetic", "tinymoe"]
+    assert [counts["model"] for counts in report["batches"]] == ["synthetic", "tiny"]
     assert [counts["label"] for counts in report["batches"]] == ["precision changed", "exact"]
     assert growth_run.SHIPPED == (TINYMOE, STEEPMOE)
     for counts in report["batches"]:
@@ -125,7 +141,7 @@ def test_tables_of_80_columns_and_the_picture_are_there_and_no_model_is_left(run
     for words in (
         "Decode by context",
         "Decode by pool",
-        "tinymoe, bf16: 4 of 60 experts a token",
+        "tiny, bf16: 2 of 8 experts a token",
         "The bound: what a step reads",
     ):
         assert words in output
@@ -138,13 +154,7 @@ def test_tables_of_80_columns_and_the_picture_are_there_and_no_model_is_left(run
 def test_unique_experts_are_those_that_hooks_on_the_routers_see(files, sequences):
     text = prose(sequences, 12)
     with closing((model := files.load("100%", "int4", quiet)).cachemoe):
-        past, seen = read_prompt(model, text[:, :6]), [[] for _ in range(LAYERS)]
-        for layer, each in zip(model.model.layers, seen, strict=True):
-            layer.mlp.gate.register_forward_hook(
-                lambda gate, given, answer, each=each: each.append(
-                    set(next(part for part in answer if part.dtype == torch.int64).flatten().tolist())
-                )
-            )
+        past, seen = read_prompt(model, text[:, :6]), hooked(model)
         steps = decode(model, past, text[:, 6:])
         assert past.get_seq_length() == 6
     assert [step.unique for step in steps] == [[len(seen[i][t]) for i in range(LAYERS)] for t in range(6)]
@@ -156,13 +166,7 @@ def test_unique_experts_are_those_that_hooks_on_the_routers_see(files, sequences
 def test_a_pool_of_what_a_token_uses_reads_who_was_not_in_the_token_before(files):
     text = prose(1, 16)
     with closing((model := files.load(str(TOP_K), None, quiet)).cachemoe):
-        past, seen = read_prompt(model, text[:, :6]), [[] for _ in range(LAYERS)]
-        for layer, each in zip(model.model.layers, seen, strict=True):
-            layer.mlp.gate.register_forward_hook(
-                lambda gate, given, answer, each=each: each.append(
-                    set(next(part for part in answer if part.dtype == torch.int64).flatten().tolist())
-                )
-            )
+        past, seen = read_prompt(model, text[:, :6]), hooked(model)
         steps = decode(model, past, text[:, 6:])
         page_bytes = model.cachemoe.engine.page_format.page_bytes
     missed = [sum(len(each[t] - each[t - 1]) for each in seen) for t in range(1, 10)]
@@ -226,9 +230,27 @@ def test_experts_by_chance():
     assert by_chance(3, 1, 2) == pytest.approx(1 / 3 * 1 + 2 / 3 * 2)
 
 
-def test_prose_is_cut_into_windows():
-    from cachemoe.moe.text import held_out_text
+def test_nothing_is_kept_of_a_checkpoint_that_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path))
+    checkpoint = Checkpoint(TINYMOE)
+    made = fingerprint(checkpoint, quiet)
+    (note,) = (tmp_path / "fingerprints").iterdir()
+    assert made in note.read_text()
+    for _ in range(2):  # nor is it wrong to forget what is not there
+        forget(checkpoint)
+        assert not note.exists()
 
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_nothing_of_a_model_is_left_when_its_use_fails(error, tmp_path, monkeypatch):
+    monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path))
+    with pytest.raises(error), made(SHAPE, "int4", quiet) as files:
+        assert files.store.exists() and (files.checkpoint / "config.json").exists()
+        raise error
+    assert not [each for each in tmp_path.iterdir() if "growth" in each.name]
+
+
+def test_prose_is_cut_into_windows():
     text, windows = held_out_text(), prose(3, 50)
     third = len(text) // 3
     assert [bytes(each.tolist()) for each in windows] == [text[i * third :][:50] for i in range(3)]
