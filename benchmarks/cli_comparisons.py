@@ -1,4 +1,4 @@
-"""The commands that compare with other ways of running the same model, and the one that makes a model to do it with."""
+"""The commands that compare ways of running a model, or models of several sizes, and the one that makes a model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ import typer
 from cachemoe.moe.cli import Dense, Format
 from cachemoe.moe.progress import show_progress
 from cachemoe.moe.terminal import check_destination, console, one_sentence, save_report
+from cachemoe.offload.files import whole_file
 
 Made = Annotated[Path, typer.Argument(help="A checkpoint; cachemoe synthetic makes one.")]
 BUILT_IN = "the built-in steepmoe"
@@ -55,6 +56,52 @@ def compare(
         for table in compare_tables(report):
             console.print(table)
         save_report(report, json_path)
+
+
+def growth(
+    axis: Annotated[
+        list[str], typer.Option(help="What changes: context, experts, layers, batch or pool; repeatable.")
+    ] = ["context", "experts", "layers", "batch", "pool"],  # noqa: B006 (typer copies it)
+    context: Annotated[list[int], typer.Option(help="Tokens before; repeatable.")] = [64, 256, 1024, 4096],  # noqa: B006
+    experts: Annotated[list[int], typer.Option(help="Experts of a layer; repeatable.")] = [16, 32, 64, 128, 256, 512],  # noqa: B006
+    layers: Annotated[list[int], typer.Option(help="Layers; repeatable.")] = [4, 8, 16, 32],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Sequences in a step; repeatable.")] = [1, 2, 4, 8],  # noqa: B006
+    pool: Annotated[
+        list[str], typer.Option(help="As load takes it; repeatable. A token uses 4 of the 32 experts of a layer.")
+    ] = ["4", "25%", "50%", "75%", "100%"],  # noqa: B006
+    hidden: Annotated[int, typer.Option(help="H of the models.")] = 1024,
+    intermediate: Annotated[int, typer.Option(help="I of an expert.")] = 128,
+    format: Annotated[str, typer.Option(help="Of the pages: bf16, fp16, fp32, int8, int4 or int2.")] = "int4",
+    dense: Annotated[str, typer.Option(help="How all other matrices are rounded: int8, int4 or none.")] = "int4",
+    rounds: Annotated[int, typer.Option(min=3, help="How often each point decodes.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Steps on the clock each time.")] = 12,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path("results/growth.json"),
+    plot_path: Annotated[Path, typer.Option("--plot", help="Where the picture goes.")] = Path("results/growth.png"),
+):
+    """How the cost of decode grows with context, experts, layers, sequences in a step and pool, beside its bound.
+
+    Every axis changes one thing of one random Qwen3-MoE: 4 layers of 32 experts, 4 used, 64 tokens before, one
+    sequence, everything resident. With batch, the experts that 1 to 8 sequences need are counted, of the built-in
+    models too. The models are made for it beside the stores, 2.2 GB at most at a time, and removed.
+    """
+    with one_sentence():
+        from cachemoe.benchmarks.growth_plot import plot_growth
+        from cachemoe.benchmarks.growth_run import GrowthOptions, run_growth
+        from cachemoe.benchmarks.growth_tables import growth_notes, growth_tables
+
+        for path in (json_path, plot_path):
+            check_destination(path)
+        every = {"context": context, "experts": experts, "layers": layers, "batch": batch, "pool": pool}
+        values = {name: every.get(name, []) for name in axis}
+        report = run_growth(GrowthOptions(values, hidden, intermediate, format, dense, rounds, tokens), show_progress)
+        for table in growth_tables(report):
+            console.print(table)
+        for note in growth_notes(report):
+            console.print(note, highlight=False)
+        save_report(report, json_path)
+        with whole_file(plot_path) as partial:
+            plot_growth(report, partial)
+        console.print(f"[dim]Picture: {plot_path}.[/dim]")
 
 
 def memory_limit(
@@ -122,4 +169,4 @@ def synthetic(
         write_synthetic(folder, gigabytes, show_progress)
 
 
-COMMANDS = (swap_overhead, compare, memory_limit, verify_cost, synthetic)
+COMMANDS = (swap_overhead, compare, growth, memory_limit, verify_cost, synthetic)

@@ -84,6 +84,12 @@ def keep(checkpoint: Checkpoint, text: str) -> None:
         partial.write_text(json.dumps({"stamp": checkpoint.stamp, "fingerprint": text}))
 
 
+def forget(checkpoint: Checkpoint) -> None:
+    """Remove what is kept of a checkpoint that is to go."""
+    with suppress(OSError):
+        _place(checkpoint).unlink()
+
+
 def _kept(checkpoint: Checkpoint) -> str | None:
     try:
         record = json.loads(_place(checkpoint).read_text())
