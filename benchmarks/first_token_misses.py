@@ -28,13 +28,13 @@ from cachemoe.moe.layers import recorded_routers
 from cachemoe.moe.load import load
 from cachemoe.moe.progress import Progress
 from cachemoe.offload.residency import least_frequently_used, least_recently_used, resized
-from cachemoe.offload.simulate import belady_misses
+from cachemoe.offload.simulate import lru_misses
 
 PROMPT, TOKENS = 128, 32  # of a window: tokens of the prompt, and those decoded after it
 STRETCH = 1 << 16  # tokens of a text that windows are spread over
 POOLS = "50%", "25%"
 COLD, WARM, SAVED_SAME, SAVED_OTHER = "cold", "prompt-warm", "saved", "saved-other"  # by the engine
-MOST_USED, LEAST = "most-used", "least"  # by simulation
+MOST_USED, LEAST = "most-used", "least"  # by simulation of LRU
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _rows_of_pool(
                 misses[MOST_USED] = [
                     misses_where_kept(each, capacity, shape.experts, least_frequently_used) for each in windows
                 ]
-                misses[LEAST] = [least_misses(each, capacity) for each in windows]
+                misses[LEAST] = [least_misses(each, capacity, shape.experts) for each in windows]
                 rows += [_row(folder, pool, cold[0].cachemoe, text, *each) for each in misses.items()]
     return rows
 
@@ -202,16 +202,17 @@ def _step(ids: torch.Tensor, weights: torch.Tensor, state: Residency) -> int:
     )
 
 
-def least_misses(window: Window, capacity: torch.Tensor) -> int:
-    """The fewest misses of the window's tokens, whoever is resident at first and whoever leaves.
+def least_misses(window: Window, capacity: torch.Tensor, experts: int) -> int:
+    """The fewest misses of the window's tokens under LRU, whoever is resident at first.
 
-    A pool that begins with the first experts that the tokens use saves Belady's misses while an empty pool fills up,
-    one a slot. No other beginning saves more: an empty pool could fetch its experts when they are first used.
+    A pool that begins with the first experts that the tokens use, as many as it has slots, misses nothing until an
+    empty pool would be full, and from then on what that misses: both then hold the same. No other saves more.
 
     Args:
         capacity: ``[L]`` int64, slots of each layer.
+        experts: E, of a layer.
     """
     least = 0
     for ids, slots in zip(window.ids[:, PROMPT:], capacity.tolist(), strict=True):
-        least += belady_misses(ids, slots) - min(slots, len(ids.unique()))
+        least += int(lru_misses(ids, experts)[slots]) - min(slots, len(ids.unique()))
     return least

@@ -9,7 +9,7 @@ from cachemoe.benchmarks.ratios import ratios, with_spread
 from cachemoe.moe.sizes import size_text
 from cachemoe.moe.terminal import table_of
 
-NAMES = {MOST_USED: "most-used, simulated", LEAST: "least possible"}
+NAMES = {MOST_USED: "most-used, simulated", LEAST: "best, in hindsight"}
 
 
 def first_token_tables(report: dict) -> Iterator[Table]:
@@ -25,8 +25,8 @@ def notes(report: dict) -> Iterator[str]:
     if (times := report["times"]) is not None:
         speed = size_text(times["disk_bytes_per_second"]["median"])
         yield (
-            f"Times are medians of {times['rounds']} rounds, from the call with the prompt to the logits. Bound: the "
-            "pages of the experts that the prompt used and the pool had not, at the disk's "
+            f"Times are medians of {times['rounds']} rounds (least-most), from the call with the prompt to the logits; "
+            "llama.cpp's are by its own clock. Bound: the pages of the experts that the prompt used and the pool had not, at the disk's "
             f"{speed}/s. Saved residency: after {times['saved_tokens']} other tokens of prose."
         )
     misses = report["misses"]
@@ -40,7 +40,7 @@ def notes(report: dict) -> Iterator[str]:
         f"the experts used last, as stepping leaves them. {SAVED_SAME}: as {saved} of the text left it, {SAVED_OTHER}: "
         "as those of the other text did; the prompt did not go through it. "
         f"{MOST_USED}: what if a prompt left the experts that it used most. "
-        f"{NAMES[LEAST]}: from the best pool that there could be, by Belady."
+        f"{NAMES[LEAST]}: the least that LRU can miss, whoever is there at first."
     )
 
 
