@@ -26,8 +26,8 @@ def notes(report: dict) -> Iterator[str]:
         speed = size_text(times["disk_bytes_per_second"]["median"])
         yield (
             f"Times are medians of {times['rounds']} rounds (least-most), from the call with the prompt to the logits; "
-            "llama.cpp's are by its own clock. Bound: the pages of the experts that the prompt used and the pool had not, at the disk's "
-            f"{speed}/s. Saved residency: after {times['saved_tokens']} other tokens of prose."
+            "llama.cpp's are by its own clock. Bound: the pages of the experts that the prompt used and the pool had "
+            f"not, at the disk's {speed}/s. Saved residency: after {times['saved_tokens']} other tokens of prose."
         )
     misses = report["misses"]
     saved = f"{misses['saved_tokens']} other tokens"
