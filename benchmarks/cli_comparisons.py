@@ -104,6 +104,46 @@ def growth(
         console.print(f"[dim]Picture: {plot_path}.[/dim]")
 
 
+def first_token(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A byte-level checkpoint, whose time to the first token is measured too.", show_default="misses alone"
+        ),
+    ] = None,
+    pool: Annotated[str, typer.Option(help="Of the checkpoint, as load takes it.")] = "50%",
+    format: Annotated[
+        str, typer.Option(help="Of its pages: bf16, fp16, fp32, int8, int4 or int2; llama.cpp runs beside int4.")
+    ] = "int4",
+    dense: Annotated[
+        str, typer.Option(help="Round its other matrices too, int8 or int4; none: they stay as they are.")
+    ] = "int4",
+    prompt: Annotated[list[int], typer.Option(min=1, help="Tokens of a prompt; repeatable.")] = [64, 512, 2048],  # noqa: B006 (typer copies it)
+    rounds: Annotated[int, typer.Option(min=3, help="How often each way reads each prompt.")] = 3,
+    windows: Annotated[int, typer.Option(min=3, help="Of each text, in which misses are counted.")] = 8,
+    json_path: Annotated[Path, typer.Option("--json", help="Where every figure goes.")] = Path(
+        "results/first-token.json"
+    ),
+):
+    """What a user waits for at the beginning: misses of the first 32 tokens, and the time from a prompt to the first.
+
+    Misses are those of steepmoe and tinymoe, exactly routed, from an empty pool, after a prompt, and from a saved
+    residency. Times are a checkpoint's, everything resident and from a pool; beside int4 llama.cpp's.
+    """
+    with one_sentence():
+        from cachemoe.benchmarks.first_token import run_first_token
+        from cachemoe.benchmarks.first_token_tables import first_token_tables, notes
+
+        check_destination(json_path)
+        rounded = None if dense == "none" else dense
+        report = run_first_token(checkpoint, pool, format, rounded, prompt, rounds, windows, show_progress)
+        for table in first_token_tables(report):
+            console.print(table)
+        for note in notes(report):
+            console.print(note)
+        save_report(report, json_path)
+
+
 def memory_limit(
     folder: Made,
     pool: Annotated[str, typer.Option(help="As load takes it.")] = "25%",
@@ -169,4 +209,4 @@ def synthetic(
         write_synthetic(folder, gigabytes, show_progress)
 
 
-COMMANDS = (swap_overhead, compare, growth, memory_limit, verify_cost, synthetic)
+COMMANDS = (swap_overhead, compare, first_token, growth, memory_limit, verify_cost, synthetic)

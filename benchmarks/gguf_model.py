@@ -20,6 +20,7 @@ from cachemoe.offload.errors import InputError
 from cachemoe.offload.files import whole_file
 
 ARCHITECTURES = {"qwen3_moe": "QWEN3MOE", "qwen2_moe": "QWEN2MOE"}  # whose weights llama.cpp takes as they are
+VERSION = 2  # of what is written of a checkpoint: files of before are not taken
 BLOCK = 32  # columns that share a scale in Q4_0
 EXPERTS = "gate", "up", "down"
 
@@ -40,7 +41,7 @@ def gguf_of(checkpoint: Checkpoint, progress: Progress) -> Path:
         InputError: as ``write_gguf``.
     """
     stamp = hashlib.sha256(repr(checkpoint.stamp).encode()).hexdigest()[:16]
-    path = stored_path(checkpoint, f"q4_0-{stamp}").with_suffix(".gguf")
+    path = stored_path(checkpoint, f"q4_0-v{VERSION}-{stamp}").with_suffix(".gguf")
     if not path.exists():
         write_gguf(checkpoint, path, progress)
     return path
@@ -118,7 +119,8 @@ def _describe(writer, config: dict) -> None:
     """What llama.cpp has to know of the model, from the fields of its config."""
     heads = config["num_attention_heads"]
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
+    # One more: llama.cpp refuses a prompt that fills the context, since it wants room for the answer's token.
+    writer.add_context_length(config["max_position_embeddings"] + 1)
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)

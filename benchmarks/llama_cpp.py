@@ -15,14 +15,15 @@ class LlamaCpp:
         path: of the file.
         repack: whether matrices are laid out anew for the processor, which copies them into memory; else they stay in
             the mapped file.
+        context: tokens that it has room for, that of the answer among them.
     """
 
-    def __init__(self, path: Path, repack: bool):
+    def __init__(self, path: Path, repack: bool, context: int = CONTEXT):
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
-        parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = CONTEXT, 1, False, 0
+        parameters.n_ctx, parameters.n_parallel, parameters.warmup, parameters.verbosity = context, 1, False, 0
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
         parameters.no_extra_bufts = not repack
         parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP

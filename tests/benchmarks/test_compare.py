@@ -65,6 +65,17 @@ def test_llama_cpp_predicts_as_the_model_does(steep, module_quiet):
         assert sum(a == b for (a, _), b in zip(told, expected, strict=True)) > 40  # Q4_0 decides some otherwise
 
 
+def test_llama_cpp_takes_a_prompt_that_fills_the_models_context(steep):
+    pytest.importorskip("xllamacpp")
+    from cachemoe.benchmarks.llama_cpp import LlamaCpp
+    from cachemoe.moe.text import load_tokens
+
+    longest = Checkpoint(STEEPMOE).shape.context
+    with LlamaCpp(steep, True, context=longest + 1) as llama:
+        _, seconds = llama.next_token(load_tokens(None, 256, longest).tolist())
+    assert seconds > 0
+
+
 def test_a_file_is_made_once_for_a_checkpoint(tmp_path, monkeypatch, module_quiet):
     pytest.importorskip("gguf")
     monkeypatch.setenv("CACHEMOE_CACHE", str(tmp_path))
