@@ -69,6 +69,50 @@ def outline(checkpoint: Checkpoint):
     return _without_experts(checkpoint, zero, "cpu")
 
 
+def small_model(checkpoint: Checkpoint, dtype: torch.dtype):
+    """A random model of a checkpoint's class with its layers, its experts and its K, each width next to nothing.
+
+    What a token takes in it is what a token takes in the checkpoint's model beside reading weights.
+
+    Raises:
+        InputError: if transformers makes none of such a config.
+    """
+    given = _config(checkpoint.path).get_text_config()
+    kind = given.model_type
+    with outside(f"a small {kind}, on which the cost of its layers is measured, cannot be made"):
+        config = type(given).from_dict(_narrow(given.to_dict()))
+        if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise InputError(f"transformers has no {kind} for text alone, on which the cost of its layers is measured")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        layers = moe_layers(model)
+        check_count(model, layers, checkpoint.shape)
+    for layer in layers:  # transformers starts some at zero: all tokens would choose the same experts
+        for parameter in layer.router.parameters() if layer.router is not None else ():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def _narrow(config: dict) -> dict:
+    """A config's fields with small widths; layers, experts and what a token uses stay."""
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    small = {"num_attention_heads": 4, "num_key_value_heads": 4 if kv_heads == heads else 2}
+    small |= {"hidden_size": 64, "vocab_size": 256, "qk_head_dim": 32}
+    ends = {"intermediate_size": 64, "head_dim": 16, "lora_rank": 32}
+    narrow = {}
+    for name, value in config.items():
+        if name.endswith("_token_id"):
+            value = None
+        elif name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+            # A factor for each dimension of a head that there is no more.
+            value = {key: each for key, each in value.items() if key in ("rope_theta", "partial_rotary_factor")}
+            value["rope_type"] = "default"
+        elif type(value) is int:
+            value = small.get(name) or next((ends[end] for end in ends if name.endswith(end)), value)
+        narrow[name] = value
+    return narrow
+
+
 def load_tokenizer(path: Path):
     """The checkpoint's tokenizer; None where it has none.
 
