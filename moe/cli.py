@@ -105,8 +105,8 @@ def info(
 ):
     """What a checkpoint needs, from its headers alone: experts, bytes an expert, what fits in a given memory.
 
-    With --predict also how fast it decodes on this machine's CPU, of which --pool, --format, --dense and --miss-rate say
-    how `load` would be called.
+    With --predict also how fast this machine's CPU will decode with it: --pool, --format and --dense say how it will be
+    loaded.
     """
     with one_sentence():
         from cachemoe.moe.checkpoint import Checkpoint as Opened

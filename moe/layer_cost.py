@@ -19,12 +19,11 @@ from cachemoe.moe.dense import round_dense
 from cachemoe.moe.layers import moe_layers
 from cachemoe.moe.load import swap
 from cachemoe.moe.models import outside, small_model
-from cachemoe.moe.pack import store_directory
 from cachemoe.moe.progress import Progress
-from cachemoe.moe.speeds import Reading, page_landing
+from cachemoe.moe.speeds import Reading
 from cachemoe.offload.errors import InputError
 
-PROMPT, TOKENS = 8, 24
+ROUNDS, WARM_UP, TOKENS = 3, 4, 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class LayerCost:
 
     Args:
         token_s: of a token whose experts all hit.
-        missing_s: more, of a layer that has misses, without the time until its pages have landed.
+        missing_s: more, of a layer that has misses: of asking for them, not of waiting.
     """
 
     token_s: float
@@ -42,7 +41,7 @@ class LayerCost:
 
 def layer_cost(
     checkpoint: Checkpoint,
-    kind: str | None,
+    kind: str,
     dense: str | None,
     dtype: torch.dtype,
     readings: Sequence[Reading],
@@ -70,38 +69,43 @@ def layer_cost(
 
         for layer in moe_layers(model):
             layer.experts.register_forward_hook(read)
-        engine = pooled.engine
-        engine.state.slot_of[:] = engine.state.page_of[:] = torch.arange(shape.experts)
-        engine.fill()
-        with outside("the small model on which the cost of its layers is measured cannot be run"):
-            with progress("decoding with a small model", 2 * (PROMPT + TOKENS)) as advance:
-                token_s = median(seconds for seconds, _ in _decode(model, readings, advance))
-                pooled.resize(max(shape.top_k, shape.experts // 2))
-                tokens = _decode(model, readings, advance)
-        pages = len(shape.layers) * shape.experts
-        landing = page_landing(engine.page_format, shape.top_k, pages, store_directory(), progress)
-    if not (missing := [(seconds, misses) for seconds, misses in tokens if misses]):
+        engine, half = pooled.engine, max(shape.top_k, shape.experts // 2)
+        total = 2 * ROUNDS * (WARM_UP + TOKENS)
+        failed = outside("the small model on which the cost of its layers is measured cannot be run")
+        hitting, missing = [], []
+        with progress("decoding with a small model", total) as advance, failed:
+            for _ in range(ROUNDS):  # in turns: whatever else the machine does slows both
+                pooled.resize(shape.experts)
+                engine.state.slot_of[:] = engine.state.page_of[:] = torch.arange(shape.experts)
+                engine.fill()
+                hitting += _decode(model, readings, advance)
+                pooled.resize(half)
+                missing += _decode(model, readings, advance)
+    token_s = median(seconds for seconds, _ in hitting)
+    more = [(seconds - token_s) / layers for seconds, layers in missing if layers]
+    if not more:
         raise InputError(
             f"a small {checkpoint.config.get('model_type')} misses no expert in a pool of half of them, so that the "
             "cost of a miss cannot be measured on it"
         )
-    more = [(seconds - token_s - sum(map(landing.of, misses))) / len(misses) for seconds, misses in missing]
     return LayerCost(token_s, max(0.0, median(more)))
 
 
 @torch.inference_mode()
-def _decode(model, readings: Sequence[Reading], advance: Callable[[], None]) -> list[tuple[float, list[int]]]:
-    """Of each of ``TOKENS`` random tokens after a prompt the seconds without the readings', and by layer the misses."""
+def _decode(model, readings: Sequence[Reading], advance: Callable[[], None]) -> list[tuple[float, int]]:
+    """Of each of ``TOKENS`` random tokens how many layers had misses, and the seconds.
+
+    Without those of the readings, and those that the engine has waited for pages.
+    """
     generator = torch.Generator().manual_seed(0)
-    text = torch.randint(0, model.config.vocab_size, (PROMPT + TOKENS, 1, 1), generator=generator)
-    cache, tokens, layers = None, [], model.cachemoe.layers
+    text = torch.randint(0, model.config.vocab_size, (WARM_UP + TOKENS, 1, 1), generator=generator)
+    cache, tokens, pooled = None, [], model.cachemoe
     for token in text:
-        before, read = [layer.misses for layer in layers], [len(reading.seconds) for reading in readings]
-        start = perf_counter()
+        misses, calls = [layer.misses for layer in pooled.layers], [len(reading.seconds) for reading in readings]
+        waited, start = pooled.counters.stall_s, perf_counter()
         cache = model(token, past_key_values=cache, use_cache=True).past_key_values
-        seconds = perf_counter() - start
-        seconds -= sum(sum(reading.seconds[first:]) for reading, first in zip(readings, read, strict=True))
-        misses = [layer.misses - was for layer, was in zip(layers, before, strict=True)]
-        tokens.append((seconds, [count for count in misses if count]))
+        seconds = perf_counter() - start - (pooled.counters.stall_s - waited)
+        seconds -= sum(sum(reading.seconds[first:]) for reading, first in zip(readings, calls, strict=True))
+        tokens.append((seconds, sum(layer.misses > was for layer, was in zip(pooled.layers, misses, strict=True))))
         advance()
-    return tokens[PROMPT:]
+    return tokens[WARM_UP:]

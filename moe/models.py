@@ -97,20 +97,26 @@ def _narrow(config: dict) -> dict:
     """A config's fields with small widths; layers, experts and what a token uses stay."""
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     small = {"num_attention_heads": 4, "num_key_value_heads": 4 if kv_heads == heads else 2}
-    small |= {"hidden_size": 64, "vocab_size": 256, "qk_head_dim": 32}
-    ends = {"intermediate_size": 64, "head_dim": 16, "lora_rank": 32}
+    small |= {"hidden_size": 32, "vocab_size": 256, "qk_head_dim": 32}
+    ends = {"intermediate_size": 32, "head_dim": 16, "lora_rank": 32}
     narrow = {}
     for name, value in config.items():
-        if name.endswith("_token_id"):
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = None
         elif name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-            # A factor for each dimension of a head that there is no more.
-            value = {key: each for key, each in value.items() if key in ("rope_theta", "partial_rotary_factor")}
-            value["rope_type"] = "default"
+            value = _plain_rope(value)
         elif type(value) is int:
             value = small.get(name) or next((ends[end] for end in ends if name.endswith(end)), value)
         narrow[name] = value
     return narrow
+
+
+def _plain_rope(rope: dict) -> dict:
+    """A rotation without scaling, which may have a factor for each dimension of a wider head."""
+    if rope and all(isinstance(each, dict) for each in rope.values()):  # by the type of layer
+        return {kind: _plain_rope(each) for kind, each in rope.items()}
+    kept = {name: each for name, each in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return kept | {"rope_type": "default"}
 
 
 def load_tokenizer(path: Path):

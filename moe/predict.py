@@ -1,12 +1,12 @@
 """How long a token takes in decode: arithmetic on a model's sizes, a machine's speeds and a share of misses.
 
-A token reads all weights but the experts', and of each MoE layer those of K experts, at the speeds at which the products
-themselves read memory. To that comes what it takes beside weights, which is measured on a model that has next to none.
+A token reads all weights but the experts', and of each MoE layer those of K experts, at the speeds at which the
+products themselves read memory. To that comes what it takes beside weights, measured on a model that has next to none.
 
-In a layer with n misses all n pages are asked for at once, and the K - n hits are computed while they move; each page is
-computed when it has landed and what came before it is computed. So the experts are done after whichever is later, the
-hits or the first page, and so on page by page, as ``expert_seconds`` steps through it. Which experts miss is taken to be
-independent of each other, each with the miss rate's chance: n is binomial.
+In a layer with n misses all n pages are asked for at once, and the K - n hits are computed while they move; a page is
+computed when it has landed and what came before it is done. So the hits or the first page, whichever is later, then the
+first page's product or the second page, and so on: ``expert_seconds`` steps through it. Which experts miss is taken to
+be independent, each with the miss rate's chance: n is binomial.
 
 What is left out makes the true time longer: reading threads and products take memory's bandwidth and cores from each
 other, attention over a long context reads keys and values, and misses that come in crowds leave less to overlap.
@@ -51,7 +51,7 @@ class Landing:
     """How fast pages come from a disk.
 
     Args:
-        seconds: by how many pages are asked for at once, one at least, until the last of them has landed.
+        seconds: by how many pages are asked for at once, one at least: from when all are until the last has landed.
         direct: whether they were read past the system's page cache.
     """
 
@@ -73,7 +73,7 @@ class Speeds:
         experts: bytes a second at which a token's experts read their weights.
         landing: of pages.
         token_s: seconds of a token whose experts all hit, beside reading weights.
-        missing_s: seconds of a layer with misses, beside reading weights and waiting for pages.
+        missing_s: seconds more of a layer with misses: of asking for pages, not of waiting.
     """
 
     dense: dict[str, float]

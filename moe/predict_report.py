@@ -31,16 +31,15 @@ def predict_table(report: dict) -> Table:
 
 def predict_words(report: dict) -> list[str]:
     """What was measured, and where the misses are from, a sentence or two each."""
-    model, speeds, sizes = report["model"], report["speeds"], report["sizes"]
-    threads, page = report["machine"]["torch_threads"], sizes["page_bytes"]
+    speeds, page, threads = report["speeds"], report["sizes"]["page_bytes"], report["machine"]["torch_threads"]
     disk = ", ".join(
         f"{size_text(count * page / seconds)}/s ({count} {'page' if count == 1 else 'pages'} at once)"
         for count, seconds in speeds["landing"]["seconds"].items()
     )
     memory = ", ".join(f"{kind} {size_text(speed)}/s" for kind, speed in speeds["dense"].items())
     words = [
-        f"Measured here: disk {disk}; memory, as {threads} {'thread reads' if threads == 1 else 'threads read'} weights, "
-        f"experts {size_text(speeds['experts'])}/s, others {memory}; beside weights, a token "
+        f"Measured here: disk {disk}; memory, as {threads} {'thread reads' if threads == 1 else 'threads read'} "
+        f"weights, experts {size_text(speeds['experts'])}/s, others {memory}; beside weights, a token "
         f"{1e3 * speeds['token_s']:.3g} ms, and a layer that misses {1e3 * speeds['missing_s']:.3g} ms more."
     ]
     if not speeds["landing"]["direct"]:
@@ -52,7 +51,7 @@ def predict_words(report: dict) -> list[str]:
         words.append(
             f"The misses are lent: those of {lent['model']}, exactly routed with LRU on {lent['tokens']} tokens of "
             f"{lent['text']}, in pools of the same share of its experts. It is a small byte-level model, and a model "
-            f"with steeper favourites misses less; `cachemoe quality` measures yours, and --miss-rate takes it."
+            "with steeper favourites misses less; `cachemoe quality` measures yours, and --miss-rate takes it."
         )
     words.append(
         "A prompt is read faster a token, and a long context adds reading its keys and values, which is not counted."

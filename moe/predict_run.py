@@ -84,8 +84,8 @@ def run_predict(checkpoint: Checkpoint, question: Question, progress: Progress) 
     others = {kind: dense_reading(kind, shape.hidden, size, layers) for kind, size in sizes.dense.items()}
     cost = layer_cost(checkpoint, page_format.kind, dense, model.dtype, [experts, *others.values()], progress)
     landing = page_landing(page_format, k, layers * shape.experts, store_directory(), progress)
-    products = {kind: reading.speed for kind, reading in others.items()}
-    speeds = Speeds(products, experts.speed, landing, cost.token_s, cost.missing_s)
+    products = {kind: reading.speed(layers) for kind, reading in others.items()}
+    speeds = Speeds(products, experts.speed(layers), landing, cost.token_s, cost.missing_s)
     return {
         "command": "info --predict",
         "machine": describe(),

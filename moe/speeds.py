@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from statistics import median
+from statistics import mean, median
 from time import perf_counter
 
 import torch
@@ -25,7 +25,7 @@ from cachemoe.offload.pool import ExpertPool
 from cachemoe.offload.store import UNKNOWN_MODEL, ExpertStore, StoreLayout, write_store
 
 MOST_BYTES = 1 << 28  # that a measurement goes through: more than the caches of most processors hold
-REQUESTS = 15  # of each number of pages
+ROUNDS, REQUESTS = 5, 5  # of each number of pages: a token waits for many, so that slow ones count
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Reading:
         run()
         self.seconds.append(perf_counter() - start)
 
-    @property
-    def speed(self) -> float:
-        """Bytes a second, of the median call."""
-        return self.size / median(self.seconds)
+    def speed(self, calls: int) -> float:
+        """Bytes a second of so many calls, those of a token: of the median token."""
+        tokens = [sum(self.seconds[first : first + calls]) for first in range(0, len(self.seconds), calls)]
+        return calls * self.size / median(tokens)
 
 
 def dense_reading(kind: str, columns: int, size: int, parts: int) -> Reading:
@@ -118,7 +118,7 @@ def page_landing(page_format: PageFormat, top_k: int, pages: int, folder: Path, 
     check_space(folder, pages * size)
     path = folder / f"speed-{token_hex(8)}.safetensors"
     generator = torch.Generator().manual_seed(0)
-    with progress("measuring the disk", pages + len(counts) * REQUESTS) as advance:
+    with progress("measuring the disk", pages + len(counts) * ROUNDS * REQUESTS) as advance:
         made = (torch.randint(256, (size,), dtype=torch.uint8, generator=generator) for _ in range(pages))
         try:
             write_store(path, layout, made, advance)
@@ -126,18 +126,21 @@ def page_landing(page_format: PageFormat, top_k: int, pages: int, folder: Path, 
         finally:  # what is open stays readable, and nothing is left behind however this ends
             with suppress(OSError):
                 path.unlink()
-        seconds = {}
+        times = {count: [] for count in counts}
         with store, Link([carrier_of(store, pool := ExpertPool(top_k, page_format))]) as link:
             pool.pages.zero_()  # memory is there before the clock runs
-            for count in counts:
-                times = []
-                for _ in range(REQUESTS):
-                    chosen = draw.sample(range(pages), count)
-                    start = perf_counter()
-                    asked = [link.request(0, page, frame) for frame, page in enumerate(chosen)]
-                    for _ in link.landed(asked):
-                        pass
-                    times.append(perf_counter() - start)
-                    advance()
-                seconds[count] = median(times)
-        return Landing(seconds, store.direct)
+
+            def request(count: int) -> float:
+                chosen = draw.sample(range(pages), count)
+                asked = [link.request(0, page, frame) for frame, page in enumerate(chosen)]
+                start = perf_counter()
+                for _ in link.landed(asked):
+                    pass
+                seconds = perf_counter() - start
+                advance()
+                return seconds
+
+            for _ in range(ROUNDS):
+                for count in counts:
+                    times[count].append(mean(request(count) for _ in range(REQUESTS)))
+        return Landing({count: median(each) for count, each in times.items()}, store.direct)
