@@ -23,7 +23,7 @@ from cachemoe.moe.progress import Progress
 from cachemoe.moe.speeds import Reading
 from cachemoe.offload.errors import InputError
 
-ROUNDS, WARM_UP, TOKENS = 3, 4, 8
+ROUNDS, WARM_UP, TOKENS = 5, 2, 6
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,33 @@ def layer_cost(
         engine, half = pooled.engine, max(shape.top_k, shape.experts // 2)
         total = 2 * ROUNDS * (WARM_UP + TOKENS)
         failed = outside("the small model on which the cost of its layers is measured cannot be run")
-        hitting, missing = [], []
+        hitting, more, generator = [], [], torch.Generator().manual_seed(0)
         with progress("decoding with a small model", total) as advance, failed:
-            for _ in range(ROUNDS):  # in turns: whatever else the machine does slows both
+            for _ in range(ROUNDS):  # in turns, since what else the machine does slows both
                 pooled.resize(shape.experts)
                 engine.state.slot_of[:] = engine.state.page_of[:] = torch.arange(shape.experts)
                 engine.fill()
-                hitting += _decode(model, readings, advance)
+                hits = [seconds for seconds, _ in _decode(model, readings, generator, advance)]
                 pooled.resize(half)
-                missing += _decode(model, readings, advance)
-    token_s = median(seconds for seconds, _ in hitting)
-    more = [(seconds - token_s) / layers for seconds, layers in missing if layers]
+                misses = _decode(model, readings, generator, advance)
+                hitting += hits
+                more += [(seconds - median(hits)) / layers for seconds, layers in misses if layers]
     if not more:
         raise InputError(
             f"a small {checkpoint.config.get('model_type')} misses no expert in a pool of half of them, so that the "
             "cost of a miss cannot be measured on it"
         )
-    return LayerCost(token_s, max(0.0, median(more)))
+    return LayerCost(median(hitting), max(0.0, median(more)))
 
 
 @torch.inference_mode()
-def _decode(model, readings: Sequence[Reading], advance: Callable[[], None]) -> list[tuple[float, int]]:
+def _decode(
+    model, readings: Sequence[Reading], generator: torch.Generator, advance: Callable[[], None]
+) -> list[tuple[float, int]]:
     """Of each of ``TOKENS`` random tokens how many layers had misses, and the seconds.
 
     Without those of the readings, and those that the engine has waited for pages.
     """
-    generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, model.config.vocab_size, (WARM_UP + TOKENS, 1, 1), generator=generator)
     cache, tokens, pooled = None, [], model.cachemoe
     for token in text:
