@@ -6,7 +6,7 @@ read there is what the prediction counts with.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -58,9 +58,13 @@ def layer_cost(
         InputError: if there is no such model, or it misses no expert in a pool of half of them.
     """
     model, shape = small_model(checkpoint, dtype), checkpoint.shape
-    with closing(swap(model, shape.experts, format=kind, progress=progress)) as pooled:
+
+    def making(_, steps: int) -> AbstractContextManager[Callable[[], None]]:
+        return progress("making a small model of the same kind", steps)
+
+    with closing(swap(model, shape.experts, format=kind, progress=making)) as pooled:
         if dense is not None:
-            round_dense(model, dense, progress)
+            round_dense(model, dense, making)
             install_steps(model)
 
         def read(*_) -> None:

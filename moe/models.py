@@ -1,4 +1,4 @@
-"""transformers models: loaded whole or without their experts. The only file that imports transformers."""
+"""transformers models: loaded whole, without their experts, or made small. The only file that imports transformers."""
 
 import os
 from collections import Counter
