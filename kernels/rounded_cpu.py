@@ -32,9 +32,14 @@ class Rounded:
     @classmethod
     def of(cls, weight: torch.Tensor, kind: str) -> "Rounded":
         """Round a matrix ``[rows, columns]``, of which int4 wants columns that a group divides; see ``fits``."""
-        bits = KINDS[kind]
-        group = 0 if kind == "int8" else next(each for each in reversed(GROUPS) if weight.shape[1] % each == 0)
+        bits, group = KINDS[kind], _group(weight.shape[1], kind)
         return cls(*pack_matrix(weight, bits, group), bits, group)
+
+    @staticmethod
+    def size(rows: int, columns: int, kind: str) -> int:
+        """``nbytes`` of a matrix of so many rows and columns that has been rounded so."""
+        scales = rows * 4 if kind == "int8" else rows * (columns // _group(columns, kind)) * 2 * 2
+        return rows * columns * KINDS[kind] // 8 + scales
 
     @staticmethod
     def fits(columns: int, kind: str) -> bool:
@@ -62,3 +67,8 @@ class Rounded:
             return F.linear(x, self.numbers(x.dtype))
         rows = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
         return quantized_cpu.linear(rows, self.packed, self.scales, self.bits, self.group)
+
+
+def _group(columns: int, kind: str) -> int:
+    """Columns that share a scale: the most that divide the columns; 0 of int8."""
+    return 0 if kind == "int8" else next(each for each in reversed(GROUPS) if columns % each == 0)

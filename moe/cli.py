@@ -78,18 +78,55 @@ def info(
     memory: Annotated[
         str | None, typer.Option(help="Memory to be had, such as 8GiB: what fits into it, and what a token fetches.")
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="Measure this machine, and tell tokens a second before anything is packed."),
+    ] = False,
+    pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For --predict: experts in memory, as a share, 50%; a size, 6GiB; or slots of each layer; repeatable.",
+            show_default="25%, 50% and 100%",
+        ),
+    ] = None,
+    format: Format = None,
+    dense: Dense = None,
+    miss_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="For --predict, of one pool: share of the selections that miss, as 14%.",
+            show_default="lent from the built-in tinymoe",
+        ),
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="For --predict: where every figure goes.", show_default=False)
+    ] = None,
     revision: Revision = None,
 ):
-    """What a checkpoint needs, from its headers alone: experts, bytes an expert, what fits in a given memory."""
+    """What a checkpoint needs, from its headers alone: experts, bytes an expert, what fits in a given memory.
+
+    With --predict also how fast this machine's CPU will decode with it: --pool, --format and --dense say how it will be
+    loaded.
+    """
     with one_sentence():
         from cachemoe.moe.checkpoint import Checkpoint as Opened
         from cachemoe.moe.hub import checkpoint_folder
         from cachemoe.moe.info import needs
         from cachemoe.moe.load import check_loadable
+        from cachemoe.moe.predict_report import predict_table, predict_words
+        from cachemoe.moe.predict_run import question_of, run_predict
         from cachemoe.moe.sizes import size_of
+        from cachemoe.offload.errors import InputError
 
+        of_predict = {"pool": pool, "format": format, "dense": dense, "miss-rate": miss_rate, "json": json_path}
+        given = next((name for name, value in of_predict.items() if value), None)
+        if given is not None and not predict:
+            raise InputError(f"--{given} is for --predict: give that too, or leave --{given} out")
         opened = Opened(checkpoint_folder(checkpoint, revision))
-        check_loadable(opened)
+        check_loadable(opened, format)
+        question = question_of(opened, pool, format, dense, miss_rate) if predict else None
+        if json_path is not None:
+            check_destination(json_path)
         shape, needed = opened.shape, needs(opened, None if memory is None else size_of(memory))
         console.print(
             f"{opened.path.resolve().name}, {opened.config.get('model_type')}: {len(shape.layers)} MoE layers of "
@@ -118,6 +155,13 @@ def info(
                 "fetch less. Tokens in flight, activations and the key-value cache need memory besides.",
                 highlight=False,
             )
+        if question is not None:
+            report = run_predict(opened, question, show_progress)
+            console.print(predict_table(report))
+            for words in predict_words(report):
+                console.print(words, highlight=False)
+            if json_path is not None:
+                save_report(report, json_path)
 
 
 def pack(

@@ -11,7 +11,7 @@ import torch
 
 from cachemoe.kernels.rounded_cpu import Rounded
 from cachemoe.moe.doors import NoBackward
-from cachemoe.moe.layers import moe_layers
+from cachemoe.moe.layers import is_experts, moe_layers
 from cachemoe.moe.progress import Progress
 
 FEWEST_ROWS = 16  # a matrix of fewer is no weight to speak of: a gate of one row, say
@@ -70,14 +70,7 @@ def round_dense(model, kind: str, progress: Progress) -> DenseRounding:
     Args:
         kind: of ``KINDS``; int4 leaves matrices as they are whose columns no group divides.
     """
-    routers = {layer.router for layer in moe_layers(model)}
-    found = [
-        (parent, f"{path}.{name}".lstrip("."), name, child)
-        for path, parent in model.named_modules()
-        for name, child in parent.named_children()
-        if type(child) is torch.nn.Linear and child not in routers and parent not in routers
-        if child.out_features >= FEWEST_ROWS and Rounded.fits(child.in_features, kind)
-    ]
+    found = _rounded(model, kind)
     squares, before, after = defaultdict(lambda: [0.0, 0.0]), 0, 0
     with progress(f"rounding {len(found)} dense matrices to {kind}", len(found)) as advance:
         for parent, path, name, linear in found:
@@ -91,6 +84,44 @@ def round_dense(model, kind: str, progress: Progress) -> DenseRounding:
             advance()
     errors = {place: (off / max(own, 1e-300)) ** 0.5 for place, (off, own) in squares.items()}
     return DenseRounding(kind, before, after, errors)
+
+
+def dense_reads(model, kind: str | None) -> dict[str, int]:
+    """Bytes of all weights but the experts' that a token reads in a model's language part and its head.
+
+    An embedding is left out, since a token reads one row of it; a head that is tied to it is read whole.
+
+    Args:
+        model: on any device; its parameters' shapes and dtypes are enough.
+        kind: what ``round_dense`` will be called with; None: it will not be.
+
+    Returns:
+        By the kind of rounding, and for what is not rounded by the dtype's name.
+    """
+    rounded = set() if kind is None else {linear for *_, linear in _rounded(model, kind)}
+    parts = (part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None)
+    reads = defaultdict(int)
+    for module in dict.fromkeys(module for part in parts for module in part.modules()):
+        if isinstance(module, torch.nn.Embedding) or is_experts(module):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if module in rounded and parameter is module.weight:
+                reads[kind] += Rounded.size(*parameter.shape, kind)
+            else:
+                reads[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+    return dict(reads)
+
+
+def _rounded(model, kind: str) -> list[tuple[torch.nn.Module, str, str, torch.nn.Linear]]:
+    """What ``round_dense`` rounds: each ``torch.nn.Linear``'s parent, its path, its name in the parent, and itself."""
+    routers = {layer.router for layer in moe_layers(model)}
+    return [
+        (parent, f"{path}.{name}".lstrip("."), name, child)
+        for path, parent in model.named_modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear and child not in routers and parent not in routers
+        if child.out_features >= FEWEST_ROWS and Rounded.fits(child.in_features, kind)
+    ]
 
 
 def _place(path: str) -> str:

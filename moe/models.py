@@ -1,4 +1,4 @@
-"""transformers models: loaded whole or without their experts. The only file that imports transformers."""
+"""transformers models: loaded whole, without their experts, or made small. The only file that imports transformers."""
 
 import os
 from collections import Counter
@@ -67,6 +67,56 @@ def outline(checkpoint: Checkpoint):
         return torch.zeros((), dtype=entries[name].dtype, device="cpu").expand(entries[name].shape)
 
     return _without_experts(checkpoint, zero, "cpu")
+
+
+def small_model(checkpoint: Checkpoint, dtype: torch.dtype):
+    """A random model of a checkpoint's class with its layers, its experts and its K, each width next to nothing.
+
+    What a token takes in it is what a token takes in the checkpoint's model beside reading weights.
+
+    Raises:
+        InputError: if transformers makes none of such a config.
+    """
+    given = _config(checkpoint.path).get_text_config()
+    kind = given.model_type
+    with outside(f"a small {kind}, on which the cost of its layers is measured, cannot be made"):
+        config = type(given).from_dict(_narrow(given.to_dict()))
+        if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+            raise InputError(f"transformers has no {kind} for text alone, on which the cost of its layers is measured")
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        layers = moe_layers(model)
+        check_count(model, layers, checkpoint.shape)
+    for layer in layers:  # transformers starts some at zero: all tokens would choose the same experts
+        for parameter in layer.router.parameters() if layer.router is not None else ():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def _narrow(config: dict) -> dict:
+    """A config's fields with small widths; layers, experts and what a token uses stay."""
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    small = {"num_attention_heads": 4, "num_key_value_heads": 4 if kv_heads == heads else 2}
+    small |= {"hidden_size": 32, "vocab_size": 256, "qk_head_dim": 32}
+    ends = {"intermediate_size": 32, "head_dim": 16, "lora_rank": 32}
+    narrow = {}
+    for name, value in config.items():
+        if name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = None
+        elif name in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+            value = _plain_rope(value)
+        elif type(value) is int:
+            value = small.get(name) or next((ends[end] for end in ends if name.endswith(end)), value)
+        narrow[name] = value
+    return narrow
+
+
+def _plain_rope(rope: dict) -> dict:
+    """A rotation without scaling, which may have a factor for each dimension of a wider head."""
+    if rope and all(isinstance(each, dict) for each in rope.values()):  # by the type of layer
+        return {kind: _plain_rope(each) for kind, each in rope.items()}
+    kept = {name: each for name, each in rope.items() if name in ("rope_theta", "partial_rotary_factor")}
+    return kept | {"rope_type": "default"}
 
 
 def load_tokenizer(path: Path):
