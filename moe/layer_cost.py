@@ -65,14 +65,16 @@ def layer_cost(
     with closing(swap(model, shape.experts, format=kind, progress=making)) as pooled:
         if dense is not None:
             round_dense(model, dense, making)
-            install_steps(model)
+            pooled.join(install_steps(model))
 
         def read(*_) -> None:
             for reading in readings:
                 reading()
 
-        for layer in moe_layers(model):
-            layer.experts.register_forward_hook(read)
+        blocks = {layer.block for layer in moe_layers(model)}
+        for module in list(model.modules()):
+            if not blocks.isdisjoint(module.children()):  # a hook in it would part what is one call
+                module.register_forward_hook(read)
         engine, half = pooled.engine, max(shape.top_k, shape.experts // 2)
         total = 2 * ROUNDS * (WARM_UP + TOKENS)
         failed = outside("the small model on which the cost of its layers is measured cannot be run")

@@ -164,8 +164,10 @@ def load(
             rounding = round_dense(model, dense, progress)
             steps = install_steps(model)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding, steps
-        PooledExperts(model, checkpoint, stores[0].layout, *how).keep(stack.pop_all())
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding
+        pooled = PooledExperts(model, checkpoint, stores[0].layout, *how)
+        pooled.join(steps)
+        pooled.keep(stack.pop_all())
     return model, tokenizer
 
 

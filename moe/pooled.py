@@ -83,7 +83,6 @@ class PooledExperts:
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
         level_bytes: of the levels; None: of full precision alone.
         dense: how the other weights were rounded; None: they were not.
-        steps: of decoder layers that take one token in one call.
 
     Attributes:
         shape: of the MoE layers.
@@ -108,7 +107,6 @@ class PooledExperts:
         adaptive: bool = False,
         level_bytes: LevelBytes | None = None,
         dense: DenseRounding | None = None,
-        steps: Sequence[Step] = (),
     ):
         self.engine, self.shape, self.fingerprint, self.dense = engine, source.shape, layout.model, dense
         self._owned = ExitStack()
@@ -128,7 +126,7 @@ class PooledExperts:
         self._chooser: Chooser | None = None
         self._source: Ahead | None = None
         self._forecast: Forecast | None = None
-        self._steps = {step.feed: step for step in steps}
+        self._steps: dict[torch.nn.Module, Step] = {}  # by the module after its attention
         self._batch = BatchShape(model)
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
@@ -136,8 +134,13 @@ class PooledExperts:
         self._is_closed = False
         self.routing = routing
         close_doors(model, layers)
-        self._join_layers()
         model.cachemoe = self
+
+    def join(self, steps: Sequence[Step]) -> None:
+        """Let decoder layers that take one token in one call run its experts there, too, where that can be."""
+        self._steps = {step.feed: step for step in steps}
+        self._swap.reroute(partial(self._router, self._routing))
+        self._join_layers()
 
     def keep(self, owned: ExitStack) -> None:
         """Close what is owned with this, or when the model is no more."""
