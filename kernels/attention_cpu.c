@@ -91,16 +91,16 @@ INLINE void step(const attention *a, const void *x, const void *cosine, const vo
     block *packed = scratch, *packed_o = packed + blocks_of(a->bits, hidden);
     float *wide = (float *)(packed_o + blocks_of(a->bits, a->o.columns)), *q = wide + hidden, *k = q + a->q.rows;
     float *v = k + a->k.rows, *out = v + a->v.rows, *y = out + a->q.rows, *scores = y + a->o.rows;
-    const int64_t slot = 0;
+    const int64_t slot = 0, one = 1;
     for (int64_t i = 0; i < hidden; i++) wide[i] = number(x, bf16, i);
     normalise(wide, a->before.weight, inverse_size(wide, hidden, a->before.epsilon), hidden, bf16);
     for (int64_t i = 0; i < hidden; i++) store(wide[i], bf16, normal_out, i);
     pack_row(a->bits, bf16, normal_out, 0, hidden, packed);
 #pragma omp parallel
     {
-        multiply(a->bits, a->group, bf16, &a->q, &slot, 1, 1, packed, 1, q);
-        multiply(a->bits, a->group, bf16, &a->k, &slot, 1, 1, packed, 1, k);
-        multiply(a->bits, a->group, bf16, &a->v, &slot, 1, 1, packed, 1, v);
+        multiply(a->bits, a->group, bf16, &a->q, &slot, &one, 1, packed, NULL, q);
+        multiply(a->bits, a->group, bf16, &a->k, &slot, &one, 1, packed, NULL, k);
+        multiply(a->bits, a->group, bf16, &a->v, &slot, &one, 1, packed, NULL, v);
 #pragma omp barrier
 #pragma omp single
         {
@@ -136,7 +136,7 @@ INLINE void step(const attention *a, const void *x, const void *cosine, const vo
             for (int64_t i = 0; i < a->o.columns; i++) store(out[i], bf16, q, i);  // q is done with
             pack_row(a->bits, bf16, q, 0, a->o.columns, packed_o);
         }
-        multiply(a->bits, a->o_group, bf16, &a->o, &slot, 1, 1, packed_o, 1, y);
+        multiply(a->bits, a->o_group, bf16, &a->o, &slot, &one, 1, packed_o, NULL, y);
     }
     finish(y, &a->o, bf16);
     for (int64_t i = 0; i < hidden; i++) {

@@ -76,8 +76,13 @@ def experts(
         return
     pairs = torch.empty(*slots.shape, x.shape[1], dtype=torch.float32, device=x.device) if partial is None else partial
     wanted = slots if pending is None else slots.masked_fill(~pending, -1)
-    for slot in wanted.unique():
-        if slot >= 0:
+    if len(x) <= FEW_TOKENS and in_c(x, page_format):
+        now = wanted >= 0
+        pairs[now] = quantized_cpu.pairs(x, weights, wanted.tolist(), page_format)[now]
+    else:
+        for slot in wanted.unique():
+            if slot < 0:
+                continue
             tokens, ks = torch.nonzero(wanted == slot, as_tuple=True)
             pairs[tokens, ks] = side_by_side(x[tokens], weights, slot[None], page_format)[0]
     if finish:
@@ -112,6 +117,6 @@ def _one_token(x, slots, gates, weights, page_format, out, pending, partial, fin
     if finish:
         gates = gates if kept is None else gates[:, kept]
         if x.dtype in quantized_cpu.DTYPES and quantized_cpu.has_c():  # the same sum whichever levels have computed
-            quantized_cpu.weigh(gates, pairs, out)
+            quantized_cpu.weigh(*gates.tolist(), pairs.contiguous(), list(range(len(pairs))), out)
         else:
             out.copy_(torch.mm(gates, pairs))

@@ -15,7 +15,7 @@ void linear(int bits, int group, int bf16, const void *x, const matrix *m, int64
     const int64_t blocks = blocks_of(bits, m->columns), slot = 0;
     for (int64_t t = 0; t < tokens; t++) pack_row(bits, bf16, x, t, m->columns, scratch + t * blocks);
 #pragma omp parallel
-    multiply(bits, group, bf16, m, &slot, 1, tokens, scratch, 1, y);
+    multiply(bits, group, bf16, m, &slot, &tokens, 1, scratch, NULL, y);
 }
 
 enum { SILU, GELU, RELU, CLAMPED_SWIGLU };  // as `activations.py` has them
@@ -49,53 +49,61 @@ INLINE void activate_row(const float *rows, const float *bias, const expert_page
     }
 }
 
-int64_t experts_scratch_bytes(const expert_pages *p, int64_t jobs, int64_t tokens) {
+int64_t experts_scratch_bytes(const expert_pages *p, int64_t pairs, int64_t tokens) {
     const int64_t of_x = blocks_of(p->bits, p->gate_up.columns), of_h = blocks_of(p->bits, p->down.columns);
     const int64_t numbers = p->gate_up.rows + p->down.columns;
-    return tokens * (of_x + jobs * of_h) * sizeof(block) + jobs * tokens * numbers * 4;
+    return (tokens * of_x + pairs * of_h) * sizeof(block) + pairs * (numbers * 4 + 8);
 }
 
-// y[j, t] = the expert in slots[j] of x[t], in float32: both matrices and what is between them in one parallel region.
-void experts(const expert_pages *p, int bf16, const void *x, const int64_t *slots, int64_t jobs, int64_t tokens,
-             block *scratch, float *y) {
+// y[i] = the expert in the i's slot of x[of[i]], in float32: the first counts[0] of the pairs i have slots[0], and so on
+// for all jobs. Both matrices and what is between them in one parallel region.
+void experts(const expert_pages *p, int bf16, const void *x, int64_t tokens, const int64_t *slots, const int64_t *counts,
+             int64_t jobs, const int64_t *of, block *scratch, float *y) {
     const int64_t of_x = blocks_of(p->bits, p->gate_up.columns), of_h = blocks_of(p->bits, p->down.columns);
-    const int64_t rows = p->gate_up.rows, inner = p->down.columns, hidden = p->down.rows, pairs = jobs * tokens;
+    const int64_t rows = p->gate_up.rows, inner = p->down.columns, hidden = p->down.rows;
+    int64_t pairs = 0;
+    for (int64_t j = 0; j < jobs; j++) pairs += counts[j];
     block *packed_h = scratch + tokens * of_x;
-    float *wide = (float *)(packed_h + pairs * of_h), *h = wide + pairs * rows;
+    int64_t *slot_of = (int64_t *)(packed_h + pairs * of_h);
+    for (int64_t j = 0, i = 0; j < jobs; j++)
+        for (int64_t end = i + counts[j]; i < end; i++) slot_of[i] = slots[j];
+    float *wide = (float *)(slot_of + pairs), *h = wide + pairs * rows;
     for (int64_t t = 0; t < tokens; t++) pack_row(p->bits, bf16, x, t, p->gate_up.columns, scratch + t * of_x);
 #pragma omp parallel
     {
-        multiply(p->bits, p->group, bf16, &p->gate_up, slots, jobs, tokens, scratch, 1, wide);
+        multiply(p->bits, p->group, bf16, &p->gate_up, slots, counts, jobs, scratch, of, wide);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < pairs; pair++) {
             const float *bias = p->gate_up.bias;
-            if (bias) bias = (const float *)((const char *)bias + slots[pair / tokens] * p->gate_up.bias_stride);
+            if (bias) bias = (const float *)((const char *)bias + slot_of[pair] * p->gate_up.bias_stride);
             void *own = h + pair * inner;
 #define ACTIVATE(bf16) activate_row(wide + pair * rows, bias, p, bf16, own)
             bf16 ? ACTIVATE(1) : ACTIVATE(0);
 #undef ACTIVATE
             pack_row(p->bits, bf16, own, 0, inner, packed_h + pair * of_h);
         }
-        multiply(p->bits, p->group, bf16, &p->down, slots, jobs, tokens, packed_h, 0, y);
+        multiply(p->bits, p->group, bf16, &p->down, slots, counts, jobs, packed_h, NULL, y);
         if (p->down.bias) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t pair = 0; pair < pairs; pair++) {
-                const char *bias = (const char *)p->down.bias + slots[pair / tokens] * p->down.bias_stride;
+                const char *bias = (const char *)p->down.bias + slot_of[pair] * p->down.bias_stride;
                 for (int64_t i = 0; i < hidden; i++) y[pair * hidden + i] += ((const float *)bias)[i];
             }
         }
     }
 }
 
-// out = sum over k of gates[k] * y[k], in the order of k: the same bits whichever call has computed y.
-void weigh(const float *gates, const float *y, int64_t k, int64_t hidden, int bf16, void *out) {
+// out = sum over k of gates[k] * y[rows[k]], or y[k] without rows: the same bits whichever call has computed y.
+void weigh(const float *gates, const float *y, const int64_t *rows, int64_t k, int64_t hidden, int bf16, void *out) {
     for (int64_t first = 0; first < hidden; first += 16) {
         const int64_t end = first + 16 < hidden ? first + 16 : hidden;
         float sums[16] = {0};
-        for (int64_t j = 0; j < k; j++)
-            for (int64_t i = first; i < end; i++) sums[i - first] += gates[j] * y[j * hidden + i];
+        for (int64_t j = 0; j < k; j++) {
+            const float *row = y + (rows ? rows[j] : j) * hidden;
+            for (int64_t i = first; i < end; i++) sums[i - first] += gates[j] * row[i];
+        }
         for (int64_t i = first; i < end; i++) store(sums[i - first], bf16, out, i);
     }
 }
@@ -103,8 +111,13 @@ void weigh(const float *gates, const float *y, int64_t k, int64_t hidden, int bf
 // One token of experts in `slots`, weighed and summed; y [k, H] is scratch.
 void token(const expert_pages *p, int bf16, const void *x, const int64_t *slots, const float *gates, int64_t k,
            block *scratch, float *y, void *out) {
-    experts(p, bf16, x, slots, k, 1, scratch, y);
-    weigh(gates, y, k, p->down.rows, bf16, out);
+    int64_t counts[k], of[k];
+    for (int64_t j = 0; j < k; j++) {
+        counts[j] = 1;
+        of[j] = 0;
+    }
+    experts(p, bf16, x, 1, slots, counts, k, of, scratch, y);
+    weigh(gates, y, NULL, k, p->down.rows, bf16, out);
 }
 
 INLINE void unpack_int8(const int8_t *q, const float *scales, int64_t rows, int64_t columns, int bf16, void *out) {

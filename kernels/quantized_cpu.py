@@ -5,7 +5,9 @@ torch's own int4 matmul for CPUs reaches half of it, since arithmetic binds it, 
 
 import ctypes
 import warnings
+from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -53,13 +55,37 @@ def experts(
     Args:
         x: ``[n, H]`` contiguous float32 or bfloat16.
     """
-    (jobs,), (tokens, hidden), pages = slots.shape, x.shape, pages_of(weights, page_format)
-    size = library().experts_scratch_bytes(pages, jobs, tokens)
-    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+    (jobs,), (tokens, hidden) = slots.shape, x.shape
     y = torch.empty(jobs, tokens, hidden, dtype=torch.float32, device="cpu")
-    pointers = slots.data_ptr(), jobs, tokens, scratch.data_ptr(), y.data_ptr()
-    library().experts(pages, x.dtype == torch.bfloat16, x.data_ptr(), *pointers)
+    _experts(x, weights, slots.tolist(), [range(tokens)] * jobs, page_format, y)
     return y
+
+
+def pairs(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], slots: list[list[int]], page_format: PageFormat
+) -> torch.Tensor:
+    """A few tokens' experts of int8, int4 or int2 pages, each read once for all that use it. Needs ``has_c()``.
+
+    Args:
+        x: ``[T, H]`` contiguous float32 or bfloat16.
+        slots: K of each token; below 0 for none.
+
+    Returns:
+        ``[T, K, H]`` float32, 0 where there is no slot.
+    """
+    places: dict[int, list[tuple[int, int]]] = {}
+    for token, row in enumerate(slots):
+        for k, slot in enumerate(row):
+            if slot >= 0:
+                places.setdefault(slot, []).append((token, k))
+    out = torch.zeros(len(slots), len(slots[0]), x.shape[1], dtype=torch.float32, device="cpu")
+    if not places:
+        return out
+    order = [place for each in places.values() for place in each]
+    y = torch.empty(len(order), x.shape[1], dtype=torch.float32, device="cpu")
+    _experts(x, weights, list(places), [[token for token, _ in each] for each in places.values()], page_format, y)
+    out[tuple(zip(*order, strict=True))] = y
+    return out
 
 
 def token(
@@ -84,10 +110,40 @@ def token(
     library().token(pages, x.dtype == torch.bfloat16, x.data_ptr(), where, gates, k, at, at + size, out.data_ptr())
 
 
-def weigh(gates: torch.Tensor, pairs: torch.Tensor, out: torch.Tensor) -> None:
-    """``out`` ``[1, H]`` float32 or bfloat16 as ``token`` sums: gates ``[1, K]`` times pairs ``[K, H]``, float32."""
-    k, hidden = pairs.shape
-    pointers = gates.contiguous().data_ptr(), pairs.contiguous().data_ptr()
+def some(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], slots: list[int], page_format: PageFormat, pairs: torch.Tensor
+) -> None:
+    """Some of a token's experts of int8, int4 or int2 pages. Needs ``has_c()``.
+
+    Args:
+        x: as for ``token``.
+        slots: of n experts.
+        pairs: ``[n, H]`` float32 contiguous, to be filled in.
+    """
+    _experts(x, weights, slots, [(0,)] * len(slots), page_format, pairs)
+
+
+def _experts(x, weights, slots: list[int], tokens: Sequence[Sequence[int]], page_format, y) -> None:
+    """Into ``y`` ``[n, H]`` the output of each slot's expert for each of its tokens, slot by slot."""
+    jobs, counts, of = len(slots), [*map(len, tokens)], [*chain(*tokens)]
+    pages = pages_of(weights, page_format)
+    size = library().experts_scratch_bytes(pages, len(of), len(x))
+    scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+    lists = (_LONG * jobs)(*slots), (_LONG * jobs)(*counts), jobs, (_LONG * len(of))(*of)
+    pointers = x.data_ptr(), len(x), *lists, scratch.data_ptr(), y.data_ptr()
+    library().experts(pages, x.dtype == torch.bfloat16, *pointers)
+
+
+def weigh(gates: list[float], pairs: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
+    """``out`` ``[1, H]`` float32 or bfloat16 as ``token`` sums.
+
+    Args:
+        gates: of K experts.
+        pairs: ``[K, H]`` float32 contiguous, their outputs.
+        rows: where among the pairs each expert's is.
+    """
+    k, hidden = len(gates), pairs.shape[1]
+    pointers = (ctypes.c_float * k)(*gates), pairs.data_ptr(), (_LONG * k)(*rows)
     library().weigh(*pointers, k, hidden, out.dtype == torch.bfloat16, out.data_ptr())
 
 
@@ -186,8 +242,8 @@ def library() -> ctypes.CDLL:
     compiled.linear.restype = compiled.experts.restype = compiled.token.restype = compiled.weigh.restype = None
     pages = ctypes.POINTER(_Pages)
     compiled.token.argtypes = pages, _INT, *(_POINTER,) * 3, _LONG, *(_POINTER,) * 3
-    compiled.weigh.argtypes = _POINTER, _POINTER, _LONG, _LONG, _INT, _POINTER
-    compiled.experts.argtypes = pages, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER
+    compiled.weigh.argtypes = *(_POINTER,) * 3, _LONG, _LONG, _INT, _POINTER
+    compiled.experts.argtypes = pages, _INT, _POINTER, _LONG, _POINTER, _POINTER, _LONG, *(_POINTER,) * 3
     compiled.experts_scratch_bytes.argtypes, compiled.experts_scratch_bytes.restype = (pages, _LONG, _LONG), _LONG
     compiled.scratch_bytes.argtypes, compiled.scratch_bytes.restype = (_INT, _LONG), _LONG
     compiled.unpack.argtypes = (_INT, _LONG, _INT, _POINTER, _POINTER, _LONG, _LONG, _POINTER)

@@ -230,15 +230,15 @@ INLINE void two_rows(const uint8_t *packed, const uint32_t *scales, const block 
     y[apart] = f.bits == 8 ? sum(sums[1]) * *scale2 : sum(sums[1]);
 }
 
-INLINE void page(const uint8_t *packed, const uint32_t *scales, const block *x, int64_t blocks, int64_t tokens,
-                 int64_t rows, int64_t columns, format f, float *y) {
+INLINE void page(const uint8_t *packed, const uint32_t *scales, const block *x, const int64_t *of, int64_t blocks,
+                 int64_t tokens, int64_t rows, int64_t columns, format f, float *y) {
     const int64_t half = (rows + 1) / 2, row_scales = f.bits == 8 ? 1 : columns / f.group;
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < half; r++) {
         const int64_t apart = r + half < rows ? half : 0;  // the middle one of an odd number has no other
         for (int64_t t = 0; t < tokens; t++)
-            two_rows(packed + r * (columns * f.bits / 8), scales + r * row_scales, x + t * blocks, apart, columns, f,
-                     y + t * rows + r);
+            two_rows(packed + r * (columns * f.bits / 8), scales + r * row_scales, x + (of ? of[t] : t) * blocks, apart,
+                     columns, f, y + t * rows + r);
     }
 }
 
@@ -267,16 +267,17 @@ INLINE void pack_row(int bits, int bf16, const void *x, int64_t row, int64_t col
     }
 }
 
-// A thread's share of y[j, t, r] = sum over k of m[slots[j]][r, k] * x[j, t, k], or x[0, t, k] where x is shared.
-static void multiply(int bits, int group, int bf16, const matrix *m, const int64_t *slots, int64_t jobs,
-                     int64_t tokens, const block *x, int shared, float *y) {
+// A thread's share of y[i, r] = sum over k of m[slot][r, k] * x[of[i], k], or x[i, k] without `of`: the first counts[0]
+// of the i with slots[0], and so on for all jobs.
+static void multiply(int bits, int group, int bf16, const matrix *m, const int64_t *slots, const int64_t *counts,
+                     int64_t jobs, const block *x, const int64_t *of, float *y) {
     const int64_t blocks = blocks_of(bits, m->columns), rows = m->rows, columns = m->columns;
-    for (int64_t j = 0; j < jobs; j++) {
+    for (int64_t j = 0, first = 0; j < jobs; first += counts[j++]) {
         const uint8_t *packed = m->packed + slots[j] * m->packed_stride;
         const uint32_t *s = (const uint32_t *)(m->scales + slots[j] * m->scales_stride);
-        const block *blocked = x + (shared ? 0 : j * tokens * blocks);
-        float *out = y + j * tokens * rows;
-#define PAGE(...) page(packed, s, blocked, blocks, tokens, rows, columns, (format){__VA_ARGS__}, out)
+        const block *own = of ? x : x + first * blocks;
+        const int64_t *rows_of = of ? of + first : NULL;
+#define PAGE(...) page(packed, s, own, rows_of, blocks, counts[j], rows, columns, (format){__VA_ARGS__}, y + first * rows)
 #define GROUPED(bits, bf16) \
     (group == 128 ? PAGE(bits, 128, bf16) : group == 64 ? PAGE(bits, 64, bf16) : PAGE(bits, 32, bf16))
         if (bits == 8)

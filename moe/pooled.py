@@ -23,6 +23,7 @@ from cachemoe.moe.checkpoint import Checkpoint
 from cachemoe.moe.chooser import Chooser
 from cachemoe.moe.contents import Contents
 from cachemoe.moe.decode_step import Step
+from cachemoe.moe.decode_threads import DecodeThreads
 from cachemoe.moe.dense import DenseRounding
 from cachemoe.moe.doors import PooledParameter, close_doors, refuse_transforms, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
@@ -128,6 +129,7 @@ class PooledExperts:
         self._forecast: Forecast | None = None
         self._steps: dict[torch.nn.Module, Step] = {}  # by the module after its attention
         self._batch = BatchShape(model)
+        self._threads = None if model.device.type != "cpu" else DecodeThreads(model, lambda: self.counters.stall_s)
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._run_chosen, self._lock).__enter__()
@@ -232,6 +234,8 @@ class PooledExperts:
                     layer.experts.forward = _closed
                 self._gates.close()
                 self._batch.close()
+                if self._threads is not None:
+                    self._threads.close()
             self._owned.close()
 
     def __reduce_ex__(self, protocol):

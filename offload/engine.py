@@ -452,6 +452,9 @@ class OffloadEngine:
             chosen = self._own(pages, kept)
             self._staging.look_ahead(layer, gate_input, chosen, self._layers, self.counters)
         y, gates = torch.empty_like(x), ticket.routing.weights[0]
+        if loads and self.state.levels == 1 and self._compute.takes(x):
+            self._decode_in_c(layer, x, ticket, y)
+            return y, len(missing)
         where = torch.tensor([[frames[slot] if slot >= 0 else -1 for slot in slots]], device="cpu")
         levels = (0,)
         if self.state.cheaper:
@@ -473,6 +476,28 @@ class OffloadEngine:
             self._timed(layer, x, where, gates, y, pending, partial, left == 0, levels=(transfer.level,))
         return y, len(missing)
 
+    def _decode_in_c(self, layer, x, ticket, y):
+        """As ``_decode`` of a token with misses: into rows of their own those that are there, then each as it lands."""
+        slots, kept, loads = ticket.slots, ticket.kept, ticket.loads
+        row, (gates,) = self._frames.row(layer), ticket.routing.weights[0].tolist()
+        held, frames = self._frames.held[row], self._frames.of_slot[row]
+        pairs, order = torch.empty(len(kept), x.shape[1], dtype=torch.float32, device="cpu"), []
+
+        def compute(ks: list[int]) -> None:
+            start = self._clock.now()
+            self._compute.some(x, [frames[slots[k]] for k in ks], pairs[len(order) :])
+            self._note("compute", layer, start)
+            order.extend(ks)
+
+        missing = set(loads.values())
+        if len(missing) < len(kept):
+            compute([k for k in kept if k not in missing])
+        for transfer in self._landed(layer, loads):
+            k = loads[transfer]
+            held[slots[k]] = ticket.pages[k]
+            compute([k])
+        self._compute.weigh([gates[k] for k in kept], pairs, [order.index(k) for k in kept], y)
+
     def _prefill(self, layer, x, routing):
         """Many tokens: their output, and how many of their experts had no page when the call began."""
         row = self._frames.row(layer)
@@ -480,6 +505,8 @@ class OffloadEngine:
         pages = self._frames.pages(layer, routing.ids[0], routing.slots[0])
         needed = sorted({page for page in pages.flatten().tolist() if page >= 0})
         misses = len(set(needed).difference(held))
+        if not misses and self._is_plain and bool(routing.hits.all()):
+            return self._all_there(layer, x, pages, routing.weights[0]), 0
         # Of whom the table says that they stay: but those do not whose page never came.
         here = {page for page in self.state.page_of[row, : len(held)].tolist() if page >= 0}
         final = here.intersection((*held, *needed))
@@ -518,6 +545,15 @@ class OffloadEngine:
         self._timed(layer, x, frame_of[pages], gates, y, nothing, partial, True, (0, 0))
         self._frames.settle(row)
         return y, misses
+
+    def _all_there(self, layer: int, x: torch.Tensor, pages: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """Many tokens whose pages are in slots, in one call."""
+        row, y = self._frames.row(layer), torch.empty_like(x)
+        frame_of = dict(zip(self._frames.held[row], self._frames.of_slot[row], strict=True)) | {-1: -1}
+        where = torch.tensor([[frame_of[page] for page in line] for line in pages.tolist()], device="cpu")
+        most = int((where >= 0).sum()), len(where.unique())
+        self._timed(layer, x, where, gates, y, most=most)
+        return y
 
     def _own(self, pages: Sequence[int], kept: Iterable[int]) -> list[int]:
         """The kept ones of a cache's pages, as the layer numbers them."""

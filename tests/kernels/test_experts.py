@@ -464,7 +464,7 @@ def test_on_a_cpu_without_a_c_compiler(page_format, monkeypatch):
     def refuse(source):
         raise OSError("there is no C compiler")
 
-    monkeypatch.setattr(quantized_cpu, "_c", lambda: refuse(None))
+    monkeypatch.setattr(quantized_cpu, "library", lambda: refuse(None))
     quantized_cpu.has_c.cache_clear()
     quantized_cpu.warn_without_c.cache_clear()
     case = Case(page_format, tokens=1, top_k=2, slots=3, dtype=torch.float32)

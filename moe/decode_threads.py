@@ -1,0 +1,106 @@
+"""How many threads a token takes on the CPU: all of torch's, or one where that is faster.
+
+A token's matrices are short, and its threads wait for each other some hundred times. Where another process keeps a core
+busy, each wait can last until the system gives that core back: a token takes many times as long as with one thread,
+which waits for nobody. Where nothing else runs, all threads are faster but for the smallest models. Times alone show
+which it is, so that it is tried. No bit of the output depends on it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+from threading import local
+from time import perf_counter
+
+import torch
+
+WINDOW, TRIAL = 8, 4  # tokens that are looked at, and that the other number of threads is tried on
+SLOWER = 1.3  # than before: there may be something else that runs
+FASTER = 0.9  # of the time: worth a change
+AGAIN = 64  # tokens with one thread, after which all are tried again
+
+
+class Choice:
+    """From a thread's tokens' times, whether the next one takes one thread.
+
+    Attributes:
+        one: whether it does.
+    """
+
+    def __init__(self):
+        self.one = False
+        self._recent, self._trial = deque(maxlen=WINDOW), None
+        self._usual: float | None = None  # seconds of a token with all threads
+        self._since = 0  # tokens since the last trial
+
+    def note(self, seconds: float) -> None:
+        """A token has taken so long."""
+        if self._trial is not None:
+            self._trial.append(seconds)
+            if len(self._trial) == TRIAL:
+                self._decide(median(self._trial[1:]))  # the first found other caches
+            return
+        self._recent.append(seconds)
+        self._since += 1
+        if len(self._recent) == WINDOW and self._doubts():
+            self.one, self._trial = not self.one, []
+
+    def _doubts(self) -> bool:
+        if self.one:
+            return self._since >= AGAIN
+        now = median(self._recent)
+        if self._usual is not None and now <= SLOWER * self._usual:
+            self._usual = min(self._usual, now)
+            return False
+        return True
+
+    def _decide(self, tried: float) -> None:
+        """Go on as in the trial, or as before."""
+        before = median(self._recent)
+        if tried < FASTER * before:
+            self._recent.clear()
+            before = tried
+        else:
+            self.one = not self.one
+        self._usual, self._trial, self._since = None if self.one else before, None, 0
+
+
+class DecodeThreads:
+    """Sets torch's threads for the tokens of a model that come one by one, and puts them back after each.
+
+    Args:
+        model: of transformers, on the CPU; hooks on it do that until ``close``.
+        waited: seconds, so far, in which nothing was computed.
+    """
+
+    def __init__(self, model, waited: Callable[[], float]):
+        self._waited, self._mine = waited, local()
+        inner = model.base_model
+        self._hooks = (
+            inner.register_forward_pre_hook(self._begin, with_kwargs=True),
+            inner.register_forward_hook(self._end, always_call=True),
+        )
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, inner, arguments, named) -> None:
+        given = arguments[0] if arguments else named.get("input_ids")
+        threads = torch.get_num_threads()
+        if not isinstance(given, torch.Tensor) or given.shape != (1, 1) or threads == 1:
+            return
+        mine = self._mine
+        if not hasattr(mine, "choice"):
+            mine.choice = Choice()
+        if mine.choice.one:
+            torch.set_num_threads(1)
+        mine.begun = threads, perf_counter() - self._waited()
+
+    def _end(self, *_) -> None:
+        if (begun := vars(self._mine).pop("begun", None)) is None:
+            return
+        threads, start = begun
+        torch.set_num_threads(threads)
+        self._mine.choice.note(perf_counter() - self._waited() - start)
