@@ -239,6 +239,10 @@ def generate(
         str | None, typer.Option(help="Which resident expert leaves: lru or lfu.", show_default="the routing's, or lru")
     ] = None,
     dense: Dense = None,
+    prefetch: Annotated[
+        str | None,
+        typer.Option(help="gate: fetch what the next layer's router says of this one's input.", show_default=False),
+    ] = None,
     residency: Annotated[
         Path | None,
         typer.Option(help="Who is resident: read if the file is there, and written at the end.", show_default=False),
@@ -265,7 +269,7 @@ def generate(
         if not prompt:
             raise InputError("--prompt is empty: give the model something to go on from")
         check_tokenizer(folder)
-        how = {"calibration": calibration, "capacity": capacity, "dense": dense}
+        how = {"calibration": calibration, "capacity": capacity, "dense": dense, "prefetch": prefetch}
         if residency is not None:
             check_destination(residency)
             how["residency"] = residency if residency.exists() else None

@@ -132,7 +132,7 @@ def gates_of(layers: list[MoeLayer]) -> list[Callable[[torch.Tensor], torch.Tens
         if (logits_of := probe(layer).logits_of) is None:
             raise InputError(
                 f"{type(layer.router).__name__} does more than multiply by its weight, so that it cannot be asked "
-                "ahead of its layer: use another routing than pregated"
+                "ahead of its layer: use another routing than pregated, and no prefetch"
             )
         gates.append(partial(logits_of, layer.router))
     return gates

@@ -43,6 +43,7 @@ from cachemoe.offload.staging import STAGING
 from cachemoe.offload.store import ExpertStore, StoreLayout
 
 VERIFY = ("read", "open", "off")
+PREFETCHES = None, "gate"
 CAPACITIES = EVEN, ADAPTIVE = "even", "adaptive"
 
 
@@ -62,6 +63,7 @@ def load(
     capacity: str = EVEN,
     dense: str | None = None,
     residency: str | os.PathLike | None = None,
+    prefetch: str | None = None,
 ):
     """A pretrained MoE model with its experts in a pool over a store on disk; nothing is trained.
 
@@ -88,6 +90,8 @@ def load(
             attention in one call; None: they stay as they are, bit for bit.
         residency: made by ``model.cachemoe.save_residency``: who is in the pool from the start; None: nobody, or
             everybody where the pool has room for all.
+        prefetch: ``gate``: while a layer computes, what its successor's router, with the same routing, says of its
+            input is fetched ahead; no output depends on it. None: nothing is, but by a routing that does so itself.
 
     Returns:
         The transformers model, with a ``PooledExperts`` as ``model.cachemoe``, and its tokenizer: None if it has none,
@@ -108,6 +112,10 @@ def load(
         raise InputError(f"capacity is {' or '.join(CAPACITIES)}, not {capacity!r}")
     if capacity == ADAPTIVE and known is None:
         raise missing("an adaptive capacity")
+    if prefetch not in PREFETCHES:
+        raise InputError(f"prefetch is {PREFETCHES[1]}, or left out, not {prefetch!r}")
+    if prefetch is not None and (routing.rule.decides or routing.rule.prefetches):
+        raise InputError(f"{routing} asks for experts ahead itself: leave prefetch out")
     if verify not in VERIFY:
         raise InputError(f"verify is one of {', '.join(VERIFY)}, not {verify!r}")
     device = _device(device)
@@ -149,7 +157,7 @@ def load(
             for opened in stores:
                 with progress(f"verifying {opened.pages} pages", opened.pages) as advance:
                     opened.verify(advance)
-        staging = STAGING if routing.rule.prefetches else 0
+        staging = STAGING if routing.rule.prefetches or prefetch is not None else 0
         there = [each.to(device) for each in surrogates]
         engine = _engine(stack, stores, capacities, device, evict or least_recently_used, staging, progress, there)
         if residency is not None:
@@ -164,7 +172,7 @@ def load(
             rounding = round_dense(model, dense, progress)
             steps = install_steps(model)
         checkpoint.check_unchanged()  # or weights of before and after would compute together
-        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding
+        how = engine, routing, evict, rules, known, capacity == ADAPTIVE, level_bytes, rounding, prefetch is not None
         pooled = PooledExperts(model, checkpoint, stores[0].layout, *how)
         pooled.join(steps)
         pooled.keep(stack.pop_all())

@@ -27,7 +27,7 @@ from cachemoe.moe.decode_threads import DecodeThreads
 from cachemoe.moe.dense import DenseRounding
 from cachemoe.moe.doors import PooledParameter, close_doors, refuse_transforms, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
-from cachemoe.moe.layers import check_count, moe_layers, probe, router_marks, routing_rules
+from cachemoe.moe.layers import check_count, gates_of, moe_layers, probe, router_marks, routing_rules
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
@@ -84,6 +84,7 @@ class PooledExperts:
         adaptive: whether a pool is shared among the layers as the calibration's misses say.
         level_bytes: of the levels; None: of full precision alone.
         dense: how the other weights were rounded; None: they were not.
+        prefetches: whether a token's next layer is fetched for, as its router would choose by what this one saw.
 
     Attributes:
         shape: of the MoE layers.
@@ -108,12 +109,14 @@ class PooledExperts:
         adaptive: bool = False,
         level_bytes: LevelBytes | None = None,
         dense: DenseRounding | None = None,
+        prefetches: bool = False,
     ):
         self.engine, self.shape, self.fingerprint, self.dense = engine, source.shape, layout.model, dense
         self._owned = ExitStack()
         self._model, self._asked_evict, self._calibration, self._adaptive = model, evict, calibration, adaptive
         self._evict = evict or least_recently_used
         self._level_bytes = level_bytes or LevelBytes([layout.page_format.page_bytes])
+        self._prefetches = prefetches
         self._made_for = routing  # which the pool's levels, and whether layers share it, are for
         if calibration is not None:
             calibration.check(self.fingerprint, len(self.shape.layers), self.shape.experts, self.shape.top_k)
@@ -284,15 +287,6 @@ class PooledExperts:
         chooser = source = prefetcher = route = forecast = None
         with ExitStack() as asked:
             gates = asked.enter_context(gates_ahead(self._model, routing.rule, self._calibration))
-            if routing.rule.prefetches:
-                own = Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
-
-                def expected(layer, logits):
-                    return own.peek(layer, logits.cpu(), self._state(layer))
-
-                prefetcher = Foretold(gates, expected)
-                if routing.rule.forecasts:
-                    forecast = Forecast(gates, expected, int(routing.value))
             rule, layers = routing.rule, len(self.shape.layers)
             self._evict = self._asked_evict or least_recently_used
             if rule.evict is not None and self._asked_evict is None:
@@ -303,6 +297,15 @@ class PooledExperts:
                 known = {"calibration": self._calibration, "miss_cost": cost, "gates_prompts": False}
                 chooser = Chooser(self._asked(), self.shape.top_k, [routing], self._evict, **known)
                 route = partial(self._route, chooser)
+            if routing.rule.prefetches or (self._prefetches and not routing.rule.decides):
+                ahead = chooser or Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
+
+                def expected(layer, logits):
+                    return ahead.peek(layer, logits.cpu(), self._state(layer))
+
+                prefetcher = Foretold(gates or gates_of(self._swap.layers), expected)
+                if routing.rule.forecasts:
+                    forecast = Forecast(gates, expected, int(routing.value))
             if routing.rule.decides:
                 acquire = self.engine.acquire if isinstance(self.engine, OffloadEngine) else None
                 source = Ahead(gates, route, acquire)
