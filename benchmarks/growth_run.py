@@ -20,6 +20,7 @@ from cachemoe.benchmarks.growth_batches import SEQUENCES, count_batches
 from cachemoe.benchmarks.growth_decode import Step, StepBytes, decode, read_prompt, step_bytes, unique_experts
 from cachemoe.benchmarks.growth_models import Files, made
 from cachemoe.benchmarks.growth_points import CONTEXT, WARM_UP, Point, base_of, points_of
+from cachemoe.benchmarks.growth_quality import QUALITY_TOKENS, batch_quality
 from cachemoe.benchmarks.ratios import ratios
 from cachemoe.benchmarks.speeds import memory_bandwidth, store_bandwidths
 from cachemoe.kernels.rounded_cpu import KINDS
@@ -129,7 +130,7 @@ def run_growth(options: GrowthOptions, progress: Progress) -> dict:
             f"{options.rounds} rounds of {options.tokens} tokens after {CONTEXT} are more than the {fewest} that the "
             "built-in models take: choose fewer"
         )
-    measured, memory, batches = {}, [], []
+    measured, memory, batches, quality = {}, [], [], []
     with made(base.shape, options.format, progress) as files:
         with ExpertStore(files.store) as store:
             disk = store_bandwidths(store)
@@ -141,6 +142,8 @@ def run_growth(options: GrowthOptions, progress: Progress) -> dict:
             opened = {"synthetic": lambda pool: files.load(pool, dense, progress)}
             opened |= {folder.name: _as_it_is(folder, progress) for folder in SHIPPED}
             batches = [count_batches(name, each, windows, progress) for name, each in opened.items()]
+            text = prose(len(SEQUENCES), min(fewest, CONTEXT + QUALITY_TOKENS))
+            quality = [batch_quality(each.name, _as_it_is(each, progress), text, progress) for each in SHIPPED]
     speeds = {
         "memory_bytes_per_second": max(memory),  # the best: a bound is no bound at less
         "disk_bytes_per_second": statistics.median(disk["bare"]),
@@ -170,12 +173,13 @@ def run_growth(options: GrowthOptions, progress: Progress) -> dict:
         "speeds": speeds,
         "axes": {axis: [each.row(*bandwidths) for each in rows] for axis, rows in measured.items()},
         "batches": batches,
+        "batch_quality": quality,
     }
 
 
-def _as_it_is(folder: Path, progress: Progress) -> Callable[[str], object]:
-    """What opens a checkpoint with a pool, nothing rounded."""
-    return lambda pool: load(folder, pool, device="cpu", progress=progress)[0]
+def _as_it_is(folder: Path, progress: Progress) -> Callable[..., object]:
+    """What opens a checkpoint with a pool and a routing, nothing rounded."""
+    return lambda pool, routing=None: load(folder, pool, routing, device="cpu", progress=progress)[0]
 
 
 def prose(sequences: int, length: int) -> torch.Tensor:

@@ -39,6 +39,8 @@ def growth_tables(report: dict) -> Iterator[Table]:
         yield table
     for counts in report["batches"]:
         yield _batches(counts)
+    for measured in report["batch_quality"]:
+        yield _quality(measured)
 
 
 def _batches(counts: dict) -> Table:
@@ -55,6 +57,16 @@ def _batches(counts: dict) -> Table:
             f"{row['memory_bytes'] / 1e6:.2f}",
             *(f"{each['rows'][i]['disk_bytes'] / 1e6:.2f}" for each in others),
         )
+    return table
+
+
+def _quality(measured: dict) -> Table:
+    title = f"{measured['model']}: each sequence in a batch against alone, {measured['routing']}, {measured['pool']}"
+    table = table_of(title, "sequences", ("bits a\ntoken", "more than\nalone", "least", "most", "misses\na step"))
+    for row in measured["rows"]:
+        more = row["more_than_alone"]
+        cells = [f"{row['mean_bits_per_token']:.4f}", *(f"{more[each]:+.4f}" for each in ("mean", "min", "max"))]
+        table.add_row(str(row["sequences"]), *cells, f"{row['misses_per_step']:.1f}")
     return table
 
 

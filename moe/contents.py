@@ -14,10 +14,12 @@ class Contents:
     Args:
         hooks: each module's.
         entries: (dictionary, name, what is there), None for nothing.
+        memory: of each parameter where its numbers are, which ``.data`` can change.
     """
 
     hooks: tuple[dict, ...]
     entries: tuple[tuple[dict, str, object], ...]
+    memory: tuple[tuple[torch.nn.Parameter, int], ...]
 
     @classmethod
     def of(cls, *modules: torch.nn.Module, inside: torch.nn.Module | None = None) -> "Contents":
@@ -33,9 +35,11 @@ class Contents:
             entries += [(own, *each) for each in own.items() if type(each[1]) in PLAIN]
             entries.append((own, "forward", own.get("forward")))
         hooks = tuple(each for module in modules for each in (module._forward_hooks, module._forward_pre_hooks))
-        return cls(hooks, tuple(entries))
+        parameters = [each for *_, each in entries if isinstance(each, torch.nn.Parameter)]
+        return cls(hooks, tuple(entries), tuple((each, each.data_ptr()) for each in parameters if not each.is_meta))
 
     @property
     def unchanged(self) -> bool:
         """Whether all of it is there, and there are no hooks."""
-        return not any(self.hooks) and all([here.get(name) is each for here, name, each in self.entries])
+        same = all([here.get(name) is each for here, name, each in self.entries])
+        return same and not any(self.hooks) and all([each.data_ptr() == at for each, at in self.memory])

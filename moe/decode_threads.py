@@ -6,6 +6,7 @@ which waits for nobody. Where nothing else runs, all threads are faster but for 
 which it is, so that it is tried. No bit of the output depends on it.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable
 from statistics import median
@@ -18,6 +19,10 @@ WINDOW, TRIAL = 8, 4  # tokens that are looked at, and that the other number of 
 SLOWER = 1.3  # than before: there may be something else that runs
 FASTER = 0.9  # of the time: worth a change
 AGAIN = 64  # tokens with one thread, after which all are tried again
+
+
+# Of this thread alone; torch.set_num_threads would be of every thread that uses torch for the first time meanwhile.
+_SET_THREADS = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
 
 
 class Choice:
@@ -68,6 +73,8 @@ class Choice:
 class DecodeThreads:
     """Sets torch's threads for the tokens of a model that come one by one, and puts them back after each.
 
+    Where torch's threads are not OpenMP's, they stay as they are.
+
     Args:
         model: of transformers, on the CPU; hooks on it do that until ``close``.
         waited: seconds, so far, in which nothing was computed.
@@ -89,18 +96,18 @@ class DecodeThreads:
     def _begin(self, inner, arguments, named) -> None:
         given = arguments[0] if arguments else named.get("input_ids")
         threads = torch.get_num_threads()
-        if not isinstance(given, torch.Tensor) or given.shape != (1, 1) or threads == 1:
+        if not isinstance(given, torch.Tensor) or given.shape != (1, 1) or threads == 1 or not _SET_THREADS:
             return
         mine = self._mine
         if not hasattr(mine, "choice"):
             mine.choice = Choice()
         if mine.choice.one:
-            torch.set_num_threads(1)
+            _SET_THREADS(1)
         mine.begun = threads, perf_counter() - self._waited()
 
     def _end(self, *_) -> None:
         if (begun := vars(self._mine).pop("begun", None)) is None:
             return
         threads, start = begun
-        torch.set_num_threads(threads)
+        _SET_THREADS(threads)
         self._mine.choice.note(perf_counter() - self._waited() - start)

@@ -115,6 +115,23 @@ def test_the_figures_agree_with_each_other(run):
     assert least > half > whole == 0
 
 
+def test_each_sequence_in_a_batch_is_held_to_itself_alone(run):
+    _, report, _ = run
+    (measured,) = report["batch_quality"]
+    assert (measured["model"], measured["routing"], measured["pool"]) == ("tiny", "cache-prior:0.5", "50%")
+    alone, *others = measured["rows"]
+    assert [row["sequences"] for row in measured["rows"]] == [1, 2, 4, 8]
+    assert set(alone["more_than_alone"].values()) == {0.0}
+    for row in others:
+        more = [b - a for a, b in zip(alone["bits_per_token"], row["bits_per_token"], strict=True)]
+        spread = row["more_than_alone"]
+        assert (spread["min"], spread["max"]) == pytest.approx((min(more), max(more)), abs=1e-6)
+        assert any(each != 0 for each in more)  # the cache is another's, too
+        assert row["misses_per_step"] > alone["misses_per_step"]
+    # A model that knows nothing takes about a byte for a byte.
+    assert all(7 < each < 10 for each in alone["bits_per_token"])
+
+
 def test_batches_of_each_model_are_counted(run):
     _, report, _ = run
     assert [counts["model"] for counts in report["batches"]] == ["synthetic", "tiny"]

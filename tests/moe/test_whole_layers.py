@@ -136,6 +136,7 @@ CHANGES = {
     "router's weight": lambda block: setattr(
         block.gate, "weight", torch.nn.Parameter(block.gate.weight.detach().flip(0).clone())
     ),
+    "other numbers": lambda block: setattr(block.gate.weight, "data", block.gate.weight.data.flip(0).clone()),
     "in place": lambda block: block.gate.weight.data.mul_(-1.5),
     "experts of a token": lambda block: setattr(block.gate, "top_k", 1),
     "hook on the router": lambda block: block.gate.register_forward_hook(lambda *a: (a[2][0], 2 * a[2][1], a[2][2])),
@@ -209,3 +210,20 @@ def test_closed_experts_raise(pair):
     one.cachemoe.close()
     with pytest.raises(RuntimeError, match="closed"):
         run(one)
+
+
+def test_a_norm_given_other_numbers_counts(pair):
+    one, other = pair()
+    before = assert_same(one, other)
+    for each in (one, other):
+        weight = each.model.layers[1].post_attention_layernorm.weight
+        weight.data = torch.linspace(0.2, 2, len(weight))
+    assert not torch.allclose(assert_same(one, other), before, rtol=1e-3)
+
+
+def test_another_dtype_is_the_modules_to_compute_in(pair):
+    one, other = pair()
+    run(one), run(other)
+    for each in (one, other):
+        each.to(torch.bfloat16)
+    torch.testing.assert_close(run(one), run(other))
