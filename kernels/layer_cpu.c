@@ -64,13 +64,14 @@ INLINE void score(const layer *l, const float *logits, float *gates) {
 
 // out = x + attention(norm(x)), normal = norm(out), and the token is routed. Gives 1 where its experts are in their
 // slots: they are then in `out` too; 0 where some are not; and -1, with nothing routed, where a logit is not finite.
-// `y`, `wide` and `scratch` have room for [K, H] and [H] numbers and what attention and experts ask for.
+// `seconds` are those of the routing and of the experts; `y`, `wide` and `scratch` have room for [K, H] and [H] numbers and what attention and experts ask for.
 int layer_step(const layer *l, const void *x, const void *cosine, const void *sine, int rotary, void *keys,
                void *values, int64_t kv_stride, int64_t length, void *scratch, float *y, float *wide, void *out,
                void *normal, double *seconds) {
     float logits[MOST], gates[MOST];
     int64_t frames[MOST];
     l->attend(l->attention, x, cosine, sine, rotary, keys, values, kv_stride, length, scratch, out, normal);
+    const double attended = now();
     for (int64_t i = 0; i < l->hidden; i++) wide[i] = number(normal, l->bf16, i);
     l->router_bf16 ? router_rows(l, wide, 1, logits) : router_rows(l, wide, 0, logits);
     score(l, logits, gates);
@@ -94,6 +95,7 @@ int layer_step(const layer *l, const void *x, const void *cosine, const void *si
     const double start = now();
     l->token(l->pages, l->bf16, normal, frames, l->weights, l->k, scratch, y, normal);
     for (int64_t i = 0; i < l->hidden; i++) store(number(out, l->bf16, i) + number(normal, l->bf16, i), l->bf16, out, i);
-    *seconds = now() - start;
+    seconds[0] = start - attended;
+    seconds[1] = now() - start;
     return 1;
 }

@@ -97,28 +97,28 @@ class Layer:
         keys: torch.Tensor,
         values: torch.Tensor,
         length: int,
-    ) -> tuple[int, torch.Tensor, torch.Tensor, float]:
+    ) -> tuple[int, torch.Tensor, torch.Tensor, float, float]:
         """One token.
 
         Args:
             x, cosine, sine, keys, values, length: as ``Attention.step``.
 
         Returns:
-            1, the hidden state after the layer ``[1, 1, H]``, no matter what, and the seconds that its experts took;
-            or, where some of them are not in their slots, 0, with what ``Attention.step`` gives; the token is routed;
-            or, where a logit is not finite, -1, with the same, and nothing is routed.
+            1, the hidden state after the layer ``[1, 1, H]``, no matter what, and the seconds that the routing and the
+            experts took; or, where some of these are not in their slots, 0, with what ``Attention.step`` gives; the
+            token is routed; or, where a logit is not finite, -1, with the same, and nothing is routed.
         """
         k, hidden = self.router.top_k, x.shape[-1]
         sizes = self.attention.scratch_bytes(length), quantized_cpu.token_scratch_bytes(self._pages, k)
         scratch = torch.empty(max(sizes) + 4 * (k + 1) * hidden, dtype=torch.uint8, device="cpu")
-        out, normal, seconds = torch.empty_like(x), torch.empty_like(x), ctypes.c_double()
+        out, normal, seconds = torch.empty_like(x), torch.empty_like(x), (ctypes.c_double * 2)()
         y = scratch.data_ptr() + max(sizes)
         how = library().layer_step(
             *(self._structure, x.data_ptr(), cosine.data_ptr(), sine.data_ptr(), cosine.shape[-1]),
             *(keys.data_ptr(), values.data_ptr(), keys.stride(1), length),
             *(scratch.data_ptr(), y, y + 4 * k * hidden, out.data_ptr(), normal.data_ptr(), seconds),
         )
-        return how, out, normal, seconds.value
+        return how, out, normal, *seconds
 
     @cached_property
     def _pages(self) -> ctypes.Structure:

@@ -306,10 +306,11 @@ def settle(ran, state, b: int, evict: Callable) -> tuple[dict[int, int], list[tu
     slot_of, page_of = memory.slot_of[b], memory.page_of[b]
     clock, touched = int(memory.clock[b]), [(place, e, page) for place, (e, page, _, _) in enumerate(ran) if page >= 0]
     of_cache = [first_expert + e for _, e, _ in touched]
-    memory.last_use[b, of_cache] = [clock + k - place for place, _, _ in touched]
-    memory.uses[b, of_cache] += 1
+    # An expert may run at two levels, for sequences of a batch: it is touched twice, and by the better place last.
+    memory.last_use[b, of_cache[::-1]] = [clock + k - place for place, _, _ in reversed(touched)]
+    np.add.at(memory.uses[b], of_cache, 1)
     if state.heavy is not None:
-        memory.heavy[b, of_cache] += [page < experts for _, _, page in touched]
+        np.add.at(memory.heavy[b], of_cache, [page < experts for _, _, page in touched])
     placed = {page: int(slot_of[first_page + page]) for _, page, _, hit in ran if hit}
     missed = []
     if absent := [page for _, page, _, hit in ran if page >= 0 and not hit]:

@@ -6,15 +6,17 @@ highest gate weight. The absent ones take slots as one token's do; where a step 
 are slots, the first of that order have them afterwards.
 """
 
+import math
 from collections.abc import Callable
-from math import fsum
 
 import numpy as np
 import torch
 
-from cachemoe.kernels.policy import Policy
-from cachemoe.kernels.reference_route import check_slots, settle
+from cachemoe.kernels import route_c
+from cachemoe.kernels.policy import ORIGINAL, Policy
+from cachemoe.kernels.reference_route import check_slots, gate_scores, settle
 from cachemoe.kernels.route import route
+from cachemoe.kernels.route_cpu import is_plain
 from cachemoe.kernels.state import GateScores, Misses, Residency, Routing
 
 
@@ -39,14 +41,21 @@ def route_batch(
         Of one cache and N * T tokens, sequence by sequence. ``hits`` is of before the step; of a page that has no slot
         after it, ``slots`` says the level alone.
     """
+    if is_plain(state, policy):
+        check_slots(state, top_k)
+        routing = route_c.route_batch(logits, state, evict, top_k, policy, scores, correction)
+        if routing is not None:
+            return routing
     count, steps, _ = logits.shape
+    values = logits.float() if correction is None else gate_scores(logits.float(), scores) + correction.float()
+    ranges = (values.amax(-1) - values.amin(-1)).double()
     policy, out, missed = policy.repeated(count), Routing.empty(count, steps, top_k), []
     if state.levels > 1 or policy.swaps:
         out.asked = torch.empty_like(out.ids)
     for t in range(steps):
-        copies, before = state.repeated(count), state.range_sum.item()
-        routing = route(logits[:, t : t + 1], copies, evict, top_k, policy, scores, correction)
-        state.range_sum[0] = fsum([before, *(each - before for each in copies.range_sum.tolist())])
+        routing = route(logits[:, t : t + 1], state.repeated(count), evict, top_k, policy, scores, correction)
+        for added in sorted(ranges[:, t].tolist()):
+            state.range_sum.add_(added if math.isfinite(added) else 0.0)
         state.tokens.add_(count)
         out.ids[:, t], out.weights[:, t], out.hits[:, t] = routing.ids[:, 0], routing.weights[:, 0], routing.hits[:, 0]
         if out.asked is not None:
@@ -72,6 +81,10 @@ def place_batch(
     order = weights.float().argsort(dim=-1, descending=True, stable=True)
     out, missed = Routing.empty(count, steps, k), []
     out.ids, out.weights = ids.gather(-1, order), weights.float().gather(-1, order)
+    if drops is None and is_plain(state, ORIGINAL):
+        routing = route_c.place_batch(out.ids, out.weights, state, evict)
+        if routing is not None:
+            return routing
     pages = out.ids if drops is None else out.ids.masked_fill(drops.gather(-1, order), -1)
     for t in range(steps):
         here = pages[:, t]
@@ -102,7 +115,7 @@ def _touch_and_place(
     placed, new = settle(ran, state, 0, evict)
     missed += new
     slots = [[placed.get(page, state.slots[page // state.experts][0]) for page in row] for row in pages.tolist()]
-    return torch.tensor(slots).masked_fill(pages < 0, -1)
+    return torch.tensor(slots, device="cpu").masked_fill(pages < 0, -1)
 
 
 def _of_one_cache(routing: Routing, missed: list[tuple[int, int]]) -> Routing:
@@ -110,5 +123,6 @@ def _of_one_cache(routing: Routing, missed: list[tuple[int, int]]) -> Routing:
     ids, weights, slots, hits = (each.flatten(0, 1)[None] for each in routing.tensors()[:4])
     asked = None if routing.asked is None else routing.asked.flatten(0, 1)[None]
     listed = [*missed, *[(-1, -1)] * (ids.numel() - len(missed))]
-    pages, places = torch.tensor(listed, dtype=torch.int64).view(-1, 2).T[:, None].contiguous()
-    return Routing(ids, weights, slots, hits, Misses(pages, places, torch.tensor([len(missed)])), asked)
+    pages, places = torch.tensor(listed, dtype=torch.int64, device="cpu").view(-1, 2).T[:, None].contiguous()
+    count = torch.tensor([len(missed)], device="cpu")
+    return Routing(ids, weights, slots, hits, Misses(pages, places, count), asked)

@@ -27,6 +27,10 @@ class _Step(ctypes.Structure):
     _fields_ = (("code", _INT), ("place", _INT), ("number", ctypes.c_double), ("whole", _LONG))
 
 
+class _Use(ctypes.Structure):
+    _fields_ = (("place", _LONG), ("expert", _LONG), ("weight", _FLOAT))
+
+
 class _Cache(ctypes.Structure):
     _fields_ = tuple(
         (name, _POINTER)
@@ -86,6 +90,52 @@ def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> R
     routing.ids, routing.weights = ids, weights
     _, _, slots, hits, *misses = (each.data_ptr() for each in routing.tensors())
     library().place(rule, cache_of(state), tokens, ids.data_ptr(), slots, hits, *misses)
+    return routing
+
+
+def route_batch(
+    logits: torch.Tensor,
+    state,
+    evict: Callable,
+    top_k: int,
+    policy: Policy,
+    scores: GateScores,
+    correction: torch.Tensor | None,
+) -> Routing | None:
+    """As :func:`cachemoe.kernels.route_batch.route_batch`; None where that is to route, and nothing is done.
+
+    Args:
+        logits: ``[N, T, E]``.
+        state: of one plain cache.
+    """
+    sequences, steps, experts = logits.shape
+    rule = rule_of(policy, evict, experts, top_k, scores, correction)
+    if rule is None:
+        return None
+    logits = logits.detach().float().contiguous()
+    gates, routing = gate_scores(logits, scores), _empty(sequences * steps, top_k)
+    pointers = (each.data_ptr() for each in (logits, gates, *routing.tensors()))
+    room = (_Use * (sequences * top_k))(), (ctypes.c_double * sequences)()
+    finite = library().route_batch(rule, cache_of(state), sequences, steps, *pointers, *room)
+    return routing if finite else None
+
+
+def place_batch(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing | None:
+    """As :func:`cachemoe.kernels.route_batch.place_batch`, without drops.
+
+    Args:
+        ids: ``[N, T, K]`` int64 contiguous, each token's in the order of the weights.
+        weights: ``[N, T, K]`` float32 contiguous.
+        state: of one plain cache.
+    """
+    sequences, steps, k = ids.shape
+    rule = rule_of(ORIGINAL, evict, state.experts, k, SOFTMAX, None)
+    if rule is None:
+        return None
+    routing = _empty(sequences * steps, k)
+    routing.ids, routing.weights = ids.flatten(0, 1)[None], weights.flatten(0, 1)[None]
+    pointers = (each.data_ptr() for each in routing.tensors())
+    library().place_batch(rule, cache_of(state), sequences, steps, *pointers, (_Use * (sequences * k))())
     return routing
 
 
@@ -163,4 +213,10 @@ def library() -> ctypes.CDLL:
     compiled.route.restype = ctypes.c_int
     compiled.place.argtypes = rule, where, _LONG, *(_POINTER,) * 6
     compiled.place.restype = None
+    uses = ctypes.POINTER(_Use)
+    ranges = ctypes.POINTER(ctypes.c_double)
+    compiled.route_batch.argtypes = rule, where, _LONG, _LONG, *(_POINTER,) * 9, uses, ranges
+    compiled.route_batch.restype = ctypes.c_int
+    compiled.place_batch.argtypes = rule, where, _LONG, _LONG, *(_POINTER,) * 7, uses
+    compiled.place_batch.restype = None
     return compiled

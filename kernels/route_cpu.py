@@ -36,7 +36,7 @@ def route_cpu(
     """As :func:`cachemoe.kernels.reference_route.route`; the tensors of ``state`` and ``out`` are contiguous."""
     reference_route.check_slots(state, top_k)
     caches, tokens, experts = logits.shape
-    if caches == 1 and _is_plain(state, policy):
+    if caches == 1 and is_plain(state, policy):
         routing = route_c.route(logits, state, evict, top_k, policy, scores, correction)
         if routing is not None:
             return routing if out is None else _write(out, routing)
@@ -51,7 +51,7 @@ def route_cpu(
         *ranked, first, reference_route.mean_range(ranges, state), policy, scores, top_k, _have(state)
     )
     asked, own = None, None
-    if _is_plain(state, policy):
+    if is_plain(state, policy):
         step = _step_one if caches == 1 else _step
         ids, slots, hits, *misses = step(choose, grade, state, evict, tokens, top_k)
     else:
@@ -84,7 +84,7 @@ def _write(out: Routing, routing: Routing) -> Routing:
     return out
 
 
-def _is_plain(state, policy: Policy) -> bool:
+def is_plain(state, policy: Policy) -> bool:
     """Whether a page is an expert, of a layer with caches of its own, and runs in its place or not at all."""
     return state.levels == state.layers == 1 and not policy.swaps and policy.renormalises
 
@@ -94,7 +94,7 @@ def place(
 ) -> Routing:
     """As :func:`cachemoe.kernels.reference_route.place`; the tensors of ``state`` are contiguous."""
     caches, tokens, k = ids.shape
-    if not _is_plain(state, ORIGINAL):
+    if not is_plain(state, ORIGINAL):
         return reference_route.place(ids, weights, state, evict, drops)
     reference_route.check_slots(state, k)
     weights = weights.detach().float().numpy()
@@ -145,7 +145,7 @@ def peek(
     slot_of = _own_pages(state)[0]
     chosen = choose((0, 0), slot_of)
     levels = None if grade is None else grade((0, 0), chosen, slot_of)
-    if _is_plain(state, policy):
+    if is_plain(state, policy):
         return (chosen if levels is None else chosen[_kept(levels)]).tolist()
     wanted = [0] * top_k if levels is None else levels.tolist()
     table = None if policy.table is None else policy.table[0]

@@ -160,7 +160,7 @@ def _step_of(layer: torch.nn.Module) -> Step | None:
     parameters = [each for part in parts for each in part.parameters(recurse=False)]
     if not attention.fits or any(each.dtype != dtype for each in parameters):
         return None
-    return Step(attention, feed, number, attention.q[0].columns, Contents.of(*parts, inside=layer))
+    return Step(attention, feed, number, attention.q[0].columns, Contents(*parts, inside=layer))
 
 
 def _norm(module: torch.nn.Module | None) -> Norm | None:

@@ -3,14 +3,16 @@
 A token's matrices are short, and its threads wait for each other some hundred times. Where another process keeps a core
 busy, each wait can last until the system gives that core back: a token takes many times as long as with one thread,
 which waits for nobody. Where nothing else runs, all threads are faster but for the smallest models. Times alone show
-which it is, so that it is tried. No bit of the output depends on it.
+which it is, so that it is tried. It is for models in bfloat16: no bit of theirs depends on it, where attention in
+float32 sums in another order.
 """
 
 import ctypes
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
-from threading import local
+from threading import Lock
 from time import perf_counter
 
 import torch
@@ -76,38 +78,27 @@ class DecodeThreads:
     Where torch's threads are not OpenMP's, they stay as they are.
 
     Args:
-        model: of transformers, on the CPU; hooks on it do that until ``close``.
         waited: seconds, so far, in which nothing was computed.
     """
 
-    def __init__(self, model, waited: Callable[[], float]):
-        self._waited, self._mine = waited, local()
-        inner = model.base_model
-        self._hooks = (
-            inner.register_forward_pre_hook(self._begin, with_kwargs=True),
-            inner.register_forward_hook(self._end, always_call=True),
-        )
+    def __init__(self, waited: Callable[[], float]):
+        self._waited, self._choice, self._lock = waited, Choice(), Lock()
 
-    def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, inner, arguments, named) -> None:
-        given = arguments[0] if arguments else named.get("input_ids")
+    @contextmanager
+    def during(self, sequences: int, tokens: int) -> Iterator[None]:
+        """A call of so many sequences, and tokens of each."""
         threads = torch.get_num_threads()
-        if not isinstance(given, torch.Tensor) or given.shape != (1, 1) or threads == 1 or not _SET_THREADS:
+        if (sequences, tokens) != (1, 1) or threads == 1 or _SET_THREADS is None:
+            yield
             return
-        mine = self._mine
-        if not hasattr(mine, "choice"):
-            mine.choice = Choice()
-        if mine.choice.one:
+        one, start = self._choice.one, perf_counter() - self._waited()
+        if one:
             _SET_THREADS(1)
-        mine.begun = threads, perf_counter() - self._waited()
-
-    def _end(self, *_) -> None:
-        if (begun := vars(self._mine).pop("begun", None)) is None:
-            return
-        threads, start = begun
-        _SET_THREADS(threads)
-        self._mine.choice.note(perf_counter() - self._waited() - start)
+        try:
+            yield
+        finally:
+            if one:
+                _SET_THREADS(threads)
+        with self._lock:
+            if one is self._choice.one:  # no other thread of the program has begun a trial meanwhile, or ended it
+                self._choice.note(perf_counter() - self._waited() - start)

@@ -75,6 +75,7 @@ def layer_cost(
         for module in list(model.modules()):
             if not blocks.isdisjoint(module.children()):  # a hook in it would part what is one call
                 module.register_forward_hook(read)
+        pooled.calls.close()  # which might change the number of threads
         engine, half = pooled.engine, max(shape.top_k, shape.experts // 2)
         total = 2 * ROUNDS * (WARM_UP + TOKENS)
         failed = outside("the small model on which the cost of its layers is measured cannot be run")

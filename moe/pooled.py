@@ -16,7 +16,6 @@ from cachemoe.kernels import route_cpu
 from cachemoe.kernels.layer_cpu import Router
 from cachemoe.kernels.route_batch import place_batch
 from cachemoe.kernels.state import Residency, Routing
-from cachemoe.moe.batch_shape import BatchShape
 from cachemoe.moe.budgets import adaptive_slots
 from cachemoe.moe.calibration import Calibration
 from cachemoe.moe.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from cachemoe.moe.dense import DenseRounding
 from cachemoe.moe.doors import PooledParameter, close_doors, refuse_transforms, uncopiable
 from cachemoe.moe.in_memory import ModelExperts
 from cachemoe.moe.layers import check_count, gates_of, moe_layers, probe, router_marks, routing_rules
+from cachemoe.moe.model_calls import BatchShape, ModelCalls
 from cachemoe.moe.pack import rounds
 from cachemoe.moe.policies.rule import EXACT, PRECISION_CHANGED
 from cachemoe.moe.routers import RoutingRule
@@ -90,6 +90,7 @@ class PooledExperts:
         shape: of the MoE layers.
         fingerprint: of the experts' weights.
         layers: a ``LayerCount`` of each MoE layer.
+        calls: what is done around the model's calls.
         engine: the ``OffloadEngine`` or ``ResidentEngine``.
 
     Raises:
@@ -131,8 +132,10 @@ class PooledExperts:
         self._source: Ahead | None = None
         self._forecast: Forecast | None = None
         self._steps: dict[torch.nn.Module, Step] = {}  # by the module after its attention
-        self._batch = BatchShape(model)
-        self._threads = None if model.device.type != "cpu" else DecodeThreads(model, lambda: self.counters.stall_s)
+        self._batch, around = BatchShape(), []
+        if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+            around = [DecodeThreads(lambda: self.counters.stall_s).during]
+        self.calls = ModelCalls(model, self._batch.during, *around)
         self._gates = ExitStack()  # that say ahead of a layer what it will choose, while a routing asks them
         self.reset_counters()
         self._swap = Swap(model, None, self._run, self._run_chosen, self._lock).__enter__()
@@ -144,8 +147,7 @@ class PooledExperts:
     def join(self, steps: Sequence[Step]) -> None:
         """Let decoder layers that take one token in one call run its experts there, too, where that can be."""
         self._steps = {step.feed: step for step in steps}
-        self._swap.reroute(partial(self._router, self._routing))
-        self._join_layers()
+        self._reroute(self._routing)
 
     def keep(self, owned: ExitStack) -> None:
         """Close what is owned with this, or when the model is no more."""
@@ -173,8 +175,7 @@ class PooledExperts:
         if routing.rule.prefetches and isinstance(self.engine, OffloadEngine) and not self.engine.staging:
             raise InputError(f"{routing} fetches ahead, and this pool has no room for that: load the model with it")
         if not self._retuned(routing):
-            self._swap.reroute(partial(self._router, routing))
-            self._join_layers()
+            self._reroute(routing)
         self._routing = routing
 
     @property
@@ -236,9 +237,7 @@ class PooledExperts:
                 for layer in self._swap.layers:
                     layer.experts.forward = _closed
                 self._gates.close()
-                self._batch.close()
-                if self._threads is not None:
-                    self._threads.close()
+                self.calls.close()
             self._owned.close()
 
     def __reduce_ex__(self, protocol):
@@ -318,11 +317,19 @@ class PooledExperts:
             self._gates = asked.pop_all()
         return route
 
+    def _reroute(self, routing: Strategy) -> None:
+        try:
+            self._swap.reroute(partial(self._router, routing))
+        finally:  # with the routers that are there then
+            self._join_layers()
+
     def _routers_in_c(self, routing: Strategy) -> dict[int, Router]:
         """Of MoE layers in decoder layers that take a token in one call, the routers, where they can be part of it."""
         layers = self._swap.layers
         joined = {number: layer for number, layer in enumerate(layers) if layer.block in self._steps and layer.router}
         if not joined or self._source or self._forecast or not isinstance(self.engine, OffloadEngine):
+            return {}
+        if not self.engine.is_plain:
             return {}
         try:
             chooser = self._chooser or Chooser(self._asked(), self.shape.top_k, [Original()], self._evict)
@@ -339,7 +346,7 @@ class PooledExperts:
             step.whole = None
         for number, router in self._routers.items():
             layer = self._swap.layers[number]
-            step, contents = self._steps[layer.block], Contents.of(layer.block, layer.router, layer.experts)
+            step, contents = self._steps[layer.block], Contents(layer.block, layer.router, layer.experts)
             step.whole = partial(self._take, WholeLayer(number, step.attention, router, contents))
 
     def _take(self, whole: WholeLayer, x: torch.Tensor, *arguments) -> torch.Tensor | None:
@@ -388,12 +395,7 @@ class PooledExperts:
 
     def _route(self, chooser: Chooser, layer: int, logits: torch.Tensor, *_) -> Routing:
         (logits,) = to_host(logits)
-        return chooser.route(layer, self._by_sequence(logits), self._state(layer))
-
-    def _by_sequence(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[B * T, ...]`` of the call that the model is in as ``[B, T, ...]``."""
-        sequences = self._batch.sequences
-        return rows.unflatten(0, (sequences if len(rows) % sequences == 0 else 1, -1))
+        return chooser.route(layer, self._batch.by_sequence(logits), self._state(layer))
 
     def _place(self, layer: int, ids: torch.Tensor, weights: torch.Tensor) -> Routing:
         if self.engine.holds_all(layer):
@@ -410,10 +412,10 @@ class PooledExperts:
             self._forecast.note(layer, ids, self._state(layer))
         drops = None
         if self._routing.rule.grade is not None:  # an expert that this thread's routing dropped has no weight
-            drops = self._by_sequence((weights == 0) & (weights != 0).any(1, keepdim=True))
+            drops = self._batch.by_sequence((weights == 0) & (weights != 0).any(1, keepdim=True))
         how = self._state(layer), self._evict, drops
-        if len(ids := self._by_sequence(ids)) > 1:
-            return place_batch(ids, self._by_sequence(weights), *how)
+        if len(ids := self._batch.by_sequence(ids)) > 1:
+            return place_batch(ids, self._batch.by_sequence(weights), *how)
         return route_cpu.place(ids, weights[None], *how)
 
     def _run_chosen(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

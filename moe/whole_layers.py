@@ -1,6 +1,7 @@
 """Decoder layers that take one token in one call, experts included: which they are, and while they are."""
 
 from dataclasses import dataclass
+from threading import get_ident
 
 import torch
 
@@ -53,14 +54,19 @@ def router_of(layer: MoeLayer, asked: Probe, chosen: dict, places: bool) -> Rout
 def _is_plain(layer: MoeLayer) -> bool:
     """Whether a block gives what its experts give of its own input and of its router's answer."""
     experts, weight, asked, answers = layer.experts, layer.router.weight, [], []
-    own = vars(experts).get("forward")
+    own, forward, thread = vars(experts).get("forward"), experts.forward, get_ident()
 
     def run(*arguments):
+        if get_ident() != thread:  # which goes on with the model meanwhile
+            return forward(*arguments)
         asked[:] = arguments
         return 0.5 * arguments[0]
 
-    experts.forward = run
-    hook = layer.router.register_forward_hook(lambda router, given, answer: answers.append(answer))
+    def note(router, given, answer):
+        if get_ident() == thread:
+            answers.append(answer)
+
+    experts.forward, hook = run, layer.router.register_forward_hook(note)
     try:
         generator = torch.Generator().manual_seed(0)
         for x in torch.randn(PROBED, 1, weight.shape[1], generator=generator).to(weight.dtype):

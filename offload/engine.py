@@ -57,6 +57,7 @@ class OffloadEngine:
 
     Attributes:
         formats: of the pages of each level.
+        is_plain: whether a hit changes nothing but the touches of its layer's cache.
         counters: see ``Counters``; on a GPU, of its times what ``synchronize`` has brought up to date.
     """
 
@@ -96,8 +97,7 @@ class OffloadEngine:
         self._times: list[tuple] = []  # what and from when to when, not counted yet
         self._tickets: dict[int, Ticket] = {}  # of layers whose experts have been asked for
         self._staging: Staging | None = None
-        # Whether a hit changes nothing but the touches of its layer's cache.
-        self._is_plain = not (staging or timeline or self.state.shared or self.state.levels > 1)
+        self.is_plain = not (staging or timeline or self.state.shared or self.state.levels > 1)
         if staging:
             self._staging = Staging(self._link, self._frames.unused(), layouts, self._frames.holds)
 
@@ -255,7 +255,7 @@ class OffloadEngine:
             None where tokens are not computed so.
         """
         x = torch.empty(1, self.page_format.hidden, dtype=attention.dtype, device="cpu")
-        if not self._is_plain or not self._compute.takes(x) or not layer_cpu.has_c():
+        if not self.is_plain or not self._compute.takes(x) or not layer_cpu.has_c():
             return None
         frames = self._frames
         memory = frames.held[layer], frames.of_slot[layer], self._pool.weights
@@ -280,19 +280,18 @@ class OffloadEngine:
         """
         if self._link.broken or layer in self._tickets:
             return None
-        start = perf_counter()
-        how, out, normal, seconds = of.step(*arguments)
+        how, out, normal, routed_s, experts_s = of.step(*arguments)
         if how < 0:
             return None
         if how == 0:
             return out + self.forward(layer, normal[0], of.routing)
-        self.counters.compute_s += seconds
-        self.counters.count_call(of.router.top_k, 0, 0, perf_counter() - start)
+        self.counters.compute_s += experts_s
+        self.counters.count_call(of.router.top_k, 0, 0, routed_s + experts_s)
         return out
 
     def _computes_at_once(self, layer: int, x: torch.Tensor) -> bool:
         """Whether a token whose experts are all there is computed in one call, and nothing else is to be done."""
-        ready = self._is_plain and not self._link.broken and layer not in self._tickets
+        ready = self.is_plain and not self._link.broken and layer not in self._tickets
         return ready and len(x) == 1 and self._compute.takes(x)
 
     def _has(self, layer: int, experts: list[int], slots: list[int]) -> bool:
@@ -505,7 +504,7 @@ class OffloadEngine:
         pages = self._frames.pages(layer, routing.ids[0], routing.slots[0])
         needed = sorted({page for page in pages.flatten().tolist() if page >= 0})
         misses = len(set(needed).difference(held))
-        if not misses and self._is_plain and bool(routing.hits.all()):
+        if not misses and self.is_plain and bool(routing.hits.all()):
             return self._all_there(layer, x, pages, routing.weights[0]), 0
         # Of whom the table says that they stay: but those do not whose page never came.
         here = {page for page in self.state.page_of[row, : len(held)].tolist() if page >= 0}

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from cachemoe.kernels import route_c
 from cachemoe.kernels.policy import ORIGINAL
+from cachemoe.kernels.reference_route import settle
 from cachemoe.kernels.route import route
 from cachemoe.kernels.route_batch import place_batch, route_batch
 from cachemoe.kernels.route_cpu import place
@@ -25,6 +27,16 @@ STRATEGIES = (
 
 def policy_named(text):
     return policy_of(Strategy.parse(text, E, K, 1), top_k=K, experts=E) if text != "original" else ORIGINAL
+
+
+@pytest.fixture(params=[True, False], ids=["c", "python"], autouse=True)
+def in_c(request, monkeypatch):
+    """Both ways to route a batch of a plain cache."""
+    if not request.param:
+        monkeypatch.setattr(route_c, "route_batch", lambda *_: None)
+        monkeypatch.setattr(route_c, "place_batch", lambda *_: None)
+    elif not route_c.has_c():
+        pytest.skip("there is no C compiler")
 
 
 def warm(seed, capacity=6, cheaper=(), layers=None):
@@ -130,3 +142,30 @@ def test_scores_in_groups_and_corrections():
     alone = [route(row[None], state.clone(), least_recently_used, K, ORIGINAL, scores, correction) for row in logits]
     together = route_batch(logits, state, least_recently_used, K, ORIGINAL, scores, correction)
     assert torch.equal(together.ids[0], torch.cat([each.ids[0] for each in alone]))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("capacity", [3, 6, 12])
+@pytest.mark.parametrize("evict", [least_recently_used, least_frequently_used])
+def test_c_and_python_agree(monkeypatch, strategy, capacity, evict):
+    policy, logits = policy_named(strategy), logits_of(8, 5, 7)
+    k = 2 if strategy.startswith("pruning") else K
+    correction = torch.linspace(-0.2, 0.2, E) if strategy in ("original", "cache-prior:0.5") else None
+    scores, states, given = GateScores("sigmoid", renormalise=True), [warm(0, capacity) for _ in range(2)], []
+    for state in states:
+        given.append(route_batch(logits, state, evict, k, policy, scores, correction))
+        given.append(place_batch(given[-1].ids.view(5, 7, k), given[-1].weights.view(5, 7, k), state, evict))
+        monkeypatch.setattr(route_c, "route_batch", lambda *_: None)
+        monkeypatch.setattr(route_c, "place_batch", lambda *_: None)
+    for one, other in zip(given[:2], given[2:], strict=True):
+        for a, b in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # torch's sigmoid depends on what is beside it
+    assert_same_state(*states)
+
+
+def test_an_expert_at_two_levels_in_one_step_is_touched_twice():
+    state = Residency.empty(torch.tensor([4]), E, (4,))
+    ran = [(2, 2, 2, False), (1, 1, 1, False), (2, E + 2, E + 2, False)]
+    settle(ran, state, 0, least_recently_used)
+    assert state.uses[0, :3].tolist() == [0, 1, 2] and state.heavy[0, :3].tolist() == [0, 1, 1]
+    assert state.last_use[0, 1:3].tolist() == [2, 3]

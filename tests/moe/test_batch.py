@@ -59,4 +59,28 @@ def test_a_call_that_fails_leaves_nothing_behind(opened):
         model(torch.full((2, 3), 10**6))
     assert torch.equal(run(model, TOKENS[:1]), run(fresh, TOKENS[:1]))
     model.cachemoe.close()
-    assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks
+    assert "forward" not in vars(model.base_model)
+
+
+def test_ctrl_c_leaves_nothing_behind(opened):
+    model, fresh = opened(routing="cache-prior:0.5"), opened(routing="cache-prior:0.5")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(TOKENS[:3])
+    hook.remove()
+    assert torch.equal(run(model, TOKENS[:1]), run(fresh, TOKENS[:1]))
+
+
+def test_a_default_device_of_the_user_changes_nothing(opened):
+    one, other = opened(routing="cache-prior:0.5"), opened(routing="cache-prior:0.5")
+    expected = run(one, TOKENS)
+    torch.set_default_device("meta")
+    try:
+        given = run(other, TOKENS)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(given, expected)

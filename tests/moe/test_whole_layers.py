@@ -227,3 +227,81 @@ def test_another_dtype_is_the_modules_to_compute_in(pair):
     for each in (one, other):
         each.to(torch.bfloat16)
     torch.testing.assert_close(run(one), run(other))
+
+
+def _correction(block):
+    block.e_score_correction_bias = torch.linspace(3, -3, len(block.e_score_correction_bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_correction_put_in_its_place_or_written_to_counts(pair, dtype):
+    one, other = pair("minimax_m2", dtype)
+    run(one), run(other)
+    for change in (_correction, lambda block: block.e_score_correction_bias.mul_(-1)):
+        for each in (one, other):
+            change(each.model.layers[1].mlp)
+        torch.testing.assert_close(run(one), run(other), rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_that_is_patched_and_hooks_of_all_modules_count(pair, monkeypatch):
+    one, other = pair()
+    before = assert_same(one, other)
+    kind = type(one.model.layers[0].mlp)
+    forward = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda block, hidden: 0.2 * forward(block, hidden))
+        assert not torch.allclose(assert_same(one, other), before, rtol=1e-3)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, given, y: 0.2 * y if isinstance(module, kind) else None
+    )
+    try:
+        assert not torch.allclose(assert_same(one, other), before, rtol=1e-3)
+    finally:
+        hook.remove()
+    torch.testing.assert_close(assert_same(one, other), before, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_that_transformers_leaves_behind_end_nothing(pair):
+    one, other = pair()
+    calls = []
+    taken(one, calls)
+    for each in (one, other):
+        output = each(TOKENS[:, :6], output_router_logits=True, output_hidden_states=True, use_cache=True)
+        cache = output.past_key_values
+        output = each(TOKENS[:, 6:7], past_key_values=cache, output_router_logits=True)
+        assert len(output.router_logits) == 3  # recorded, so that the modules computed
+    assert not calls
+    assert_same(one, other)
+    assert len(calls) == 3 * 18
+
+
+def test_a_routing_that_is_refused_ends_nothing(pair):
+    one, other = pair(routing="cache-prior:0.5")
+    calls = []
+    taken(one, calls)
+    with pytest.raises(InputError):
+        one.cachemoe.routing = "pregated-hint"  # which wants room to fetch ahead
+    own, one.cachemoe._router = one.cachemoe._router, lambda _: (_ for _ in ()).throw(InputError("no"))
+    with pytest.raises(InputError):
+        one.cachemoe.routing = "max-rank:4"
+    one.cachemoe._router = own
+    assert_same(one, other)
+    assert len(calls) == 3 * 18
+
+
+def test_a_thread_goes_on_while_the_routing_is_set(pair):
+    one, other = pair()
+    expected, given, done = run(other, cuts=(24,)), [], threading.Event()
+
+    def prompts():
+        while not done.is_set():
+            given.append(run(one, cuts=(24,)))
+
+    thread = threading.Thread(target=prompts)
+    thread.start()
+    for _ in range(15):
+        one.cachemoe.routing = "original"
+    done.set()
+    thread.join()
+    for each in given:
+        torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
