@@ -17,7 +17,7 @@ from time import perf_counter
 
 import torch
 
-WINDOW, TRIAL = 8, 4  # tokens that are looked at, and that the other number of threads is tried on
+WINDOW, TRIAL = 8, 4  # tokens that are looked at, and on which each number of threads is tried
 SLOWER = 1.3  # than before: there may be something else that runs
 FASTER = 0.9  # of the time: worth a change
 AGAIN = 64  # tokens with one thread, after which all are tried again
@@ -36,21 +36,25 @@ class Choice:
 
     def __init__(self):
         self.one = False
-        self._recent, self._trial = deque(maxlen=WINDOW), None
+        self._recent = deque(maxlen=WINDOW)
+        self._trial: dict[bool, list[float]] | None = None  # seconds of tokens, in turns, by whether they took one
+        self._before = False  # what was chosen before it
         self._usual: float | None = None  # seconds of a token with all threads
         self._since = 0  # tokens since the last trial
 
     def note(self, seconds: float) -> None:
         """A token has taken so long."""
-        if self._trial is not None:
-            self._trial.append(seconds)
-            if len(self._trial) == TRIAL:
-                self._decide(median(self._trial[1:]))  # the first found other caches
+        if self._trial is None:
+            self._recent.append(seconds)
+            self._since += 1
+            if len(self._recent) == WINDOW and self._doubts():
+                self._before, self._trial = self.one, {True: [], False: []}
+                self.one = not self.one
             return
-        self._recent.append(seconds)
-        self._since += 1
-        if len(self._recent) == WINDOW and self._doubts():
-            self.one, self._trial = not self.one, []
+        self._trial[self.one].append(seconds)
+        self.one = not self.one
+        if min(map(len, self._trial.values())) == TRIAL:
+            self._decide()
 
     def _doubts(self) -> bool:
         if self.one:
@@ -61,15 +65,14 @@ class Choice:
             return False
         return True
 
-    def _decide(self, tried: float) -> None:
-        """Go on as in the trial, or as before."""
-        before = median(self._recent)
-        if tried < FASTER * before:
-            self._recent.clear()
-            before = tried
-        else:
-            self.one = not self.one
-        self._usual, self._trial, self._since = None if self.one else before, None, 0
+    def _decide(self) -> None:
+        """Change only for what is faster by more than the noise."""
+        times = {one: median(seconds) for one, seconds in self._trial.items()}
+        changes = times[not self._before] < FASTER * times[self._before]
+        self.one = self._before != changes
+        self._usual = None if self.one else times[False]
+        self._trial, self._since = None, 0
+        self._recent.clear()
 
 
 class DecodeThreads:

@@ -44,12 +44,23 @@ def test_another_process_comes_and_goes():
 
 
 def test_a_context_that_grows_is_no_other_process():
-    choice = Choice()
+    choice, ones = Choice(), 0
     for length in range(4000):
+        ones += choice.one
         choice.note((0.022 if choice.one else 0.014) * (1 + length / 1000))
-    assert not choice.one
+    assert ones <= 10 * TRIAL  # a trial for each time that tokens have become slower by a third
     # What is slower for good is soon the usual.
-    assert decode(choice, 500, 0.2, 0.3) <= 2 * TRIAL
+    assert decode(choice, 500, 0.2, 0.3) <= 2 * TRIAL and not choice.one
+
+
+def test_two_sequences_in_turns_are_compared_each_with_itself():
+    """A trial takes turns: a long context after a short one is not what the number of threads costs."""
+    choice = Choice()
+    for turn in range(40):
+        slower = 3 if turn % 2 else 1
+        assert decode(choice, 16, 0.014 * slower, 0.022 * slower) <= TRIAL
+    decode(choice, 2 * TRIAL, 0.014, 0.022)
+    assert not choice.one
 
 
 @pytest.fixture
