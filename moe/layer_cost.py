@@ -113,7 +113,7 @@ def _decode(
         waited, start = pooled.counters.stall_s, perf_counter()
         cache = model(token, past_key_values=cache, use_cache=True).past_key_values
         seconds = perf_counter() - start - (pooled.counters.stall_s - waited)
-        seconds -= sum(sum(reading.seconds[first:]) for reading, first in zip(readings, calls, strict=True))
+        seconds -= sum(reading.spent(first) for reading, first in zip(readings, calls, strict=True))
         tokens.append((seconds, sum(layer.misses > was for layer, was in zip(pooled.layers, misses, strict=True))))
         advance()
     return tokens[WARM_UP:]

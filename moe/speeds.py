@@ -35,23 +35,34 @@ class Reading:
     Args:
         runs: the products, each of weights of its own.
         size: bytes of each one's weights.
-        seconds: of each call so far.
+        call: such a product of next to no weights: its time is that of the call, which a model's layer has but once.
+        seconds: of each product so far.
+        call_seconds: of each call of next to no weights, one after each product.
     """
 
     runs: Sequence[Callable[[], object]]
     size: int
+    call: Callable[[], object]
     seconds: list[float] = field(default_factory=list)
+    call_seconds: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
         run = self.runs[len(self.seconds) % len(self.runs)]
         start = perf_counter()
         run()
-        self.seconds.append(perf_counter() - start)
+        read = perf_counter()
+        self.call()
+        self.seconds.append(read - start)
+        self.call_seconds.append(perf_counter() - read)
 
     def speed(self, calls: int) -> float:
-        """Bytes a second of so many calls, those of a token: of the median token."""
+        """Bytes a second of so many products, those of a token: of the median token, without what the calls take."""
         tokens = [sum(self.seconds[first : first + calls]) for first in range(0, len(self.seconds), calls)]
-        return calls * self.size / median(tokens)
+        return calls * self.size / (median(tokens) - calls * median(self.call_seconds))
+
+    def spent(self, first: int) -> float:
+        """Seconds of all from the call of that number on."""
+        return sum(self.seconds[first:]) + sum(self.call_seconds[first:])
 
 
 def dense_reading(kind: str, columns: int, size: int, parts: int) -> Reading:
@@ -66,12 +77,14 @@ def dense_reading(kind: str, columns: int, size: int, parts: int) -> Reading:
     one = Rounded.size(1, columns, kind) if kind in KINDS else columns * getattr(torch, kind).itemsize
     rows = max(1, round(size / parts / one))
     parts = max(1, min(parts, MOST_BYTES // (rows * one)))
+    least = Rounded.of(torch.ones(1, columns), kind) if kind in KINDS else torch.ones(1, columns)
     if kind in KINDS:
         x, made = torch.ones(1, columns, dtype=torch.bfloat16), Rounded.of(torch.ones(rows, columns), kind)
         of = [replace(made, packed=made.packed.clone(), scales=made.scales.clone()) for _ in range(parts)]
-        return Reading([partial(each.times, x) for each in of], rows * one)
+        return Reading([partial(each.times, x) for each in of], rows * one, partial(least.times, x))
     x = torch.ones(1, columns, dtype=getattr(torch, kind))
-    return Reading([partial(F.linear, x, x.new_ones(rows, columns)) for _ in range(parts)], rows * one)
+    runs = [partial(F.linear, x, x.new_ones(rows, columns)) for _ in range(parts)]
+    return Reading(runs, rows * one, partial(F.linear, x, least.to(x.dtype)))
 
 
 def experts_reading(page_format: PageFormat, top_k: int, size: int, dtype: torch.dtype) -> Reading:
@@ -84,8 +97,15 @@ def experts_reading(page_format: PageFormat, top_k: int, size: int, dtype: torch
     Raises:
         InputError: if there is no memory for the pool.
     """
-    hidden, rows = page_format.hidden, (2 if page_format.gated else 1) * page_format.intermediate
     calls = max(1, min(size, MOST_BYTES) // (top_k * page_format.page_bytes))
+    small = replace(page_format, hidden=max(GROUPS), intermediate=max(GROUPS))
+    runs = _experts_of(page_format, calls, top_k, dtype)
+    return Reading(runs, top_k * page_format.weight_bytes, *_experts_of(small, 1, top_k, dtype))
+
+
+def _experts_of(page_format: PageFormat, calls: int, top_k: int, dtype: torch.dtype) -> list[Callable[[], object]]:
+    """Of each call K experts, in one pool."""
+    hidden, rows = page_format.hidden, (2 if page_format.gated else 1) * page_format.intermediate
     pool = ExpertPool(calls * top_k, page_format)
     weights = {"gate_up": torch.ones(rows, hidden), "down": torch.ones(hidden, page_format.intermediate)}
     if page_format.bias:
@@ -94,8 +114,7 @@ def experts_reading(page_format: PageFormat, top_k: int, size: int, dtype: torch
     x = torch.ones(1, hidden, dtype=dtype)
     gates, out = torch.full((1, top_k), 1 / top_k), torch.empty_like(x)
     slots = torch.arange(calls * top_k).view(calls, 1, top_k)
-    runs = [partial(experts, x, each, gates, pool.weights, page_format, out) for each in slots]
-    return Reading(runs, top_k * page_format.weight_bytes)
+    return [partial(experts, x, each, gates, pool.weights, page_format, out) for each in slots]
 
 
 def page_landing(page_format: PageFormat, top_k: int, pages: int, folder: Path, progress: Progress) -> Landing:

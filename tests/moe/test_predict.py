@@ -125,11 +125,14 @@ def test_tinymoe_lends_the_misses_of_its_report(quiet):
 
 def test_readings_take_turns():
     seen = []
-    reading = Reading([lambda: seen.append("a"), lambda: seen.append("b")], 10)
+    reading = Reading([lambda: seen.append("a"), lambda: seen.append("b")], 10, lambda: seen.append("call"))
     for _ in range(3):
         reading()
-    assert seen == ["a", "b", "a"] and len(reading.seconds) == 3
-    assert Reading([], 10, [1.0, 3.0, 1.0, 1.0, 9.0, 1.0]).speed(2) == 2 * 10 / 4  # of tokens that took 4, 2 and 10
+    assert seen == ["a", "call", "b", "call", "a", "call"] and len(reading.seconds) == len(reading.call_seconds) == 3
+    # Of tokens that took 4, 2 and 10, of which a call takes a half.
+    reading = Reading([], 10, None, [1.0, 3.0, 1.0, 1.0, 9.0, 1.0], [0.5, 0.5, 0.5, 8.0, 0.25, 0.5])
+    assert reading.speed(2) == 2 * 10 / (4 - 2 * 0.5)
+    assert reading.spent(4) == 9 + 1 + 0.25 + 0.5
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "float32"])
