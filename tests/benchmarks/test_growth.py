@@ -128,8 +128,8 @@ def test_each_sequence_in_a_batch_is_held_to_itself_alone(run):
         assert (spread["min"], spread["max"]) == pytest.approx((min(more), max(more)), abs=1e-6)
         assert any(each != 0 for each in more)  # the cache is another's, too
         assert row["misses_per_step"] > alone["misses_per_step"]
-    # A model that knows nothing takes about a byte for a byte.
-    assert all(7 < each < 10 for each in alone["bits_per_token"])
+    # A model that knows nothing takes a byte for a byte, or more where it is sure of what is wrong.
+    assert all(7.5 < each < 20 for each in alone["bits_per_token"]), alone["bits_per_token"]
 
 
 def test_batches_of_each_model_are_counted(run):
