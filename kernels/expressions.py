@@ -13,7 +13,7 @@ OPERATORS = {
     ast.Add: 2, ast.Sub: 3, ast.Mult: 4, ast.Div: 5, ast.Lt: 6, ast.LtE: 7, ast.Gt: 8, ast.GtE: 9, ast.Eq: 10,
     ast.NotEq: 11, ast.USub: 12, ast.LShift: 13, ast.BitAnd: 14,
 }  # fmt: skip
-"""Codes of ``expressions.h``; 0 is a word, 1 a number."""
+"""Codes of ``route_cpu.c``; 0 is a word, 1 a number."""
 LONGEST, DEEPEST = 64, 8  # steps of a program, and numbers that wait for an operator
 
 

@@ -64,7 +64,8 @@ INLINE void score(const layer *l, const float *logits, float *gates) {
 
 // out = x + attention(norm(x)), normal = norm(out), and the token is routed. Gives 1 where its experts are in their
 // slots: they are then in `out` too; 0 where some are not; and -1, with nothing routed, where a logit is not finite.
-// `seconds` are those of the routing and of the experts; `y`, `wide` and `scratch` have room for [K, H] and [H] numbers and what attention and experts ask for.
+// `seconds` are those of the routing and of the experts. `y`, `wide` and `scratch` have room for [K, H] and [H] numbers,
+// and for what attention and experts ask for.
 int layer_step(const layer *l, const void *x, const void *cosine, const void *sine, int rotary, void *keys,
                void *values, int64_t kv_stride, int64_t length, void *scratch, float *y, float *wide, void *out,
                void *normal, double *seconds) {

@@ -104,9 +104,9 @@ class Layer:
             x, cosine, sine, keys, values, length: as ``Attention.step``.
 
         Returns:
-            1, the hidden state after the layer ``[1, 1, H]``, no matter what, and the seconds that the routing and the
-            experts took; or, where some of these are not in their slots, 0, with what ``Attention.step`` gives; the
-            token is routed; or, where a logit is not finite, -1, with the same, and nothing is routed.
+            1, the hidden state after the layer ``[1, 1, H]``, a tensor without meaning, and the seconds of routing and
+            of experts. Or 0 where some experts are not in their slots, and what ``Attention.step`` gives: the token
+            is routed. Or -1 where a logit is not finite, and the same: nothing is routed.
         """
         k, hidden = self.router.top_k, x.shape[-1]
         sizes = self.attention.scratch_bytes(length), quantized_cpu.token_scratch_bytes(self._pages, k)

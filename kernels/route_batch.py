@@ -43,7 +43,7 @@ def route_batch(
     """
     if is_plain(state, policy):
         check_slots(state, top_k)
-        routing = route_c.route_batch(logits, state, evict, top_k, policy, scores, correction)
+        routing = route_c.route(logits, state, evict, top_k, policy, scores, correction)
         if routing is not None:
             return routing
     count, steps, _ = logits.shape
@@ -82,7 +82,7 @@ def place_batch(
     out, missed = Routing.empty(count, steps, k), []
     out.ids, out.weights = ids.gather(-1, order), weights.float().gather(-1, order)
     if drops is None and is_plain(state, ORIGINAL):
-        routing = route_c.place_batch(out.ids, out.weights, state, evict)
+        routing = route_c.place(out.ids, out.weights, state, evict)
         if routing is not None:
             return routing
     pages = out.ids if drops is None else out.ids.masked_fill(drops.gather(-1, order), -1)

@@ -57,55 +57,11 @@ def route(
     scores: GateScores,
     correction: torch.Tensor | None,
 ) -> Routing | None:
-    """As :func:`cachemoe.kernels.route_cpu.route_cpu`, to the bit; None where numpy is to route, and nothing is done.
+    """As :func:`cachemoe.kernels.route_cpu.route_cpu`, to the bit, or of several sequences as
+    :func:`cachemoe.kernels.route_batch.route_batch`; None where those are to route, and nothing is done.
 
     Args:
-        logits: ``[1, T, E]``.
-        state: of one plain cache.
-    """
-    _, tokens, experts = logits.shape
-    rule = rule_of(policy, evict, experts, top_k, scores, correction)
-    if rule is None:
-        return None
-    logits = logits.detach().float().contiguous()
-    gates = gate_scores(logits, scores)
-    routing = _empty(tokens, top_k)
-    pointers = (each.data_ptr() for each in routing.tensors())
-    finite = library().route(rule, cache_of(state), tokens, logits.data_ptr(), gates.data_ptr(), *pointers)
-    return routing if finite else None
-
-
-def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing | None:
-    """As :func:`cachemoe.kernels.route_cpu.place`, of ids and weights in the order of the weights, without drops.
-
-    Args:
-        ids: ``[1, T, K]`` int64 contiguous. weights: ``[1, T, K]`` float32.
-        state: of one plain cache.
-    """
-    _, tokens, k = ids.shape
-    rule = rule_of(ORIGINAL, evict, state.experts, k, SOFTMAX, None)
-    if rule is None:
-        return None
-    routing = _empty(tokens, k)
-    routing.ids, routing.weights = ids, weights
-    _, _, slots, hits, *misses = (each.data_ptr() for each in routing.tensors())
-    library().place(rule, cache_of(state), tokens, ids.data_ptr(), slots, hits, *misses)
-    return routing
-
-
-def route_batch(
-    logits: torch.Tensor,
-    state,
-    evict: Callable,
-    top_k: int,
-    policy: Policy,
-    scores: GateScores,
-    correction: torch.Tensor | None,
-) -> Routing | None:
-    """As :func:`cachemoe.kernels.route_batch.route_batch`; None where that is to route, and nothing is done.
-
-    Args:
-        logits: ``[N, T, E]``.
+        logits: ``[1, T, E]``, or ``[N, T, E]`` of N sequences that share the cache.
         state: of one plain cache.
     """
     sequences, steps, experts = logits.shape
@@ -115,17 +71,21 @@ def route_batch(
     logits = logits.detach().float().contiguous()
     gates, routing = gate_scores(logits, scores), _empty(sequences * steps, top_k)
     pointers = (each.data_ptr() for each in (logits, gates, *routing.tensors()))
-    room = (_Use * (sequences * top_k))(), (ctypes.c_double * sequences)()
-    finite = library().route_batch(rule, cache_of(state), sequences, steps, *pointers, *room)
+    if sequences == 1:
+        finite = library().route(rule, cache_of(state), steps, *pointers)
+    else:
+        room = (_Use * (sequences * top_k))(), (ctypes.c_double * sequences)()
+        finite = library().route_batch(rule, cache_of(state), sequences, steps, *pointers, *room)
     return routing if finite else None
 
 
-def place_batch(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing | None:
-    """As :func:`cachemoe.kernels.route_batch.place_batch`, without drops.
+def place(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable) -> Routing | None:
+    """As :func:`cachemoe.kernels.route_cpu.place`, or of several sequences as
+    :func:`cachemoe.kernels.route_batch.place_batch`, without drops.
 
     Args:
-        ids: ``[N, T, K]`` int64 contiguous, each token's in the order of the weights.
-        weights: ``[N, T, K]`` float32 contiguous.
+        ids: ``[1, T, K]``, or ``[N, T, K]``, int64 contiguous, each token's in the order of the weights.
+        weights: likewise, float32 contiguous.
         state: of one plain cache.
     """
     sequences, steps, k = ids.shape
@@ -133,9 +93,13 @@ def place_batch(ids: torch.Tensor, weights: torch.Tensor, state, evict: Callable
     if rule is None:
         return None
     routing = _empty(sequences * steps, k)
-    routing.ids, routing.weights = ids.flatten(0, 1)[None], weights.flatten(0, 1)[None]
-    pointers = (each.data_ptr() for each in routing.tensors())
-    library().place_batch(rule, cache_of(state), sequences, steps, *pointers, (_Use * (sequences * k))())
+    routing.ids, routing.weights = (each.flatten(0, 1)[None] for each in (ids, weights))
+    ids_at, weights_at, *results = (each.data_ptr() for each in routing.tensors())
+    if sequences == 1:
+        library().place(rule, cache_of(state), steps, ids_at, *results)
+    else:
+        room = (_Use * (sequences * k))()
+        library().place_batch(rule, cache_of(state), sequences, steps, ids_at, weights_at, *results, room)
     return routing
 
 

@@ -65,12 +65,8 @@ class Compute:
         quantized_cpu.token(x, self._pools[0].weights, frames, gates, self._formats[0], out)
 
     def some(self, x: torch.Tensor, frames: list[int], pairs: torch.Tensor) -> None:
-        """Some of a token's experts at full precision into pairs ``[n, H]``, which ``weigh`` is to sum."""
+        """Some of a token's experts at full precision, into pairs ``[n, H]`` that ``weigh`` is to sum."""
         quantized_cpu.some(x, self._pools[0].weights, frames, self._formats[0], pairs)
-
-    def weigh(self, gates: list[float], pairs: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
-        """Finish a token whose experts' outputs are in these rows of the pairs."""
-        quantized_cpu.weigh(gates, pairs, rows, out)
 
     def _surrogate(self, x, frames, gates, out, pending, partial, finish) -> None:
         """As the kernel, of experts that have no pages."""

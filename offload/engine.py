@@ -16,6 +16,7 @@ from cachemoe.kernels import layer_cpu
 from cachemoe.kernels.attention_cpu import Attention
 from cachemoe.kernels.eviction import eviction
 from cachemoe.kernels.layer_cpu import Layer, Router
+from cachemoe.kernels.quantized_cpu import weigh
 from cachemoe.kernels.state import Residency, Routing
 from cachemoe.offload.carriers import carrier_of
 from cachemoe.offload.clock import HostClock, StreamClock
@@ -495,7 +496,7 @@ class OffloadEngine:
             k = loads[transfer]
             held[slots[k]] = ticket.pages[k]
             compute([k])
-        self._compute.weigh([gates[k] for k in kept], pairs, [order.index(k) for k in kept], y)
+        weigh([gates[k] for k in kept], pairs, [order.index(k) for k in kept], y)
 
     def _prefill(self, layer, x, routing):
         """Many tokens: their output, and how many of their experts had no page when the call began."""
@@ -547,8 +548,7 @@ class OffloadEngine:
 
     def _all_there(self, layer: int, x: torch.Tensor, pages: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Many tokens whose pages are in slots, in one call."""
-        row, y = self._frames.row(layer), torch.empty_like(x)
-        frame_of = dict(zip(self._frames.held[row], self._frames.of_slot[row], strict=True)) | {-1: -1}
+        frame_of, y = self._frames.by_page(self._frames.row(layer)) | {-1: -1}, torch.empty_like(x)
         where = torch.tensor([[frame_of[page] for page in line] for line in pages.tolist()], device="cpu")
         most = int((where >= 0).sum()), len(where.unique())
         self._timed(layer, x, where, gates, y, most=most)

@@ -107,13 +107,17 @@ class Frames:
         """Whether a slot has the page, by its number in the layer."""
         return (layer * self._size if self.shared else 0) + page in self.held[self.row(layer)]
 
+    def by_page(self, row: int) -> dict[int, int]:
+        """The frame of each page that a cache holds."""
+        return dict(zip(self.held[row], self.of_slot[row], strict=True))
+
     def table(self, layer: int) -> torch.Tensor | None:
         """``[E]``, the frame of each of the layer's experts, on a GPU that has all their pages; else None."""
         pages = self.pools[0].pages
         if layer not in self._tables and pages.is_cuda and not self.shared:
-            held = dict(zip(self.held[layer], self.of_slot[layer], strict=True))
-            if all(e in held for e in range(self._experts)):
-                table = torch.tensor([held[e] for e in range(self._experts)], device="cpu")
+            frame_of = self.by_page(layer)
+            if all(e in frame_of for e in range(self._experts)):
+                table = torch.tensor([frame_of[e] for e in range(self._experts)], device="cpu")
                 (self._tables[layer],) = to_device(pages.device, table)
         return self._tables.get(layer)
 
@@ -176,7 +180,7 @@ class Frames:
         self._tables.clear()
         levels = [*cheaper, *self._always]
         state = resized(self.state, torch.tensor(capacity, device="cpu"), levels, evict)
-        frame_of = [dict(zip(held, frames, strict=True)) for held, frames in zip(self.held, self.of_slot, strict=True)]
+        frame_of = [self.by_page(row) for row in range(len(self.held))]
         begin = sum(levels)
         rows = zip(state.page_of.tolist(), capacity, strict=True)
         held = [array("q", row[: begin + count]) for row, count in rows]

@@ -33,8 +33,8 @@ def policy_named(text):
 def in_c(request, monkeypatch):
     """Both ways to route a batch of a plain cache."""
     if not request.param:
-        monkeypatch.setattr(route_c, "route_batch", lambda *_: None)
-        monkeypatch.setattr(route_c, "place_batch", lambda *_: None)
+        monkeypatch.setattr(route_c, "route", lambda *_: None)
+        monkeypatch.setattr(route_c, "place", lambda *_: None)
     elif not route_c.has_c():
         pytest.skip("there is no C compiler")
 
@@ -155,8 +155,8 @@ def test_c_and_python_agree(monkeypatch, strategy, capacity, evict):
     for state in states:
         given.append(route_batch(logits, state, evict, k, policy, scores, correction))
         given.append(place_batch(given[-1].ids.view(5, 7, k), given[-1].weights.view(5, 7, k), state, evict))
-        monkeypatch.setattr(route_c, "route_batch", lambda *_: None)
-        monkeypatch.setattr(route_c, "place_batch", lambda *_: None)
+        monkeypatch.setattr(route_c, "route", lambda *_: None)
+        monkeypatch.setattr(route_c, "place", lambda *_: None)
     for one, other in zip(given[:2], given[2:], strict=True):
         for a, b in zip(one.tensors(), other.tensors(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)  # torch's sigmoid depends on what is beside it

@@ -42,6 +42,22 @@ def tiny_calibration(tiny_checkpoint, tiny_windows, stores, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """(name of ``MODELS``, dtype) -> the folder of a random model, made when first asked for."""
+    from tiny_models import save_random
+
+    made = {}
+
+    def folder(name, dtype=torch.float32):
+        if (name, dtype) not in made:
+            made[name, dtype] = tmp_path_factory.mktemp("random") / "model"
+            save_random(name, made[name, dtype], dtype)
+        return made[name, dtype]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stores(tmp_path_factory):
     """A cache directory, whose stores need not be packed again."""
     return tmp_path_factory.mktemp("cache")

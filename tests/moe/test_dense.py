@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import MODELS, VOCABULARY, save_random
+from tiny_models import MODELS, VOCABULARY
 
 from cachemoe.kernels import attention_cpu, quantized_cpu
 from cachemoe.moe import decode_step
@@ -17,19 +17,6 @@ from cachemoe.offload.errors import InputError
 OTHERS = "deepseek_v2", "deepseek_v2 in groups", "deepseek_v3", "phimoe", "gpt_oss", "ernie4_5_moe", "hunyuan_v1_moe"
 STEPS = dict.fromkeys(MODELS, 3) | dict.fromkeys((*OTHERS, "lfm2_moe", "flex_olmo"), 0)  # of three layers
 TOKENS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name, dtype=torch.float32):
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp("dense") / "model"
-            save_random(name, made[name, dtype], dtype)
-        return made[name, dtype]
-
-    return folder
 
 
 @pytest.fixture

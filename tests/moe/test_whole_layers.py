@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from tiny_models import MODELS, VOCABULARY, save_random
+from tiny_models import MODELS, VOCABULARY
 
 from cachemoe.kernels import layer_cpu
 from cachemoe.moe.load import load
@@ -15,19 +15,6 @@ TOKENS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manua
 # Layers of three whose block is router and experts alone.
 WHOLE = {"qwen3_moe": 3, "olmoe": 3, "mixtral": 3, "granitemoe": 3, "minimax_m2": 3}
 ROUTINGS = "original", "cache-prior:0.5", "max-rank:4", "cumsum:0.7", "pruning:1", "random-swap:0.3", "pregated-exec"
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name, dtype=torch.float32):
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp("whole") / "model"
-            save_random(name, made[name, dtype], dtype)
-        return made[name, dtype]
-
-    return folder
 
 
 @pytest.fixture
